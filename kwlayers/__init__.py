@@ -1,0 +1,76 @@
+"""kwlayers: dynamic convolutions whose kernels are mixed from shared warehouses of cells."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kwlayers.attention import Attention
+    from kwlayers.conv import KWConv1d, KWConv2d, KWConv3d, KWLinear
+    from kwlayers.convert import convert_
+    from kwlayers.cost import Cost
+    from kwlayers.plan import Group, Network, Plan, PlanError, Site
+    from kwlayers.planner import BudgetError, Settings, Share, plan_model, plan_network
+    from kwlayers.schedule import TemperatureSchedule, set_temperature_
+    from kwlayers.sites import trace
+    from kwlayers.warehouse import Warehouse
+
+# Names load on first use: planning from Python data needs no torch.
+_HOME = {
+    "Attention": "attention",
+    "BudgetError": "planner",
+    "Cost": "cost",
+    "Group": "plan",
+    "KWConv1d": "conv",
+    "KWConv2d": "conv",
+    "KWConv3d": "conv",
+    "KWLinear": "conv",
+    "Network": "plan",
+    "Plan": "plan",
+    "PlanError": "plan",
+    "Settings": "planner",
+    "Share": "planner",
+    "Site": "plan",
+    "TemperatureSchedule": "schedule",
+    "Warehouse": "warehouse",
+    "convert_": "convert",
+    "plan_model": "planner",
+    "plan_network": "planner",
+    "set_temperature_": "schedule",
+    "trace": "sites",
+}
+
+__all__ = [
+    "Attention",
+    "BudgetError",
+    "Cost",
+    "Group",
+    "KWConv1d",
+    "KWConv2d",
+    "KWConv3d",
+    "KWLinear",
+    "Network",
+    "Plan",
+    "PlanError",
+    "Settings",
+    "Share",
+    "Site",
+    "TemperatureSchedule",
+    "Warehouse",
+    "convert_",
+    "plan_model",
+    "plan_network",
+    "set_temperature_",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"kwlayers.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,134 @@
+"""The contrasting-driven attention: which cells, with which sign, for each mixture.
+
+arXiv 2406.07879, section 3.3. For an input x with C channels, hidden width h, m mixtures and
+n cells plus one zero cell:
+
+    u = relu(norm(fc1(mean of x over positions)))       (B, h)
+    z = fc2(u), viewed (B, m, n + 1)
+    alpha = z / (sum_j |z_ij| + 1e-3)                   signed, no softmax
+    alpha = (1 - tau) * alpha + tau * beta              tau: temperature, beta: assignment
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kwlayers import geometry
+
+
+class Attention(nn.Module):
+    """alpha (B, m, n) for an input (B, C, *S).
+
+    in_channels: C. num_mixtures: m. num_cells: n. assignment: the cell that each mixture
+    equals at temperature 1 (n is the zero cell). total_mixtures, ratio: of the warehouse; they
+    decide which columns are the layer's own when basis_ratio < 1.
+    norm: "batch" or "layer". `temperature` is a buffer, 0 until something sets it.
+    """
+
+    temperature: Tensor
+    assignment: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_mixtures: int,
+        num_cells: int,
+        assignment: geometry.Assignment,
+        *,
+        total_mixtures: int,
+        ratio: float | None = None,
+        reduction: float = 1 / 16,
+        basis_ratio: float = 1.0,
+        norm: str = "batch",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        kwargs: Any = {"device": device, "dtype": dtype}
+        self.in_channels = in_channels
+        self.num_mixtures = num_mixtures
+        self.num_cells = num_cells
+        hidden = geometry.hidden_width(in_channels, reduction)
+        self.fc1 = nn.Linear(in_channels, hidden, bias=norm == "layer", **kwargs)
+        self.norm = _norm(norm, hidden, device, dtype)
+        columns = num_cells + 1
+        self.basis: geometry.Basis | None = None
+        if basis_ratio >= 1:
+            self.fc2 = nn.Linear(hidden, num_mixtures * columns, **kwargs)
+        else:
+            split = geometry.basis(num_mixtures, num_cells, total_mixtures, ratio, basis_ratio)
+            self.basis = split
+            width = split.local + split.width + 1
+            self.fc2 = nn.Linear(hidden, num_mixtures * width, bias=False, **kwargs)
+            with warnings.catch_warnings():
+                # A warehouse without other layers' cells has an empty expansion.
+                warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+                self.fc3 = nn.Linear(split.width, split.nonlocal_cells, bias=False, **kwargs)
+            self.bias = nn.Parameter(torch.zeros(num_mixtures * columns, **kwargs))
+            self.start = min(assignment.start, split.nonlocal_cells)
+        self.register_buffer("temperature", torch.zeros((), **kwargs))
+        self.register_buffer("assignment", torch.tensor(assignment.cells, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming-normal (fan out) weights, zero biases; norms at one and zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                if module.weight.numel():
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.norm.reset_parameters()
+        if self.basis is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S)  out: (B, m, n)."""
+        pooled = x.mean(dim=tuple(range(2, x.dim()))) if x.dim() > 2 else x
+        hidden = F.relu(self.norm(self.fc1(pooled)))
+        z = self._columns(self.fc2(hidden).unflatten(-1, (self.num_mixtures, -1)))
+        alpha = z / (z.abs().sum(dim=-1, keepdim=True) + 1e-3)
+        columns = torch.arange(self.num_cells + 1, device=z.device)
+        beta = (self.assignment[:, None] == columns).to(alpha.dtype)
+        tau = self.temperature.to(alpha.dtype)
+        return ((1 - tau) * alpha + tau * beta)[..., :-1]
+
+    def _columns(self, z: Tensor) -> Tensor:
+        """Expand the basis to one column per cell, in warehouse order, the zero cell last."""
+        if self.basis is None:
+            return z
+        local, width = self.basis.local, self.basis.width
+        own, shared, zero = torch.split(z, (local, width, 1), dim=-1)
+        others = self.fc3(shared)
+        before, after = others[..., : self.start], others[..., self.start :]
+        z = torch.cat((before, own, after, zero), dim=-1)
+        return z + self.bias.view(self.num_mixtures, -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, num_mixtures={self.num_mixtures}, num_cells={self.num_cells}"
+
+
+class _BatchNorm1d(nn.BatchNorm1d):
+    """Trains on a batch of one, too: with running statistics, which it leaves alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[0] <= 1:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(x)
+
+
+def _norm(
+    name: str, width: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.BatchNorm1d | nn.LayerNorm:
+    if name == "batch":
+        return _BatchNorm1d(width, device=device, dtype=dtype)
+    if name == "layer":
+        return nn.LayerNorm(width, device=device, dtype=dtype)
+    raise ValueError(f"norm {name!r}: allowed are 'batch' and 'layer'")

@@ -1,0 +1,123 @@
+"""Put a plan into a model: swap layers in place, with their warehouses at the root."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from kwlayers import geometry
+from kwlayers.conv import like
+from kwlayers.plan import Group, Plan, PlanError, Site
+from kwlayers.sites import CONVERTIBLE, refuse_wrapped
+from kwlayers.warehouse import Warehouse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WAREHOUSES = "kw_warehouses"
+
+log = logging.getLogger("kwlayers")
+
+
+class Warehouses(nn.ModuleDict):
+    """All warehouses of a converted model, by name, and which layers use them.
+
+    layers: {warehouse name: module names}.
+    """
+
+    def __init__(self, layers: dict[str, tuple[str, ...]]) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The identity: a converted nn.Sequential runs over this container, too."""
+        return x
+
+    def extra_repr(self) -> str:
+        total = sum(map(len, self.layers.values()))
+        return f"{total} layers share {len(self.layers)} warehouses"
+
+
+def convert_(model: nn.Module, plan: Plan) -> nn.Module:
+    """Replace the layers that `plan` groups, in place, and return the model.
+
+    Layers keep their names, their bias parameters, device, dtype and mode; a layer that
+    several parents hold stays shared. The warehouses are registered once, as
+    `model.kw_warehouses`, which says what was changed. The parameters of the result are
+    `plan.cost().params.total`. Cells start as published (Kaiming-normal per layer): the static
+    weights are dropped.
+
+    Raises PlanError, before anything is changed, if the model does not fit the plan.
+    """
+    refuse_wrapped(model)
+    if not plan.groups:
+        raise PlanError("the plan has no groups: nothing to convert")
+    if hasattr(model, WAREHOUSES):
+        raise PlanError(f"the model has an attribute {WAREHOUSES!r} already")
+    modules = dict(model.named_modules())
+    layers = {
+        name: _fitting(modules.get(name), plan.network[name])
+        for group in plan.groups
+        for name in group.layers
+    }
+    warehouses = Warehouses({group.name: group.layers for group in plan.groups})
+    swaps: dict[nn.Module, nn.Module] = {}
+    for group in plan.groups:
+        first = layers[group.layers[0]].weight
+        mixtures = plan.mixtures(group)
+        warehouse = Warehouse(
+            group.num_cells, group.cell, sum(mixtures), device=first.device, dtype=first.dtype
+        )
+        warehouses[group.name] = warehouse
+        dealt = geometry.assign(group.num_cells, mixtures, group.ratio)
+        for name, assignment in zip(group.layers, dealt, strict=True):
+            swaps[layers[name]] = _converted(layers[name], group, warehouse, assignment)
+        log.info(
+            "%s: %d layers share %d cells of %s",
+            group.name,
+            len(group.layers),
+            group.num_cells,
+            "x".join(map(str, group.cell)),
+        )
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in swaps:
+                parent._modules[name] = swaps[child]
+    setattr(model, WAREHOUSES, warehouses)
+    expected, built = plan.cost().params.total, sum(p.numel() for p in model.parameters())
+    assert built == expected, f"built {built} parameters, planned {expected}"
+    return model
+
+
+def _converted(
+    layer: nn.Module, group: Group, warehouse: Warehouse, assignment: geometry.Assignment
+) -> nn.Module:
+    return like(
+        layer,
+        warehouse,
+        assignment=assignment,
+        ratio=group.ratio,
+        reduction=group.reduction,
+        basis_ratio=group.basis_ratio,
+        norm=group.norm,
+    )
+
+
+def _fitting(module: nn.Module | None, site: Site) -> nn.Conv2d:
+    """The module, checked to be the layer that was planned for."""
+    if module is None:
+        raise PlanError(f"the model has no layer {site.name!r}: was the plan made for it?")
+    kind = CONVERTIBLE.get(type(module))
+    if kind != site.kind:
+        raise PlanError(
+            f"{site.name}: planned as {site.kind}, but the model has {type(module).__name__}"
+        )
+    shape = tuple(module.weight.shape) + ((1,) if kind == "linear" else ())  # type: ignore
+    if shape != site.kernel or (module.bias is not None) != site.bias:
+        raise PlanError(
+            f"{site.name}: planned for a kernel {site.kernel} with bias={site.bias}, but the "
+            f"model has {shape} with bias={module.bias is not None}: plan again for this model"
+        )
+    return module  # type: ignore[return-value]

@@ -1,0 +1,253 @@
+"""The plan: which layers share which warehouse. A frozen value; no torch.
+
+`Network` is what tracing a model finds, `Plan` is a network plus the decision what to do
+with it. A plan can be compared, counted (`Plan.cost`), written (`to_dict`) and applied
+(`kwlayers.convert_`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kwlayers import geometry
+from kwlayers.cost import Cost, LayerCost, layer_costs, total_cost
+
+METHOD = "kernel_warehouse"
+NORMS = ("batch", "layer")
+KINDS = ("conv1d", "conv2d", "conv3d", "linear")
+
+
+class PlanError(ValueError):
+    """A plan that cannot be: says what is wrong, what is allowed and what to try."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One convolution or linear layer of a network, with its work per image.
+
+    positions: output positions, summed over the calls of one forward.
+    samples: kernels needed, i.e. the entries along the batch axis of its inputs; 1 for a
+        layer that is called once on an ordinary batch.
+    fixed: why the layer cannot be converted; empty if it can.
+    """
+
+    name: str
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    groups: int = 1
+    bias: bool = False
+    positions: int = 1
+    samples: int = 1
+    fixed: str = ""
+
+    @property
+    def kernel(self) -> geometry.Shape:
+        """(C_out, C_in / groups, *k)."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What tracing finds: sites in module order, and totals of the static model.
+
+    params: all parameters, a shared tensor once. macs: multiply-adds of one forward on one
+    image of `input_size` = (C, ...), in convolutions and matrix products.
+    """
+
+    sites: tuple[Site, ...]
+    params: int
+    macs: int
+    input_size: tuple[int, ...]
+    batch_norm: bool = True
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Site]:
+        return {site.name: site for site in self.sites}
+
+    def __getitem__(self, name: str) -> Site:
+        if name not in self._by_name:
+            raise PlanError(unknown_layer(name, self))
+        return self._by_name[name]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The layers of one warehouse.
+
+    cell: (c_out, c_in, *k). num_cells: n. layers: module names in module order.
+    ratio: the convolutional budget b where one was given, None where n was solved for.
+    reduction, basis_ratio, norm: the attention branch of its layers.
+    """
+
+    name: str
+    cell: geometry.Shape
+    num_cells: int
+    layers: tuple[str, ...]
+    ratio: float | None = None
+    reduction: float = 1 / 16
+    basis_ratio: float = 1.0
+    norm: str = "batch"
+    method: str = METHOD
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A network and its warehouses. Layers in no group stay as they are.
+
+    notes: what planning had to round or leave out (not part of the plan's identity).
+    """
+
+    network: Network
+    groups: tuple[Group, ...]
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def warehouses(self) -> tuple[Group, ...]:
+        """The warehouses, in the order of their first layers."""
+        return self.groups
+
+    def mixtures(self, group: Group) -> tuple[int, ...]:
+        """m of each layer of `group`."""
+        return tuple(
+            geometry.num_mixtures(self.network[name].kernel, group.cell) for name in group.layers
+        )
+
+    def cost(self) -> Cost:
+        """Exact parameters and MACs (of one image), by part."""
+        return total_cost(self)
+
+    def cost_by_layer(self) -> tuple[LayerCost, ...]:
+        """The same, layer by layer, in module order. Warehouses are nobody's alone."""
+        return layer_costs(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` is its inverse."""
+        return {"network": _plain(self.network), "groups": self.groups_to_list()}
+
+    def groups_to_list(self) -> list[dict[str, Any]]:
+        """The groups as plain data: what a recipe stores."""
+        return [
+            {"method": group.method, **{k: v for k, v in _plain(group).items() if k != "method"}}
+            for group in self.groups
+        ]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Rebuild a plan from `to_dict`. Raises PlanError for what is not one."""
+        network = _from_plain(Network, data.get("network", {}), "network")
+        sites = tuple(_from_plain(Site, site, "network.sites") for site in network.sites)
+        return cls.from_groups(dataclasses.replace(network, sites=sites), data.get("groups", ()))
+
+    @classmethod
+    def from_groups(cls, network: Network, groups: Iterable[Mapping[str, Any]]) -> Plan:
+        """Put groups, as in a recipe, on a traced network.
+
+        `layers` may be glob patterns over module names (`layer1.*.conv2`).
+        """
+        built = []
+        for data in groups:
+            group = _from_plain(Group, data, "groups")
+            layers = match_layers(network, group.layers, f"group {group.name!r}")
+            built.append(dataclasses.replace(group, layers=layers))
+        return cls(network, tuple(built))
+
+
+def match_layers(network: Network, patterns: Sequence[str], where: str) -> tuple[str, ...]:
+    """The names that match any of the glob `patterns`, in module order.
+
+    Raises PlanError for a pattern that matches nothing.
+    """
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = [s.name for s in network.sites if fnmatch.fnmatchcase(s.name, pattern)]
+        if not hits:
+            raise PlanError(f"{where}: {unknown_layer(pattern, network)}")
+        matched.update(hits)
+    return tuple(site.name for site in network.sites if site.name in matched)
+
+
+def unknown_layer(pattern: str, network: Network) -> str:
+    """The message for a name or pattern that no layer matches."""
+    names = [site.name for site in network.sites]
+    close = difflib.get_close_matches(pattern, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {names[0]!r} to {names[-1]!r}"
+    return (
+        f"no convolution or linear layer is named {pattern!r}; {hint}"
+        if names
+        else (f"no convolution or linear layer is named {pattern!r}: the network has none")
+    )
+
+
+def _check(plan: Plan) -> None:
+    order = {site.name: index for index, site in enumerate(plan.network.sites)}
+    owner: dict[str, str] = {}
+    for group in plan.groups:
+        where = f"group {group.name!r}"
+        if not group.name.replace("_", "").isalnum() or not group.name.isascii():
+            raise PlanError(f"{where}: a name is made of letters, digits and underscores")
+        if group.name in owner.values():
+            raise PlanError(f"{where}: the name is taken; every group needs its own")
+        if group.method != METHOD:
+            raise PlanError(f"{where}: unknown method {group.method!r}; there is {METHOD!r}")
+        if group.num_cells < 1:
+            raise PlanError(f"{where}: num_cells is {group.num_cells}; at least 1 is needed")
+        if group.norm not in NORMS:
+            raise PlanError(f"{where}: norm {group.norm!r}; allowed are {', '.join(NORMS)}")
+        if group.ratio is not None and not group.ratio > 0:
+            raise PlanError(f"{where}: ratio {group.ratio}; it must be above 0")
+        for setting in ("reduction", "basis_ratio"):
+            value = getattr(group, setting)
+            if not 0 < value <= 1:
+                raise PlanError(f"{where}: {setting} {value}; it must be in (0, 1]")
+        if not group.layers:
+            raise PlanError(f"{where}: it has no layers")
+        sites = [plan.network[name] for name in group.layers]
+        if [order[s.name] for s in sites] != sorted({order[s.name] for s in sites}):
+            raise PlanError(f"{where}: layers must be listed once each, in module order")
+        if len({site.kind for site in sites}) > 1:
+            kinds = ", ".join(sorted({site.kind for site in sites}))
+            raise PlanError(f"{where}: layers of one kind share a warehouse, got {kinds}")
+        for site in sites:
+            if site.fixed:
+                raise PlanError(f"{where}: {site.name} cannot be converted: {site.fixed}")
+            if site.name in owner:
+                raise PlanError(f"{where}: {site.name} is already in group {owner[site.name]!r}")
+            owner[site.name] = group.name
+            try:
+                geometry.num_mixtures(site.kernel, group.cell)
+            except ValueError as error:
+                raise PlanError(f"{where}: {site.name}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses to dicts and tuples to lists, so that JSON and YAML give the same back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _from_plain(cls: type[Any], data: Any, where: str) -> Any:
+    if isinstance(data, cls):
+        return data
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{where}: expected a mapping, got {type(data).__name__}")
+    names = [f.name for f in dataclasses.fields(cls)]
+    if unknown := sorted(set(data) - set(names)):
+        raise PlanError(f"{where}: unknown keys {unknown}; allowed are {names}")
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    except TypeError as error:
+        raise PlanError(f"{where}: {error}") from None

@@ -1,0 +1,342 @@
+"""From a model and a budget to a plan: grouping, cell sizes, cells per warehouse.
+
+Deciding needs no torch (`plan_network`); `plan_model` traces the model first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kwlayers import geometry
+from kwlayers.cost import group_params
+from kwlayers.families import NAMES, recognise
+from kwlayers.plan import Group, Network, Plan, PlanError, Site, match_layers
+from kwlayers.solver import Solution, Variable, solve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Patterns = Sequence[str]
+Sharing = str | Sequence[Patterns] | Mapping[str, "Patterns | Share"]
+SHARING = ("stage", "position", "layer")
+
+
+@dataclass(frozen=True)
+class Share:
+    """An explicit sharing group: glob patterns, and settings of its own where not None."""
+
+    layers: Patterns
+    ratio: float | None = None
+    cell_ratio: tuple[float, float] | None = None
+    reduction: float | None = None
+    basis_ratio: float | None = None
+    spatial_partition: bool | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a network is cut into warehouses, whatever their size. Fields as in `plan_model`."""
+
+    cell_ratio: tuple[float, float] = (1.0, 1.0)
+    sharing: Sharing = "stage"
+    reduction: float = 1 / 16
+    basis_ratio: float = 1.0
+    spatial_partition: bool = True
+    norm: str = "auto"
+
+    def __post_init__(self) -> None:
+        if len(self.cell_ratio) != 2 or not all(0 < ratio <= 1 for ratio in self.cell_ratio):
+            raise PlanError(f"cell_ratio {self.cell_ratio}: two numbers (out, in) in (0, 1]")
+        for name in ("reduction", "basis_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise PlanError(f"{name} {getattr(self, name)}: it must be in (0, 1]")
+        if self.norm not in ("auto", "batch", "layer"):
+            raise PlanError(f"norm {self.norm!r}: allowed are 'auto', 'batch' and 'layer'")
+        if isinstance(self.sharing, str) and self.sharing not in SHARING:
+            raise PlanError(
+                f"sharing {self.sharing!r}: allowed are {', '.join(map(repr, SHARING))}, "
+                "or groups of glob patterns over module names"
+            )
+
+
+class BudgetError(PlanError):
+    """No plan fits the target. `floor` is the fewest parameters under the settings."""
+
+    def __init__(self, message: str, target: int, floor: Plan) -> None:
+        super().__init__(message)
+        self.target = target
+        self.floor = floor
+
+
+def plan_model(
+    model: nn.Module,
+    input_size: Sequence[int],
+    *,
+    ratio: float | None = None,
+    params: int | None = None,
+    cell_ratio: tuple[float, float] = (1.0, 1.0),
+    sharing: Sharing = "stage",
+    reduction: float = 1 / 16,
+    basis_ratio: float = 1.0,
+    spatial_partition: bool = True,
+    norm: str = "auto",
+) -> Plan:
+    """Plan the warehouses of `model` for a budget. The model is left as it is.
+
+    model: any module, on any device (`meta` is enough). input_size: (C, H, W) of one image.
+    ratio: the convolutional budget b = n / m of every warehouse; or
+    params: parameters of the whole network, which the plan stays at or under.
+    cell_ratio: (out, in) share of the layers' common channels that a cell spans.
+    sharing: "stage" (one warehouse per stage and kind of layer), "position" (per stage and
+        position in the block), "layer", or groups of glob patterns over module names: a list
+        of lists, or a mapping from name to list or `Share`.
+    reduction: width of the attention over input channels. basis_ratio: width of the
+        nonlocal basis over the other layers' cells; 1 for none.
+    spatial_partition: cells are 1x1; otherwise they span the kernel.
+    norm: "batch", "layer" or "auto": "layer" if the model has no batch norm.
+
+    Raises PlanError for settings that cannot be, BudgetError if `params` is out of reach.
+    """
+    from kwlayers.sites import trace
+
+    settings = Settings(cell_ratio, sharing, reduction, basis_ratio, spatial_partition, norm)
+    return plan_network(trace(model, input_size), settings, ratio=ratio, params=params)
+
+
+def plan_network(
+    network: Network,
+    settings: Settings,
+    *,
+    ratio: float | None = None,
+    params: int | None = None,
+) -> Plan:
+    """`plan_model` for a network that has been traced."""
+    if (ratio is None) == (params is None):
+        raise PlanError("give exactly one budget: ratio=0.5 or params=12_000_000")
+    if ratio is not None:
+        return plan_ratio(network, settings, ratio)
+    assert params is not None
+    layout = lay_out(network, settings)
+    candidates = solve(layout.variables(), params - layout.static_params)
+    if not candidates:
+        raise out_of_reach(layout, params)
+    return layout.plan(candidates[0])
+
+
+def plan_ratio(network: Network, settings: Settings, ratio: float) -> Plan:
+    """Every warehouse at n = max(int(ratio * sum of m), 1), or at its own `Share.ratio`."""
+    if not (ratio > 0 and math.isfinite(ratio)):
+        raise PlanError(f"ratio {ratio}: it must be a number above 0")
+    layout = lay_out(network, settings)
+    groups = []
+    for group, own in zip(layout.groups, layout.own_ratios, strict=True):
+        b = own if own is not None else ratio
+        n = geometry.cells_for_ratio(sum(layout.mixtures(group)), b)
+        groups.append(replace(group, num_cells=n, ratio=b))
+    return Plan(network, tuple(groups), layout.notes)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Warehouses with their layers and cells, before their number of cells is decided."""
+
+    network: Network
+    groups: tuple[Group, ...]
+    own_ratios: tuple[float | None, ...]
+    notes: tuple[str, ...]
+
+    def mixtures(self, group: Group) -> tuple[int, ...]:
+        """m of each layer of `group`."""
+        return tuple(
+            geometry.num_mixtures(self.network[name].kernel, group.cell) for name in group.layers
+        )
+
+    @property
+    def static_params(self) -> int:
+        """Parameters outside the warehouses and their attention."""
+        replaced = (math.prod(self.network[n].kernel) for g in self.groups for n in g.layers)
+        return self.network.params - sum(replaced)
+
+    def variables(self, weights: Sequence[float] | None = None) -> list[Variable]:
+        """What the solver sizes. weights: relative ratios of the warehouses (default equal)."""
+        chosen = weights if weights is not None else [r or 1.0 for r in self.own_ratios]
+        return [self._variable(group, w) for group, w in zip(self.groups, chosen, strict=True)]
+
+    def _variable(self, group: Group, weight: float) -> Variable:
+        sites = [self.network[name] for name in group.layers]
+
+        def params(cells: int) -> int:
+            return group_params(sites, replace(group, num_cells=cells))
+
+        if group.basis_ratio >= 1:  # linear in n: two points say it all
+            base, step = params(1), params(2) - params(1)
+
+            def params(cells: int) -> int:
+                return base + (cells - 1) * step
+
+        mixing = sum(site.samples * math.prod(site.kernel) for site in sites)
+        return Variable(sum(self.mixtures(group)), params, mixing, weight)
+
+    def plan(self, solution: Solution) -> Plan:
+        """The plan of a solution."""
+        return self.sized(solution.num_cells)
+
+    def sized(self, num_cells: Sequence[int]) -> Plan:
+        """The plan with these cells per warehouse."""
+        groups = (
+            replace(group, num_cells=n) for group, n in zip(self.groups, num_cells, strict=True)
+        )
+        return Plan(self.network, tuple(groups), self.notes)
+
+    def floor(self) -> Plan:
+        """The smallest plan: one cell per warehouse."""
+        return self.sized([1] * len(self.groups))
+
+
+def out_of_reach(layout: Layout, target: int) -> BudgetError:
+    """The error for a target under the floor, which it explains."""
+    floor = layout.floor()
+    parts = floor.cost().params
+    layers = sum(len(group.layers) for group in layout.groups)
+    return BudgetError(
+        f"params {target:,}: below the floor of {parts.total:,} (unchanged {parts.unchanged:,} + "
+        f"attention of {layers} layers {parts.attention:,} + one cell in each of "
+        f"{len(layout.groups)} warehouses {parts.warehouses:,})",
+        target,
+        floor,
+    )
+
+
+def lay_out(network: Network, settings: Settings) -> Layout:
+    """Group the layers and cut the cells. Raises PlanError if nothing can be converted."""
+    notes: list[str] = []
+    if isinstance(settings.sharing, str):
+        shares = _automatic(network, settings, notes)
+    else:
+        shares = _explicit(network, settings.sharing)
+    if not shares:
+        raise PlanError(
+            "no layer can be converted: " + ("; ".join(notes) or "the network has none")
+        )
+    norm = settings.norm
+    if norm == "auto":
+        norm = "batch" if network.batch_norm else "layer"
+    groups = []
+    for name, share in shares.items():
+        sites = [network[layer] for layer in share.layers]
+        if len({site.kind for site in sites}) > 1:
+            kinds = ", ".join(sorted({site.kind for site in sites}))
+            raise PlanError(f"group {name!r}: layers of one kind share a warehouse, got {kinds}")
+        ratio = settings.cell_ratio if share.cell_ratio is None else share.cell_ratio
+        partition = settings.spatial_partition
+        if share.spatial_partition is not None:
+            partition = share.spatial_partition
+        try:
+            cell, rounded = geometry.cell_shape([s.kernel for s in sites], ratio, partition)
+        except ValueError as error:
+            raise PlanError(f"group {name!r}: {error}") from None
+        notes.extend(f"{name}: {note}" for note in rounded)
+        groups.append(
+            Group(
+                name=name,
+                cell=cell,
+                num_cells=1,
+                layers=tuple(share.layers),
+                reduction=settings.reduction if share.reduction is None else share.reduction,
+                basis_ratio=(
+                    settings.basis_ratio if share.basis_ratio is None else share.basis_ratio
+                ),
+                norm=norm,
+            )
+        )
+    ratios = tuple(share.ratio for share in shares.values())
+    return Layout(network, tuple(groups), ratios, tuple(notes))
+
+
+def _automatic(network: Network, settings: Settings, notes: list[str]) -> dict[str, Share]:
+    """Shares by stage, position or layer, in the order of their first layers."""
+    known = recognise(network.sites)
+    if known is None and settings.sharing != "layer":
+        raise PlanError(
+            f"sharing {settings.sharing!r} needs the stages of the network, and its module names "
+            f"are none of {', '.join(NAMES)} (torchvision's or timm's): use sharing='layer' or "
+            "groups of glob patterns"
+        )
+    static = (
+        {name: label.static for name, label in known.labels.items() if label.static}
+        if known
+        else _default_static(network.sites)
+    )
+    members: dict[str, list[str]] = {}
+    for site in network.sites:
+        reason = site.fixed or static.get(site.name, "")
+        if reason:
+            if site.fixed:
+                notes.append(f"{site.name} stays static: {site.fixed}")
+            continue
+        if settings.sharing == "layer" or known is None:
+            name = _distinct(site.name.replace(".", "_") or "layer", members)
+        else:
+            label = known.labels[site.name]
+            position = str(label.position) if settings.sharing == "position" else ""
+            name = label.alone or f"stage{label.stage}_{label.kind}{position}"
+        members.setdefault(name, []).append(site.name)
+    shares = {}
+    for name, layers in members.items():
+        shares.update(_split(name, [network[layer] for layer in layers], settings))
+    return shares
+
+
+def _split(name: str, sites: list[Site], settings: Settings) -> dict[str, Share]:
+    """Set apart what cannot share: kinds of layer, and kernel sizes of undivided cells."""
+    parts: dict[str, list[str]] = {}
+    kinds = {site.kind for site in sites}
+    sizes = {site.kernel_size for site in sites}
+    for site in sites:
+        part = name if len(kinds) == 1 else f"{name}_{site.kind}"
+        if not settings.spatial_partition and len(sizes) > 1:
+            part += "_" + "x".join(map(str, site.kernel_size))
+        parts.setdefault(part, []).append(site.name)
+    return {part: Share(tuple(layers)) for part, layers in parts.items()}
+
+
+def _default_static(sites: Sequence[Site]) -> dict[str, str]:
+    """For an unknown network: its first convolution and its last linear layer."""
+    stems = [site.name for site in sites if site.kind != "linear"][:1]
+    heads = [site.name for site in sites if site.kind == "linear"][-1:]
+    return {
+        **dict.fromkeys(stems, "the first convolution stays static"),
+        **dict.fromkeys(heads, "the last linear layer stays static"),
+    }
+
+
+def _explicit(
+    network: Network, sharing: Sequence[Patterns] | Mapping[str, Patterns | Share]
+) -> dict[str, Share]:
+    named = (
+        sharing
+        if isinstance(sharing, Mapping)
+        else {f"group{index}": patterns for index, patterns in enumerate(sharing)}
+    )
+    shares: dict[str, Share] = {}
+    owner: dict[str, str] = {}
+    for name, given in named.items():
+        share = given if isinstance(given, Share) else Share(given)
+        patterns = [share.layers] if isinstance(share.layers, str) else share.layers
+        layers = match_layers(network, patterns, f"group {name!r}")
+        for layer in layers:
+            if layer in owner:
+                raise PlanError(f"{layer} matches group {owner[layer]!r} and group {name!r}")
+            owner[layer] = name
+        shares[name] = replace(share, layers=layers)
+    first = {site.name: index for index, site in enumerate(network.sites)}
+    return dict(sorted(shares.items(), key=lambda item: first[item[1].layers[0]]))
+
+
+def _distinct(name: str, taken: Mapping[str, object]) -> str:
+    while name in taken:
+        name += "_"
+    return name

@@ -1,0 +1,64 @@
+"""Temperature over training: from the fixed assignment to the learned attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from kwlayers.attention import Attention
+
+
+def set_temperature_(model: nn.Module, temperature: float) -> nn.Module:
+    """Set the temperature (in [0, 1]) of every KernelWarehouse layer of `model`."""
+    if not 0 <= temperature <= 1:
+        raise ValueError(f"temperature {temperature}: it must be in [0, 1]")
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.temperature.fill_(temperature)
+    return model
+
+
+class TemperatureSchedule:
+    """Linear from 1 to 0 over the first `warmup_epochs`, one `step()` before each forward.
+
+    Step `it`, counted from 1, trains at `max(0, 1 - it / (warmup_epochs * steps_per_epoch))`
+    (arXiv 2406.07879, section 3.4; 20 of 300 epochs there, 15 of 150 for MobileNetV2).
+    The temperature itself is in the model's state dict; save `state_dict()` beside it.
+    """
+
+    def __init__(self, model: nn.Module, warmup_epochs: float, steps_per_epoch: int) -> None:
+        if warmup_epochs < 0 or steps_per_epoch < 1:
+            raise ValueError(
+                f"warmup_epochs {warmup_epochs}, steps_per_epoch {steps_per_epoch}: "
+                "at least 0 epochs, of at least 1 step"
+            )
+        if not any(isinstance(module, Attention) for module in model.modules()):
+            raise ValueError("the model has no KernelWarehouse layer: convert_ it first")
+        self.model = model
+        self.warmup_steps = warmup_epochs * steps_per_epoch
+        self.last_step = 0
+        set_temperature_(model, self.temperature)
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the current step."""
+        if self.last_step >= self.warmup_steps:
+            return 0.0
+        return 1.0 - self.last_step / self.warmup_steps
+
+    def step(self) -> float:
+        """Move to the next iteration; returns its temperature."""
+        self.last_step += 1
+        set_temperature_(self.model, self.temperature)
+        return self.temperature
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to put into a checkpoint."""
+        return {"last_step": self.last_step, "warmup_steps": self.warmup_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.last_step = int(state["last_step"])
+        self.warmup_steps = float(state["warmup_steps"])
+        set_temperature_(self.model, self.temperature)

@@ -1,0 +1,57 @@
+"""The shared parameter: n kernel cells that several layers mix their kernels from."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kwlayers import geometry
+
+
+class Warehouse(nn.Module):
+    """`cells` (n, c_out, c_in, *k), shared by the layers that are given this warehouse.
+
+    num_cells: n. cell: (c_out, c_in, *k). num_mixtures: M, the mixtures of all its layers
+    together (default n, i.e. ratio 1); cells are handed out evenly over them, in the order in
+    which layers are made. Register the warehouse once in your model, beside its layers:
+    they hold a reference that does not register it again.
+    """
+
+    def __init__(
+        self,
+        num_cells: int,
+        cell: tuple[int, ...],
+        num_mixtures: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_cells < 1 or len(cell) < 3 or min(cell) < 1:
+            raise ValueError(
+                f"num_cells {num_cells}, cell {tuple(cell)}: at least one cell of positive sizes "
+                "(c_out, c_in, *k)"
+            )
+        self.num_cells = num_cells
+        self.cell = tuple(cell)
+        self.num_mixtures = num_cells if num_mixtures is None else num_mixtures
+        if self.num_mixtures < 1:
+            raise ValueError(f"num_mixtures {num_mixtures}: at least 1")
+        self.cells = nn.Parameter(torch.empty(num_cells, *self.cell, device=device, dtype=dtype))
+        self._handed_out = 0
+        self.reset_parameters()
+
+    def reset_parameters(self, start: int = 0, length: int | None = None) -> None:
+        """Kaiming-normal (fan out) cells `start` to `start + length`, as one kernel."""
+        run = self.cells.detach()[start : self.num_cells if length is None else start + length]
+        if run.numel():
+            nn.init.kaiming_normal_(run.flatten(0, 1), mode="fan_out", nonlinearity="relu")
+
+    def hand_out(self, mixtures: int) -> geometry.Assignment:
+        """The cells of the next `mixtures` mixtures; past `num_mixtures` they come round again."""
+        first = self._handed_out
+        self._handed_out += mixtures
+        return geometry.even_assignment(self.num_cells, self.num_mixtures, first, mixtures)
+
+    def extra_repr(self) -> str:
+        return f"num_cells={self.num_cells}, cell={self.cell}, num_mixtures={self.num_mixtures}"
