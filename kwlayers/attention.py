@@ -103,7 +103,7 @@ class Attention(nn.Module):
         if self.basis is None:
             return z
         local, width = self.basis.local, self.basis.width
-        own, shared, zero = torch.split(z, (local, width, 1), dim=-1)
+        own, shared, zero = torch.split(z, [local, width, 1], dim=-1)
         others = self.fc3(shared)
         before, after = others[..., : self.start], others[..., self.start :]
         z = torch.cat((before, own, after, zero), dim=-1)
