@@ -65,12 +65,12 @@ class _Search:
     def __init__(self, variables: Sequence[Variable], target: int) -> None:
         self.variables = variables
         self.target = target
-        self.ratio = self._common_ratio()
         self.seen: dict[tuple[int, ...], Solution] = {}
         self._memo: list[dict[int, int]] = [{} for _ in variables]
+        self.ratio = self._common_ratio()
 
     def run(self) -> tuple[Solution, ...]:
-        start = [self._whole(i, self.ratio) for i in range(len(self.variables))]
+        start = [int(self._share(i, self.ratio)) for i in range(len(self.variables))]
         best = self._fill(start)
         for _ in range(_PASSES):
             better = min(
@@ -100,17 +100,17 @@ class _Search:
         variable = self.variables[index]
         return max(ratio * variable.weight * variable.mixtures, 1.0)
 
-    def _whole(self, index: int, ratio: float) -> int:
-        # The smallest nudge keeps an exact product from falling below its integer.
-        return int(self._share(index, ratio) * (1 + 1e-12))
+    def _params_between(self, index: int, share: float) -> float:
+        """Parameters at a share that need not be whole, linear between whole cells."""
+        whole = int(share)
+        return self._params(index, whole) + (share - whole) * self._step(index, whole)
 
     def _common_ratio(self) -> float:
-        """The largest ratio whose rounded-down plan fits."""
+        """The ratio that would meet the target exactly if cells could be divided."""
 
         def fits(ratio: float) -> bool:
-            cells = (self._whole(i, ratio) for i in range(len(self.variables)))
-            total = sum(v.params(n) for v, n in zip(self.variables, cells, strict=True))
-            return total <= self.target
+            shares = (self._share(i, ratio) for i in range(len(self.variables)))
+            return sum(self._params_between(i, s) for i, s in enumerate(shares)) <= self.target
 
         low, high = 0.0, 1.0
         while fits(high):

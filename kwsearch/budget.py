@@ -1,0 +1,154 @@
+"""From a target to a plan: what a budget buys, what is near it, and what cannot be reached."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kwlayers.plan import Network, Plan, PlanError
+from kwlayers.planner import BudgetError, Settings, lay_out, out_of_reach, plan_ratio
+from kwlayers.solver import Solution, solve
+from kwsearch import published
+from kwsearch.published import Published
+
+
+@dataclass(frozen=True)
+class Target:
+    """At most one of: b, parameters, parameters over those of the static model."""
+
+    ratio: float | None = None
+    params: int | None = None
+    total_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in vars(self).items() if value is not None]
+        if len(given) > 1:
+            raise PlanError(f"one target at a time, got {' and '.join(given)}")
+
+    def __bool__(self) -> bool:
+        return any(value is not None for value in vars(self).values())
+
+    def params_of(self, network: Network) -> int:
+        """The parameters that a `params` or `total_ratio` target allows."""
+        if self.params is not None:
+            return self.params
+        assert self.total_ratio is not None
+        return math.floor(self.total_ratio * network.params)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to meet a target, and why it is shown."""
+
+    why: str
+    plan: Plan
+    solution: Solution
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The plan for a target. candidates: what the solver compared, the chosen one first.
+
+    published: the published setting that was used, if one was.
+    """
+
+    plan: Plan
+    target: Target
+    settings: Settings
+    published: Published | None = None
+    candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """The common b: as given, else cells over mixtures of the whole plan."""
+        return self.target.ratio if self.target.ratio is not None else plan_ratio_of(self.plan)
+
+
+def plan_ratio_of(plan: Plan) -> float:
+    """b of a plan: the one its groups share, else all cells over all mixtures."""
+    ratios = {group.ratio for group in plan.groups}
+    if len(ratios) == 1 and (ratio := ratios.pop()) is not None:
+        return ratio
+    cells = sum(group.num_cells for group in plan.groups)
+    return cells / sum(sum(plan.mixtures(group)) for group in plan.groups)
+
+
+def meet(
+    network: Network, target: Target, settings: Settings | None = None, model: str | None = None
+) -> Outcome:
+    """The plan that meets `target`.
+
+    settings: None for the defaults; then a ratio that is published for `model` uses the
+    published setting. Raises BudgetError (with the plans nearest to the target in its
+    message) if none fits, PlanError for settings that cannot be.
+    """
+    if target.ratio is not None:
+        entry = published.find(model, target.ratio) if model and settings is None else None
+        if entry is not None:
+            return Outcome(entry.plan(network), target, entry.settings, entry)
+        chosen = settings or Settings()
+        return Outcome(plan_ratio(network, chosen, target.ratio), target, chosen)
+    chosen = settings or Settings()
+    layout = lay_out(network, chosen)
+    allowed = target.params_of(network)
+    solutions = solve(layout.variables(), allowed - layout.static_params)
+    if not solutions:
+        error = out_of_reach(layout, allowed)
+        near = "\n".join(f"  {line}" for line in nearest(network, chosen, allowed))
+        raise BudgetError(f"{error}\n{near}", allowed, error.floor)
+    candidates = tuple(
+        Candidate(why, layout.plan(solution), solution) for why, solution in _trade(solutions)
+    )
+    return Outcome(candidates[0].plan, target, chosen, None, candidates)
+
+
+def _trade(solutions: tuple[Solution, ...]) -> Iterator[tuple[str, Solution]]:
+    """The most even solution, and others that beat it in something; each once."""
+    shown = [solutions[0]]
+    yield "closest to one ratio (chosen)", solutions[0]
+    for why, best in (
+        ("uses most of the budget", max(solutions, key=lambda s: (s.params, -s.spread))),
+        ("fewest mixing MACs", min(solutions, key=lambda s: (s.mixing, s.spread))),
+    ):
+        if best not in shown:
+            shown.append(best)
+            yield why, best
+
+
+def nearest(network: Network, settings: Settings, allowed: int) -> list[str]:
+    """What comes nearest to a target under the floor: one line per way to go lower."""
+    lines = [f"nearest with these settings: {_total(lay_out(network, settings).floor()):,}"]
+    found = []
+    for flags, other in _lower(settings):
+        try:
+            floor = _total(lay_out(network, other).floor())
+        except PlanError:
+            continue
+        found.append((floor, flags))
+    for floor, flags in sorted(found)[:3]:
+        reach = "reaches the target" if floor <= allowed else "still above the target"
+        lines.append(f"try {flags}: floor {floor:,}, {reach}")
+    return lines
+
+
+def _total(plan: Plan) -> int:
+    return plan.cost().params.total
+
+
+def _lower(settings: Settings) -> Iterator[tuple[str, Settings]]:
+    """Settings with a lower floor, as the options that ask for them."""
+    out, inside = settings.cell_ratio
+    for divisor in (2, 4, 8):
+        cells = (out / divisor, inside / divisor)
+        flags = f"--cell-ratio {cells[0]:g},{cells[1]:g}"
+        yield flags, dataclasses.replace(settings, cell_ratio=cells)
+        if settings.sharing in ("position", "layer"):
+            coarser = dataclasses.replace(settings, cell_ratio=cells, sharing="stage")
+            yield f"{flags} --sharing stage", coarser
+    if settings.sharing in ("position", "layer"):
+        yield "--sharing stage", dataclasses.replace(settings, sharing="stage")
+    if settings.reduction > 1 / 64:
+        half = settings.reduction / 2
+        yield f"--reduction {half:g}", dataclasses.replace(settings, reduction=half)
