@@ -61,7 +61,7 @@ def cell_shape(
 def num_mixtures(kernel: Shape, cell: Shape) -> int:
     """m, the number of cells that one kernel is made of. Every cell size must divide."""
     if len(kernel) != len(cell) or any(
-        size % part for size, part in zip(kernel, cell, strict=True)
+        part < 1 or size % part for size, part in zip(kernel, cell, strict=True)
     ):
         raise ValueError(f"cells of shape {cell} do not tile a kernel of shape {kernel}")
     return math.prod(size // part for size, part in zip(kernel, cell, strict=True))
@@ -182,9 +182,9 @@ def even_assignment(num_cells: int, total: int, first: int, count: int) -> Assig
 
     cells = tuple(starts_on(g) for g in range(first, first + count))
     # A run ends where the next layer's begins. With n >= M that is the next layer's first
-    # cell, otherwise the first cell that no mixture before it has reached: ceil(g * n / M).
+    # cell, otherwise the first cell that no mixture before it has reached.
     start, end = (
-        g * num_cells // total if num_cells >= total else -(-g * num_cells // total)
+        g * num_cells // total if num_cells >= total else (g - 1) * num_cells // total + 1
         for g in (first, first + count)
     )
     start, length = start % num_cells, end - start

@@ -145,8 +145,11 @@ class Plan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """Rebuild a plan from `to_dict`. Raises PlanError for what is not one."""
+        if not isinstance(data, Mapping):
+            raise PlanError(f"plan: expected a mapping, got {type(data).__name__}")
         network = _from_plain(Network, data.get("network", {}), "network")
-        sites = tuple(_from_plain(Site, site, "network.sites") for site in network.sites)
+        listed = _listed(network.sites, "network.sites")
+        sites = tuple(_from_plain(Site, site, "network.sites") for site in listed)
         return cls.from_groups(dataclasses.replace(network, sites=sites), data.get("groups", ()))
 
     @classmethod
@@ -156,9 +159,10 @@ class Plan:
         `layers` may be glob patterns over module names (`layer1.*.conv2`).
         """
         built = []
-        for data in groups:
+        for data in _listed(groups, "groups"):
             group = _from_plain(Group, data, "groups")
-            layers = match_layers(network, group.layers, f"group {group.name!r}")
+            patterns = _listed(group.layers, f"group {group.name!r}: layers")
+            layers = match_layers(network, patterns, f"group {group.name!r}")
             built.append(dataclasses.replace(group, layers=layers))
         return cls(network, tuple(built))
 
@@ -200,8 +204,8 @@ def _check(plan: Plan) -> None:
             raise PlanError(f"{where}: the name is taken; every group needs its own")
         if group.method != METHOD:
             raise PlanError(f"{where}: unknown method {group.method!r}; there is {METHOD!r}")
-        if group.num_cells < 1:
-            raise PlanError(f"{where}: num_cells is {group.num_cells}; at least 1 is needed")
+        if not isinstance(group.num_cells, int) or group.num_cells < 1:
+            raise PlanError(f"{where}: num_cells is {group.num_cells!r}; an integer >= 1 is needed")
         if group.norm not in NORMS:
             raise PlanError(f"{where}: norm {group.norm!r}; allowed are {', '.join(NORMS)}")
         if group.ratio is not None and not group.ratio > 0:
@@ -236,6 +240,12 @@ def _plain(value: Any) -> Any:
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    return value
+
+
+def _listed(value: Any, where: str) -> Any:
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        raise PlanError(f"{where}: expected a list, got {type(value).__name__}")
     return value
 
 

@@ -6,6 +6,7 @@ Deciding needs no torch (`plan_network`); `plan_model` traces the model first.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -35,6 +36,12 @@ class Share:
     basis_ratio: float | None = None
     spatial_partition: bool | None = None
 
+    def __post_init__(self) -> None:
+        if self.ratio is not None:
+            _check_ratio(self.ratio)
+        if self.cell_ratio is not None:
+            _check_cell_ratio(self.cell_ratio)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -48,8 +55,7 @@ class Settings:
     norm: str = "auto"
 
     def __post_init__(self) -> None:
-        if len(self.cell_ratio) != 2 or not all(0 < ratio <= 1 for ratio in self.cell_ratio):
-            raise PlanError(f"cell_ratio {self.cell_ratio}: two numbers (out, in) in (0, 1]")
+        _check_cell_ratio(self.cell_ratio)
         for name in ("reduction", "basis_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise PlanError(f"{name} {getattr(self, name)}: it must be in (0, 1]")
@@ -60,6 +66,17 @@ class Settings:
                 f"sharing {self.sharing!r}: allowed are {', '.join(map(repr, SHARING))}, "
                 "or groups of glob patterns over module names"
             )
+
+
+def _check_ratio(ratio: float) -> None:
+    if not (ratio > 0 and math.isfinite(ratio)):
+        raise PlanError(f"ratio {ratio}: it must be a number above 0")
+
+
+def _check_cell_ratio(ratios: Sequence[float]) -> None:
+    pair = isinstance(ratios, Sequence) and len(ratios) == 2
+    if not pair or not all(0 < ratio <= 1 for ratio in ratios):
+        raise PlanError(f"cell_ratio {ratios}: two numbers (out, in) in (0, 1]")
 
 
 class BudgetError(PlanError):
@@ -128,8 +145,7 @@ def plan_network(
 
 def plan_ratio(network: Network, settings: Settings, ratio: float) -> Plan:
     """Every warehouse at n = max(int(ratio * sum of m), 1), or at its own `Share.ratio`."""
-    if not (ratio > 0 and math.isfinite(ratio)):
-        raise PlanError(f"ratio {ratio}: it must be a number above 0")
+    _check_ratio(ratio)
     layout = lay_out(network, settings)
     groups = []
     for group, own in zip(layout.groups, layout.own_ratios, strict=True):
@@ -278,7 +294,8 @@ def _automatic(network: Network, settings: Settings, notes: list[str]) -> dict[s
                 notes.append(f"{site.name} stays static: {site.fixed}")
             continue
         if settings.sharing == "layer" or known is None:
-            name = _distinct(site.name.replace(".", "_") or "layer", members)
+            plain = re.sub(r"\W", "_", site.name, flags=re.ASCII)
+            name = _distinct(plain if plain.strip("_") else "layer", members)
         else:
             label = known.labels[site.name]
             position = str(label.position) if settings.sharing == "position" else ""
@@ -327,6 +344,8 @@ def _explicit(
         share = given if isinstance(given, Share) else Share(given)
         patterns = [share.layers] if isinstance(share.layers, str) else share.layers
         layers = match_layers(network, patterns, f"group {name!r}")
+        if not layers:
+            raise PlanError(f"group {name!r}: it has no layers")
         for layer in layers:
             if layer in owner:
                 raise PlanError(f"{layer} matches group {owner[layer]!r} and group {name!r}")

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from kwlayers.counter import MacCounter
 from kwlayers.plan import Network, PlanError, Site
 
 # Exact types only: a subclass may compute something else from its weight.
@@ -36,7 +36,7 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
         raise PlanError(f"input_size {tuple(input_size)}: positive sizes (C, H, W) without batch")
     refuse_wrapped(model)
     params = sum(parameter.numel() for parameter in model.parameters())
-    counter, calls = _MacCounter(), _Calls()
+    counter, calls = MacCounter(), _Calls()
     twin = _meta_copy(model).eval()
     for name, module in twin.named_modules():
         if type(module) in CONVERTIBLE:
@@ -78,12 +78,19 @@ def _meta_copy(model: nn.Module) -> nn.Module:
             if parameter is not None and id(parameter) not in memo:
                 if isinstance(parameter, nn.parameter.UninitializedParameter):
                     raise PlanError("the model has lazy layers: run it once on real data first")
-                empty = torch.empty_like(parameter, device="meta")
-                memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+                memo[id(parameter)] = nn.Parameter(_empty(parameter), requires_grad=False)
         for buffer in module._buffers.values():
             if buffer is not None:
-                memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+                memo[id(buffer)] = _empty(buffer)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise PlanError(f"the model cannot be copied for tracing: {error}") from error
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    # Not empty_like: on meta it imports a second's worth of symbolic shapes.
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
@@ -157,38 +164,3 @@ class _Calls:
             self.samples[name] += x.shape[0] if batched else 1
 
         return record
-
-
-class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """MACs of every convolution and matrix product that runs, module or not."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.macs = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        operands = _PRODUCTS.get(func.overloadpacket)
-        if operands is not None:
-            # (…, i, k) @ (…, k, j): one MAC per output and k.
-            self.macs += out.numel() * args[operands].shape[-1]
-        elif func.overloadpacket is torch.ops.aten.convolution:
-            x, weight, transposed = args[0], args[1], args[6]
-            outputs = x if transposed else out
-            per_position = weight.numel() // weight.shape[0]
-            self.macs += outputs.numel() * per_position
-        return out
-
-
-# Which argument is the left factor.
-_PRODUCTS = {
-    torch.ops.aten.mm: 0,
-    torch.ops.aten.bmm: 0,
-    torch.ops.aten.addmm: 1,
-    torch.ops.aten.baddbmm: 1,
-    torch.ops.aten.mv: 0,
-    torch.ops.aten.addmv: 1,
-    torch.ops.aten.dot: 0,
-}

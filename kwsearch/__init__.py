@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "RecipeError", "load_recipe"]
 
 # pydantic and yaml load with the first recipe, so that `kwsearch --help` answers at once.
-_HOME = {name: "kwsearch.recipe" for name in __all__}
+_HOME = dict.fromkeys(__all__, "kwsearch.recipe")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,11 +12,13 @@ def kw_conv_grouped(x: Tensor, attention: Tensor, cells: Tensor, geometry: ConvG
     """x: (B, C, *S)  attention: (B, m, n)  cells: (n, c_out, c_in, *k)  out: (B, C_out, *S')."""
     batch = x.shape[0]
     conv = CONV[x.dim() - 2]
+    kernels = assemble(attention, cells, geometry.kernel)
     if batch == 0:
-        kernels = cells.new_zeros(geometry.kernel)
+        # Zeros that keep attention and cells in the graph: their gradients are zeros, not None.
+        kernels = kernels.sum(0)
         groups = geometry.groups
     else:
-        kernels = assemble(attention, cells, geometry.kernel).flatten(0, 1)
+        kernels = kernels.flatten(0, 1)
         groups = geometry.groups * batch
         x = x.reshape(1, -1, *x.shape[2:])
     out = conv(x, kernels, None, geometry.stride, geometry.padding, geometry.dilation, groups)

@@ -21,20 +21,13 @@ CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 def kw_conv_ref(x: Tensor, attention: Tensor, cells: Tensor, geometry: ConvGeometry) -> Tensor:
     """x: (B, C, *S)  attention: (B, m, n)  cells: (n, c_out, c_in, *k)  out: (B, C_out, *S')."""
     conv = CONV[x.dim() - 2]
+    kernels = [assemble_ref(alpha, cells, geometry.kernel) for alpha in attention]
+    if not kernels:
+        nothing = (attention.sum() + cells.sum()) * 0  # in the graph, for gradients of zero
+        return conv(x, nothing.expand(geometry.kernel), None, *geometry[1:])
     outputs = []
-    for sample, alpha in zip(x, attention, strict=True):
-        kernel = assemble_ref(alpha, cells, geometry.kernel)
-        outputs.append(
-            conv(
-                sample[None],
-                kernel,
-                None,
-                geometry.stride,
-                geometry.padding,
-                geometry.dilation,
-                geometry.groups,
-            )
-        )
+    for sample, kernel in zip(x, kernels, strict=True):
+        outputs.append(conv(sample[None], kernel, None, *geometry[1:]))
     return torch.cat(outputs)
 
 

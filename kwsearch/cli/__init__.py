@@ -1,0 +1,86 @@
+"""The `kwsearch` command: one small file per subcommand, loaded when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+# name -> the line that `kwsearch --help` shows; the module has the same name.
+COMMANDS = {
+    "budget": "Exact parameters and MACs of a model under a budget.",
+    "models": "The models that kwsearch knows by name.",
+    "optimize": "Search n, cells and sharing under the recipe's budget.",
+    "schema": "Print the JSON Schema of a recipe.",
+    "validate": "Check a recipe and list every problem.",
+}
+
+OK, FAILED, USAGE, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name and imports one when it runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"kwsearch.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kwsearch", prog_name="kwsearch")
+def cli() -> None:
+    """Plan and search the parameter budget of dynamic convolutions.
+
+    \b
+    kwsearch budget resnet50 --ratio 0.5     what does half the kernels buy, and cost?
+    kwsearch optimize recipe.yaml            find cells and sharing under that budget
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command; every foreseen problem is one message and its exit code."""
+    sys.exit(run(args))
+
+
+def run(args: list[str] | None = None) -> int:
+    """`main` without leaving: returns the exit code."""
+    try:
+        result: Any = cli.main(args, prog_name="kwsearch", standalone_mode=False)
+        return result if isinstance(result, int) else OK
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return OK
+    except OSError as error:
+        click.echo(f"Error: {error}", err=True)
+        return FAILED
+    except ValueError as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        return code
+
+
+def _exit_code(error: ValueError) -> int | None:
+    """The exit code of an error of ours that the user can mend; None for a bug."""
+    if type(error).__module__.split(".")[0] not in ("kwlayers", "kwsearch"):
+        return None
+    return NO_PLAN if type(error).__name__ == "BudgetError" else USAGE

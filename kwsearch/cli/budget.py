@@ -1,0 +1,278 @@
+"""kwsearch budget: what a parameter budget buys in a model, and what it costs."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kwsearch.cli.options import (
+    PLAN_OPTIONS,
+    SIZE,
+    is_recipe,
+    plan_options,
+    target_options,
+)
+
+if TYPE_CHECKING:
+    from kwlayers.plan import Network
+    from kwlayers.planner import Settings
+    from kwsearch.budget import Outcome, Target
+    from kwsearch.recipe import Recipe
+
+
+@click.command("budget")
+@click.argument("model", metavar="MODEL|RECIPE.yaml")
+@target_options
+@plan_options
+@click.option("--input", "input_size", type=SIZE, help="Input size.  [default: the model's]")
+@click.option("--classes", type=click.IntRange(min=1), help="Number of classes.")
+@click.option(
+    "--by", type=click.Choice(["stage", "layer"]), default="stage", help="Lines of the table."
+)
+@click.option("--flops", is_flag=True, help="Show FLOPs, two per MAC.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (always MACs).")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, writable=True), help="Write a recipe."
+)
+@click.option(
+    "--check", is_flag=True, help="Recount with PyTorch's FlopCounterMode and fvcore, and explain."
+)
+def command(
+    model: str,
+    ratio: float | None,
+    params: int | None,
+    total_ratio: float | None,
+    input_size: tuple[int, int, int] | None,
+    classes: int | None,
+    by: str,
+    flops: bool,
+    as_json: bool,
+    output: str | None,
+    check: bool,
+    **plan_settings: Any,
+) -> None:
+    """Exact parameters and MACs of MODEL under a budget, by part.
+
+    Give one target: --ratio (cells over mixtures, the papers' b), --params or --total-ratio
+    (of the whole network), or none to see the published settings. A recipe with a plan is
+    counted as it stands.
+
+    \b
+    kwsearch budget resnet50 --ratio 0.5
+    kwsearch budget resnet18 --params 8M --sharing layer -o recipe.yaml
+    kwsearch budget recipes/kw_resnet18_1x.yaml --by layer
+    """
+    from kwsearch.budget import Target
+
+    request = _Request(model, input_size, classes, Target(ratio, params, total_ratio))
+    request.apply({k: v for k, v in plan_settings.items() if v is not None})
+    network = request.network()
+    if not request.target and not request.has_plan:
+        if output or check:
+            raise click.UsageError("-o and --check need a target: --ratio, --params, --total-ratio")
+        _show_settings(request, network, as_json)
+        return
+    outcome = request.outcome(network)
+    if as_json:
+        _print_json(request, outcome, by)
+    else:
+        _print(request, outcome, by, 2 if flops else 1)
+    if check:
+        _print_check(request, outcome, as_json)
+    if output:
+        _write(request, outcome, output)
+
+
+class _Request:
+    """The model, its input and the target, from the command line and perhaps a recipe."""
+
+    def __init__(self, model: str, input_size: Any, classes: int | None, target: Target) -> None:
+        self.recipe: Recipe | None = None
+        self.model, self.input_size, self.classes, self.target = model, input_size, classes, target
+        self.settings: Settings | None = None
+        if is_recipe(model):
+            self._read(model)
+
+    def _read(self, path: str) -> None:
+        from kwsearch.recipe import load_recipe
+        from kwsearch.resolve import settings_of, target_of
+
+        self.recipe = load_recipe(path)
+        self.model = self.recipe.model.name
+        self.input_size = self.input_size or self.recipe.input
+        self.classes = self.classes or self.recipe.model.num_classes
+        self.settings = settings_of(self.recipe)
+        if self.target:
+            self.recipe = None
+        else:
+            self.target = target_of(self.recipe)
+
+    def apply(self, options: dict[str, Any]) -> None:
+        """Options that change the plan."""
+        if not options:
+            return
+        if self.has_plan:
+            shown = ", ".join("--" + name.replace("_", "-") for name in options)
+            raise click.UsageError(
+                f"{shown}: the recipe has a plan, which is counted as it stands; give a target "
+                "(--ratio, --params or --total-ratio) to plan anew"
+            )
+        from dataclasses import replace
+
+        from kwlayers.planner import Settings
+
+        assert set(options) <= set(PLAN_OPTIONS)
+        self.settings = replace(self.settings or Settings(), **options)
+
+    @property
+    def has_plan(self) -> bool:
+        return self.recipe is not None and self.recipe.plan is not None
+
+    def network(self) -> Network:
+        from kwsearch.networks import trace_model
+
+        return trace_model(self.model, self.input_size, self.classes)
+
+    def outcome(self, network: Network) -> Outcome:
+        if self.recipe is not None and self.recipe.plan is not None:
+            from kwsearch.resolve import outcome_of
+
+            return outcome_of(self.recipe, network)
+        from kwsearch.budget import meet
+
+        return meet(network, self.target, self.settings, self.model)
+
+
+def _print(request: _Request, outcome: Outcome, by: str, scale: int) -> None:
+    from kwsearch import report
+
+    out = report.console()
+    size = "x".join(map(str, outcome.plan.network.input_size))
+    out.print(f"[bold]{request.model}[/bold] at {size}, {_how(request, outcome)}")
+    for line in report.summary_lines(outcome.plan, scale):
+        out.print(report.plain(line))
+    for note in outcome.plan.notes:
+        click.echo(f"note: {note}", err=True)
+    table = report.stage_table if by == "stage" else report.layer_table
+    out.print(table(outcome.plan, scale))
+    if len(outcome.candidates) > 1:
+        out.print(report.trade_table(outcome.candidates))
+
+
+def _how(request: _Request, outcome: Outcome) -> str:
+    """The plan's origin, in words."""
+    if outcome.published is not None:
+        entry = outcome.published
+        return f"published setting {entry.name} ({entry.top1:.2f} % ImageNet top-1)"
+    if request.has_plan:
+        return f"the recipe's plan, b = {outcome.ratio:.4g} overall"
+    if outcome.target.ratio is not None:
+        return f"KernelWarehouse at b = {outcome.target.ratio:g}"
+    allowed = outcome.target.params_of(outcome.plan.network)
+    unused = allowed - outcome.plan.cost().params.total
+    solved = outcome.candidates[0].solution.ratio
+    return f"at most {allowed:,} parameters: b = {solved:.4g}, {unused:,} parameters unused"
+
+
+def _print_json(request: _Request, outcome: Outcome, by: str) -> None:
+    import json
+
+    from kwsearch import report
+
+    data: dict[str, Any] = {
+        "model": request.model,
+        "input": list(outcome.plan.network.input_size),
+        "ratio": outcome.ratio,
+        **report.plan_json(outcome.plan),
+    }
+    if outcome.published is not None:
+        data["published"] = outcome.published.name
+    if outcome.candidates:
+        data["candidates"] = [
+            {"why": c.why, "spread": c.solution.spread, **report.plan_json(c.plan)}
+            for c in outcome.candidates
+        ]
+    if outcome.plan.notes:
+        data["notes"] = list(outcome.plan.notes)
+    if by == "layer":
+        data["layers"] = [vars(layer) for layer in outcome.plan.cost_by_layer()]
+    click.echo(json.dumps(data, indent=2))
+
+
+def _show_settings(request: _Request, network: Network, as_json: bool) -> None:
+    """Without a target: the published settings, or the usual ratios where there are none."""
+    from kwlayers.planner import Settings
+    from kwsearch import published, report
+    from kwsearch.budget import Target, meet
+
+    entries = published.of_model(request.model) if request.settings is None else ()
+    if entries:
+        rows = [(e.name, e.ratio, e.plan(network), f"{e.top1:.2f} %") for e in entries]
+    else:
+        settings = request.settings or Settings()
+        rows = [
+            (f"b = {published.fraction(b)}", b, meet(network, Target(b), settings).plan, "")
+            for b in (0.25, 0.5, 1.0, 2.0, 4.0)
+        ]
+    if as_json:
+        import json
+
+        settings_json = [
+            {"name": name, "ratio": b, **report.plan_json(plan)} for name, b, plan, _ in rows
+        ]
+        data = {
+            "model": request.model,
+            "input": list(network.input_size),
+            "static": {"params": network.params, "macs": network.macs},
+            "settings": settings_json,
+            "published": bool(entries),
+        }
+        click.echo(json.dumps(data, indent=2))
+        return
+    out = report.console()
+    size = "x".join(map(str, network.input_size))
+    what = "published settings" if entries else "no published setting; usual ratios"
+    out.print(f"[bold]{request.model}[/bold] at {size}: {what}")
+    static = (network.params, network.macs)
+    out.print(report.published_table([(n, plan, acc) for n, _, plan, acc in rows], static))
+    floor = _floor(request, network)
+    if floor:
+        out.print(floor)
+
+
+def _floor(request: _Request, network: Network) -> str:
+    """The smallest plan under the settings, in words."""
+    from kwlayers.planner import Settings, lay_out
+
+    floor = lay_out(network, request.settings or Settings()).floor().cost().params.total
+    return f"smallest reachable with these options: {floor:,} parameters (one cell per warehouse)"
+
+
+def _print_check(request: _Request, outcome: Outcome, as_json: bool) -> None:
+    from kwsearch import report
+    from kwsearch.recount import recount
+
+    checks = recount(request.model, outcome.plan, request.input_size, request.classes)
+    out = click.get_text_stream("stderr" if as_json else "stdout")
+    for line in report.recount_lines(checks):
+        click.echo(line, file=out)
+    if not all(check.explained for check in checks):
+        raise click.ClickException("a count differs without an explanation; please report this")
+
+
+def _write(request: _Request, outcome: Outcome, output: str) -> None:
+    from kwsearch.recipe import write_recipe
+    from kwsearch.resolve import recipe_of
+
+    recipe = recipe_of(outcome, request.model, request.input_size, request.classes)
+    command_line = "kwsearch " + " ".join(sys.argv[1:])
+    cost = outcome.plan.cost()
+    header = [
+        f"{request.model}: {_how(request, outcome)}.",
+        f"{cost.params.total:,} parameters, {cost.macs.total:,} MACs. Written by:",
+        f"    {command_line}",
+    ]
+    write_recipe(recipe, output, header)
+    click.echo(f"wrote {output}", err=True)

@@ -1,0 +1,101 @@
+"""Options that several commands share, and the values they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+class Parsed(click.ParamType):
+    """A value read by a function of `kwsearch.units`, loaded when the first one is read."""
+
+    def __init__(self, function: str, name: str) -> None:
+        self.function = function
+        self.name = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from kwsearch import units
+
+        try:
+            return getattr(units, self.function)(value)
+        except ValueError as error:
+            return self.fail(str(error), param, ctx)
+
+
+class Pair(click.ParamType):
+    """`0.5` or `0.5,0.25`: one ratio for both, or (out, in)."""
+
+    name = "OUT[,IN]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from kwsearch.units import parse_ratio
+
+        parts = value.split(",") if isinstance(value, str) else list(value)
+        try:
+            ratios = [parse_ratio(part) for part in parts]
+        except ValueError as error:
+            return self.fail(str(error), param, ctx)
+        if len(ratios) > 2:
+            return self.fail(f"{value!r}: one ratio, or two (out,in)", param, ctx)
+        return (ratios[0], ratios[-1])
+
+
+RATIO = Parsed("parse_ratio", "RATIO")
+COUNT = Parsed("parse_count", "COUNT")
+SIZE = Parsed("parse_size", "CxHxW")
+Command = Callable[..., Any]
+
+
+def target_options(command: Command) -> Command:
+    """--ratio, --params, --total-ratio: at most one of them."""
+    for option in (
+        click.option(
+            "--total-ratio", type=RATIO, help="Parameters over those of the static model: 0.5."
+        ),
+        click.option("--params", type=COUNT, help="Parameters of the whole network: 12.8M."),
+        click.option("--ratio", type=RATIO, help="The convolutional budget b = n / m: 0.5."),
+    ):
+        command = option(command)
+    return command
+
+
+def plan_options(command: Command) -> Command:
+    """What changes the plan, whatever its size."""
+    for option in (
+        click.option(
+            "--spatial-partition/--no-spatial-partition",
+            default=None,
+            help="Cells of 1x1, or of the whole kernel.  [default: 1x1]",
+        ),
+        click.option(
+            "--norm",
+            type=click.Choice(["auto", "batch", "layer"]),
+            help="Norm of the attention.  [default: auto]",
+        ),
+        click.option(
+            "--basis-ratio", type=RATIO, help="Nonlocal basis over other cells.  [default: 1]"
+        ),
+        click.option(
+            "--reduction", type=RATIO, help="Attention width over channels.  [default: 1/16]"
+        ),
+        click.option(
+            "--sharing",
+            type=click.Choice(["stage", "position", "layer"]),
+            help="Which layers share a warehouse.  [default: stage]",
+        ),
+        click.option("--cell-ratio", type=Pair(), help="Cell over common channels.  [default: 1]"),
+    ):
+        command = option(command)
+    return command
+
+
+PLAN_OPTIONS = (
+    "cell_ratio", "sharing", "reduction", "basis_ratio", "norm", "spatial_partition",
+)  # fmt: skip
+
+
+def is_recipe(argument: str) -> bool:
+    """Whether a MODEL|RECIPE argument means a file."""
+    return argument.endswith((".yaml", ".yml"))

@@ -1,0 +1,45 @@
+"""`kwsearch validate`: is this recipe right? If not, everything that is wrong with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from kwsearch.recipe import Recipe
+
+
+@click.command("validate")
+@click.argument("recipe", metavar="RECIPE")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.pass_context
+def command(ctx: click.Context, recipe: str, overrides: tuple[str, ...]) -> None:
+    """Check a recipe file, with KEY=VALUE changes such as proxy.epochs=3.
+
+    Prints every problem with its line and column, and exits with 2 if there is one.
+    """
+    from kwsearch.recipe import RecipeError, load_recipe
+
+    try:
+        loaded = load_recipe(recipe, overrides)
+    except RecipeError as error:
+        click.echo(str(error), err=True)
+        ctx.exit(2)
+    click.echo(f"{recipe}: ok ({', '.join(_summary(loaded))})")
+
+
+def _summary(recipe: Recipe) -> list[str]:
+    from kwsearch.units import format_count
+
+    parts = [recipe.model.name]
+    if recipe.budget is not None:
+        for key in ("ratio", "total_ratio"):
+            value = getattr(recipe.budget, key)
+            parts += [] if value is None else [f"{key} {value:g}"]
+        if recipe.budget.params is not None:
+            parts.append(f"params {format_count(recipe.budget.params)}")
+    if recipe.plan is not None:
+        count = len(recipe.plan.groups)
+        parts.append(f"{count} group" if count == 1 else f"{count} groups")
+    return parts

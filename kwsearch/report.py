@@ -1,0 +1,274 @@
+"""Plans as text: the summary, the tables by stage and by layer, the solver's trade."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from kwlayers.cost import warehouse_params
+from kwlayers.families import recognise
+from kwlayers.plan import Group, Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kwsearch.budget import Candidate
+
+WIDTH = 132  # of a table that no terminal bounds
+
+
+def console() -> Console:
+    """Standard output: as wide as the terminal, or wide enough for a table in a file."""
+    from rich.console import Console
+
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; numbers add up over lines."""
+
+    warehouses: int = 0
+    attention: int = 0
+    unchanged: int = 0
+    conv: int = 0
+    mixing: int = 0
+    attention_macs: int = 0
+    unchanged_macs: int = 0
+
+    def __add__(self, other: Row) -> Row:
+        return Row(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def params(self) -> int:
+        return self.warehouses + self.attention + self.unchanged
+
+    @property
+    def macs(self) -> int:
+        return self.conv + self.mixing + self.attention_macs + self.unchanged_macs
+
+
+def stage_rows(plan: Plan) -> dict[str, tuple[Row, str]]:
+    """Costs by stage, with the stage's warehouses in words; the last row is all the rest."""
+    stage_of = _stages(plan)
+    rows: dict[str, Row] = {}
+    words: dict[str, list[str]] = {}
+    for group in plan.groups:
+        stage = stage_of[group.name]
+        rows[stage] = rows.get(stage, Row()) + Row(warehouses=warehouse_params(group))
+        words.setdefault(stage, []).append(_cells(group))
+    for layer in plan.cost_by_layer():
+        if layer.group is not None:
+            stage = stage_of[layer.group]
+            rows[stage] += Row(
+                attention=layer.attention_params,
+                unchanged=layer.static_params,
+                conv=layer.conv_macs,
+                mixing=layer.mixing_macs,
+                attention_macs=layer.attention_macs,
+            )
+    named = {stage: (row, _joined(words[stage])) for stage, row in rows.items()}
+    return {**named, "static layers, norms": (_rest(plan, list(rows.values())), "")}
+
+
+def _stages(plan: Plan) -> dict[str, str]:
+    """The stage of each group by its first layer; the group itself where stages are unknown."""
+    known = recognise(plan.network.sites)
+    stages = {}
+    for group in plan.groups:
+        label = known.labels[group.layers[0]] if known else None
+        if label is None:
+            stages[group.name] = group.name
+        elif label.static:
+            stages[group.name] = group.layers[0]
+        else:
+            stages[group.name] = label.alone or f"stage {label.stage}"
+    return stages
+
+
+def _rest(plan: Plan, rows: Sequence[Row]) -> Row:
+    """What no row has: static layers, norms, and matrix products outside layers."""
+    cost = plan.cost()
+    shown = sum(rows, Row())
+    return Row(
+        unchanged=cost.params.total - shown.params,
+        unchanged_macs=cost.macs.total - shown.macs,
+    )
+
+
+def _cells(group: Group) -> str:
+    return f"{group.num_cells} of {'x'.join(map(str, _squeezed(group.cell)))}"
+
+
+def _squeezed(cell: tuple[int, ...]) -> tuple[int, ...]:
+    """(64, 64) for 64x64x1x1; spatial cells keep their size."""
+    return cell[:2] if set(cell[2:]) == {1} else cell
+
+
+def _joined(words: list[str]) -> str:
+    return ", ".join(words) if len(words) <= 4 else f"{len(words)} warehouses"
+
+
+def stage_table(plan: Plan, scale: int = 1) -> Table:
+    """Parameters and MACs by stage. scale: 2 to show FLOPs instead of MACs."""
+    table = _table(
+        ("stage", "cells of the warehouses"),
+        ("cells", "attention", "unchanged", "parameters"),
+        ("conv", "mixing", "attention", "MACs" if scale == 1 else "FLOPs"),
+    )
+    rows = stage_rows(plan)
+    for name, (row, cells) in rows.items():
+        table.add_row(name, cells, *_numbers(row, scale))
+    total = sum((row for row, _ in rows.values()), Row())
+    table.add_section()
+    table.add_row("total", f"{len(plan.groups)} warehouses", *_numbers(total, scale), style="bold")
+    return table
+
+
+def _numbers(row: Row, scale: int) -> list[str]:
+    """The conv column holds all static MACs, too, so that the columns add up."""
+    params = (row.warehouses, row.attention, row.unchanged, row.params)
+    macs = (row.conv + row.unchanged_macs, row.mixing, row.attention_macs, row.macs)
+    return [f"{n:,}" for n in params] + [f"{n * scale:,}" for n in macs]
+
+
+def layer_table(plan: Plan, scale: int = 1) -> Table:
+    """Parameters and MACs by layer, then the warehouses and the rest."""
+    table = _table(
+        ("layer", "kernel", "warehouse"),
+        ("m", "n", "attention", "own", "conv", "mixing", "att. MACs", "all"),
+    )
+    groups = {group.name: group for group in plan.groups}
+    rows = []
+    for site, layer in zip(plan.network.sites, plan.cost_by_layer(), strict=True):
+        group = groups.get(layer.group or "")
+        row = Row(
+            attention=layer.attention_params,
+            unchanged=layer.static_params,
+            conv=layer.conv_macs,
+            mixing=layer.mixing_macs,
+            attention_macs=layer.attention_macs,
+        )
+        rows.append(row)
+        table.add_row(
+            site.name,
+            "x".join(map(str, site.kernel)),
+            group.name if group else "static",
+            str(layer.mixtures) if group else "",
+            str(group.num_cells) if group else "",
+            f"{row.attention:,}",
+            f"{row.unchanged:,}",
+            *(f"{n * scale:,}" for n in (row.conv, row.mixing, row.attention_macs, row.macs)),
+        )
+    table.add_section()
+    for group in plan.groups:
+        row = Row(warehouses=warehouse_params(group))
+        rows.append(row)
+        cell = "x".join(map(str, group.cell))
+        n = str(group.num_cells)
+        table.add_row(group.name, cell, "its cells", "", n, "", f"{row.warehouses:,}")
+    rest = _rest(plan, rows)
+    macs = f"{rest.unchanged_macs * scale:,}"
+    table.add_row("norms and others", "", "", "", "", "", f"{rest.unchanged:,}", "", "", "", macs)
+    total = sum(rows, rest)
+    own = total.unchanged + total.warehouses
+    sums = (total.attention, own, *(n * scale for n in (total.conv, total.mixing)))
+    last = (total.attention_macs * scale, total.macs * scale)
+    table.add_section()
+    table.add_row("total", "", "", "", "", *(f"{n:,}" for n in (*sums, *last)), style="bold")
+    return table
+
+
+def _table(words: Sequence[str], *numbers: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for group in numbers:
+        for name in group:
+            table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def summary_lines(plan: Plan, scale: int = 1) -> list[str]:
+    """Parameters and MACs in two sentences that add up."""
+    cost, static = plan.cost(), plan.network
+    params, macs = cost.params, cost.macs
+    unit = "MACs" if scale == 1 else "FLOPs"
+    return [
+        f"parameters  {params.total:,} = warehouses {params.warehouses:,} + attention "
+        f"{params.attention:,} + unchanged {params.unchanged:,}",
+        f"            {params.total / static.params:.2f} x static ({static.params:,})",
+        f"{unit:<10}  {macs.total * scale:,} = conv {macs.conv * scale:,} + mixing "
+        f"{macs.mixing * scale:,} + attention {macs.attention * scale:,} + unchanged "
+        f"{macs.unchanged * scale:,}",
+        f"            {macs.total / static.macs:.2f} x static ({static.macs * scale:,})",
+    ]
+
+
+def trade_table(candidates: Sequence[Candidate]) -> Table:
+    """What the solver compared: parameters against mixing MACs."""
+    table = _table(
+        ("candidate",), ("parameters", "MACs", "mixing MACs", "spread of b"), ("cells n",)
+    )
+    for candidate in candidates:
+        cost = candidate.plan.cost()
+        cells = [str(group.num_cells) for group in candidate.plan.groups]
+        shown = " ".join(cells) if len(cells) <= 8 else f"{' '.join(cells[:6])} … {cells[-1]}"
+        table.add_row(
+            candidate.why,
+            f"{cost.params.total:,}",
+            f"{cost.macs.total:,}",
+            f"{cost.macs.mixing:,}",
+            f"{candidate.solution.spread:.4f}",
+            shown,
+        )
+    return table
+
+
+def published_table(rows: Sequence[tuple[str, Plan, str]], static: tuple[int, int]) -> Table:
+    """One line per setting: (name, plan, accuracy in words), after the static network."""
+    table = _table(("setting",), ("parameters", "x static", "MACs", "x static", "ImageNet top-1"))
+    params, macs = static
+    table.add_row("static", f"{params:,}", "1.00", f"{macs:,}", "1.00", "")
+    for name, plan, accuracy in rows:
+        cost = plan.cost()
+        table.add_row(
+            name,
+            f"{cost.params.total:,}",
+            f"{cost.params.total / params:.2f}",
+            f"{cost.macs.total:,}",
+            f"{cost.macs.total / macs:.2f}",
+            accuracy,
+        )
+    return table
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan's numbers for `--json`."""
+    cost = plan.cost()
+    return {
+        "static": {"params": plan.network.params, "macs": plan.network.macs},
+        "params": vars(cost.params),
+        "macs": vars(cost.macs),
+        "warehouses": [
+            {
+                "name": group.name,
+                "cell": list(group.cell),
+                "num_cells": group.num_cells,
+                "layers": list(group.layers),
+            }
+            for group in plan.groups
+        ],
+    }
+
+
+def plain(text: str) -> str:
+    """Text without rich's markup brackets being read as markup."""
+    return re.sub(r"\[", r"\\[", text)

@@ -1,0 +1,108 @@
+"""Between a recipe and a plan: what a recipe asks for, and the recipe that says a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kwlayers.plan import Network, Plan, PlanError
+from kwlayers.planner import Settings, Share
+from kwsearch import zoo
+from kwsearch.budget import Outcome, Target, meet
+from kwsearch.networks import build_model, trace_model
+from kwsearch.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def create_model(recipe: Recipe) -> nn.Module:
+    """The recipe's static model, on the current device."""
+    return build_model(recipe.model.name, recipe.input, recipe.model.num_classes)
+
+
+def network_of(recipe: Recipe) -> Network:
+    """What tracing the recipe's model finds."""
+    return trace_model(recipe.model.name, recipe.input, recipe.model.num_classes)
+
+
+def input_of(recipe: Recipe) -> tuple[int, ...]:
+    """The recipe's input size, or the model's own."""
+    return recipe.input or zoo.get(recipe.model.name).input_size
+
+
+def settings_of(recipe: Recipe) -> Settings:
+    """The recipe's method, as planning takes it."""
+    method = recipe.method
+    return Settings(
+        cell_ratio=method.cell_ratio,
+        sharing=method.sharing,
+        reduction=method.reduction,
+        basis_ratio=method.basis_ratio,
+        spatial_partition=method.spatial_partition,
+        norm=method.norm,
+    )
+
+
+def target_of(recipe: Recipe) -> Target:
+    """The recipe's budget; empty if it has none."""
+    budget = recipe.budget
+    if budget is None:
+        return Target()
+    return Target(budget.ratio, budget.params, budget.total_ratio)
+
+
+def outcome_of(recipe: Recipe, network: Network) -> Outcome:
+    """The recipe's plan as it stands, else the plan that meets its budget."""
+    settings = settings_of(recipe)
+    if recipe.plan is not None:
+        groups = [group.model_dump() for group in recipe.plan.groups]
+        return Outcome(Plan.from_groups(network, groups), target_of(recipe), settings)
+    return meet(network, target_of(recipe), settings)
+
+
+def plan_for(recipe: Recipe, model: nn.Module) -> Plan:
+    """The recipe's plan for `model`, which may be yours: layers are found by name."""
+    from kwlayers.sites import trace
+
+    network = trace(model, input_of(recipe))
+    try:
+        return outcome_of(recipe, network).plan
+    except PlanError as error:
+        raise PlanError(f"the recipe does not fit this {type(model).__name__}: {error}") from error
+
+
+def method_dict(settings: Settings) -> dict[str, Any]:
+    """Settings as a recipe's method section."""
+    sharing: Any = settings.sharing
+    if not isinstance(sharing, str):
+        named = (
+            sharing.items()
+            if hasattr(sharing, "items")
+            else ((f"group{i}", patterns) for i, patterns in enumerate(sharing))
+        )
+        sharing = {
+            name: list(given.layers if isinstance(given, Share) else given) for name, given in named
+        }
+    return {**vars(settings), "sharing": sharing, "cell_ratio": list(settings.cell_ratio)}
+
+
+def recipe_of(
+    outcome: Outcome,
+    model: str,
+    input_size: Sequence[int] | None,
+    num_classes: int | None,
+    sections: dict[str, Any] | None = None,
+) -> Recipe:
+    """The recipe that says `outcome`. sections: further ones, as plain data."""
+    target = {k: v for k, v in vars(outcome.target).items() if v is not None}
+    data: dict[str, Any] = {
+        "format": 1,
+        "model": model if num_classes is None else {"name": model, "num_classes": num_classes},
+        "input": list(input_size or zoo.get(model).input_size),
+        "method": method_dict(outcome.settings),
+        "plan": {"groups": outcome.plan.groups_to_list()},
+    }
+    if target:
+        data["budget"] = target
+    return Recipe.model_validate({**data, **(sections or {})})
