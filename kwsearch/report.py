@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from kwlayers.cost import warehouse_params
+from kwlayers.cost import LayerCost, warehouse_params
 from kwlayers.families import recognise
 from kwlayers.plan import Group, Plan
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from kwsearch.budget import Candidate
 
-WIDTH = 132  # of a table that no terminal bounds
+WIDTH = 120  # of a table that no terminal bounds
 
 
 def console() -> Console:
@@ -44,12 +44,16 @@ class Row:
         return Row(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
-    def params(self) -> int:
-        return self.warehouses + self.attention + self.unchanged
+    def param_parts(self) -> tuple[int, int, int, int]:
+        """Warehouses, attention, unchanged, and their sum."""
+        parts = (self.warehouses, self.attention, self.unchanged)
+        return (*parts, sum(parts))
 
     @property
-    def macs(self) -> int:
-        return self.conv + self.mixing + self.attention_macs + self.unchanged_macs
+    def mac_parts(self) -> tuple[int, int, int, int, int]:
+        """Conv, mixing, attention, unchanged, and their sum."""
+        parts = (self.conv, self.mixing, self.attention_macs, self.unchanged_macs)
+        return (*parts, sum(parts))
 
 
 def stage_rows(plan: Plan) -> dict[str, tuple[Row, str]]:
@@ -64,13 +68,7 @@ def stage_rows(plan: Plan) -> dict[str, tuple[Row, str]]:
     for layer in plan.cost_by_layer():
         if layer.group is not None:
             stage = stage_of[layer.group]
-            rows[stage] += Row(
-                attention=layer.attention_params,
-                unchanged=layer.static_params,
-                conv=layer.conv_macs,
-                mixing=layer.mixing_macs,
-                attention_macs=layer.attention_macs,
-            )
+            rows[stage] += layer_row(layer)
     named = {stage: (row, _joined(words[stage])) for stage, row in rows.items()}
     return {**named, "static layers, norms": (_rest(plan, list(rows.values())), "")}
 
@@ -95,8 +93,8 @@ def _rest(plan: Plan, rows: Sequence[Row]) -> Row:
     cost = plan.cost()
     shown = sum(rows, Row())
     return Row(
-        unchanged=cost.params.total - shown.params,
-        unchanged_macs=cost.macs.total - shown.macs,
+        unchanged=cost.params.total - shown.param_parts[-1],
+        unchanged_macs=cost.macs.total - shown.mac_parts[-1],
     )
 
 
@@ -113,74 +111,80 @@ def _joined(words: list[str]) -> str:
     return ", ".join(words) if len(words) <= 4 else f"{len(words)} warehouses"
 
 
-def stage_table(plan: Plan, scale: int = 1) -> Table:
+def stage_tables(plan: Plan, scale: int = 1) -> list[Table]:
     """Parameters and MACs by stage. scale: 2 to show FLOPs instead of MACs."""
-    table = _table(
-        ("stage", "cells of the warehouses"),
-        ("cells", "attention", "unchanged", "parameters"),
-        ("conv", "mixing", "attention", "MACs" if scale == 1 else "FLOPs"),
-    )
+    params = _table(("parameters", "n of cell"), ("cells", "attention", "unchanged", "total"))
+    macs = _table((_unit(scale),), ("conv", "mixing", "attention", "unchanged", "total"))
     rows = stage_rows(plan)
-    for name, (row, cells) in rows.items():
-        table.add_row(name, cells, *_numbers(row, scale))
     total = sum((row for row, _ in rows.values()), Row())
-    table.add_section()
-    table.add_row("total", f"{len(plan.groups)} warehouses", *_numbers(total, scale), style="bold")
-    return table
+    for table in (params, macs):
+        for name, (row, cells) in {**rows, "total": (total, "")}.items():
+            if name == "total":
+                table.add_section()
+            if table is params:
+                table.add_row(name, cells, *_commas(row.param_parts))
+            else:
+                table.add_row(name, *_commas(row.mac_parts, scale))
+    return [params, macs]
 
 
-def _numbers(row: Row, scale: int) -> list[str]:
-    """The conv column holds all static MACs, too, so that the columns add up."""
-    params = (row.warehouses, row.attention, row.unchanged, row.params)
-    macs = (row.conv + row.unchanged_macs, row.mixing, row.attention_macs, row.macs)
-    return [f"{n:,}" for n in params] + [f"{n * scale:,}" for n in macs]
-
-
-def layer_table(plan: Plan, scale: int = 1) -> Table:
+def layer_tables(plan: Plan, scale: int = 1) -> list[Table]:
     """Parameters and MACs by layer, then the warehouses and the rest."""
-    table = _table(
-        ("layer", "kernel", "warehouse"),
-        ("m", "n", "attention", "own", "conv", "mixing", "att. MACs", "all"),
+    params = _table(
+        ("parameters", "kernel", "warehouse"), ("m", "n", "cells", "attention", "unchanged")
     )
+    macs = _table((_unit(scale),), ("conv", "mixing", "attention", "unchanged", "total"))
     groups = {group.name: group for group in plan.groups}
     rows = []
     for site, layer in zip(plan.network.sites, plan.cost_by_layer(), strict=True):
-        group = groups.get(layer.group or "")
-        row = Row(
-            attention=layer.attention_params,
-            unchanged=layer.static_params,
-            conv=layer.conv_macs,
-            mixing=layer.mixing_macs,
-            attention_macs=layer.attention_macs,
-        )
+        row = layer_row(layer)
         rows.append(row)
-        table.add_row(
-            site.name,
-            "x".join(map(str, site.kernel)),
-            group.name if group else "static",
-            str(layer.mixtures) if group else "",
-            str(group.num_cells) if group else "",
-            f"{row.attention:,}",
-            f"{row.unchanged:,}",
-            *(f"{n * scale:,}" for n in (row.conv, row.mixing, row.attention_macs, row.macs)),
-        )
-    table.add_section()
+        shape = "x".join(map(str, site.kernel))
+        group = groups.get(layer.group or "")
+        where = (group.name, str(layer.mixtures), str(group.num_cells)) if group else None
+        name, m, n = where or ("static", "", "")
+        params.add_row(site.name, shape, name, m, n, *_commas(row.param_parts[:-1]))
+        macs.add_row(site.name, *_commas(row.mac_parts, scale))
+    params.add_section()
     for group in plan.groups:
         row = Row(warehouses=warehouse_params(group))
         rows.append(row)
         cell = "x".join(map(str, group.cell))
-        n = str(group.num_cells)
-        table.add_row(group.name, cell, "its cells", "", n, "", f"{row.warehouses:,}")
+        params.add_row(
+            group.name, cell, "", "", str(group.num_cells), *_commas(row.param_parts[:-1])
+        )
     rest = _rest(plan, rows)
-    macs = f"{rest.unchanged_macs * scale:,}"
-    table.add_row("norms and others", "", "", "", "", "", f"{rest.unchanged:,}", "", "", "", macs)
     total = sum(rows, rest)
-    own = total.unchanged + total.warehouses
-    sums = (total.attention, own, *(n * scale for n in (total.conv, total.mixing)))
-    last = (total.attention_macs * scale, total.macs * scale)
-    table.add_section()
-    table.add_row("total", "", "", "", "", *(f"{n:,}" for n in (*sums, *last)), style="bold")
-    return table
+    params.add_row("norms and others", "", "", "", "", *_commas(rest.param_parts[:-1]))
+    macs.add_row("others", *_commas(rest.mac_parts, scale))
+    for table, cells in (
+        (params, ["", "", "", "", *_commas(total.param_parts[:-1])]),
+        (macs, _commas(total.mac_parts, scale)),
+    ):
+        table.add_section()
+        table.add_row("total", *cells)
+    return [params, macs]
+
+
+def layer_row(layer: LayerCost) -> Row:
+    """A layer's own numbers: a static layer's work is unchanged."""
+    static = layer.group is None
+    return Row(
+        attention=layer.attention_params,
+        unchanged=layer.static_params,
+        conv=0 if static else layer.conv_macs,
+        mixing=layer.mixing_macs,
+        attention_macs=layer.attention_macs,
+        unchanged_macs=layer.conv_macs if static else 0,
+    )
+
+
+def _unit(scale: int) -> str:
+    return "MACs" if scale == 1 else "FLOPs"
+
+
+def _commas(numbers: Sequence[int], scale: int = 1) -> list[str]:
+    return [f"{number * scale:,}" for number in numbers]
 
 
 def _table(words: Sequence[str], *numbers: Sequence[str]) -> Table:
@@ -199,17 +203,16 @@ def _table(words: Sequence[str], *numbers: Sequence[str]) -> Table:
 def summary_lines(plan: Plan, scale: int = 1) -> list[str]:
     """Parameters and MACs in two sentences that add up."""
     cost, static = plan.cost(), plan.network
-    params, macs = cost.params, cost.macs
-    unit = "MACs" if scale == 1 else "FLOPs"
-    return [
-        f"parameters  {params.total:,} = warehouses {params.warehouses:,} + attention "
-        f"{params.attention:,} + unchanged {params.unchanged:,}",
-        f"            {params.total / static.params:.2f} x static ({static.params:,})",
-        f"{unit:<10}  {macs.total * scale:,} = conv {macs.conv * scale:,} + mixing "
-        f"{macs.mixing * scale:,} + attention {macs.attention * scale:,} + unchanged "
-        f"{macs.unchanged * scale:,}",
-        f"            {macs.total / static.macs:.2f} x static ({static.macs * scale:,})",
-    ]
+    lines = []
+    for unit, parts, of, by in (
+        ("parameters", vars(cost.params), static.params, 1),
+        (_unit(scale), vars(cost.macs), static.macs, scale),
+    ):
+        total = parts["total"]
+        sums = " + ".join(f"{k} {v * by:,}" for k, v in parts.items() if k != "total")
+        lines.append(f"{unit}: {total * by:,}, {total / of:.2f} x static ({of * by:,})")
+        lines.append(f"    = {sums}")
+    return lines
 
 
 def trade_table(candidates: Sequence[Candidate]) -> Table:

@@ -155,8 +155,9 @@ def _print(request: _Request, outcome: Outcome, by: str, scale: int) -> None:
         out.print(report.plain(line))
     for note in outcome.plan.notes:
         click.echo(f"note: {note}", err=True)
-    table = report.stage_table if by == "stage" else report.layer_table
-    out.print(table(outcome.plan, scale))
+    tables = report.stage_tables if by == "stage" else report.layer_tables
+    for table in tables(outcome.plan, scale):
+        out.print(table)
     if len(outcome.candidates) > 1:
         out.print(report.trade_table(outcome.candidates))
 
