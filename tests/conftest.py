@@ -1,0 +1,54 @@
+"""Fixtures shared by all tests: the libraries that serve as independent references."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+# A torch.library.Library withdraws its definitions when it is collected.
+_kept_libraries: list[Any] = []
+
+
+@contextmanager
+def _third_party_import(package: str) -> Iterator[None]:
+    """Warnings that ``package`` raises about itself while it is imported are not ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")
+        yield
+
+
+def _declare_torchvision_operators() -> None:
+    """Give the two operators that importing torchvision asks for a schema, without a kernel."""
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _kept_libraries.append(library)
+
+
+@pytest.fixture(scope="session")
+def torchvision_models() -> ModuleType:
+    """``torchvision.models``, also where torchvision's operators were built for another torch."""
+    with _third_party_import("torchvision"):
+        try:
+            pytest.importorskip("torchvision", reason="torchvision is not installed")
+        except RuntimeError as error:
+            if "torchvision::" not in str(error):
+                raise
+            _declare_torchvision_operators()
+        return importlib.import_module("torchvision.models")
+
+
+@pytest.fixture(scope="session")
+def timm(torchvision_models: ModuleType) -> ModuleType:
+    """``timm``, which imports torchvision itself."""
+    with _third_party_import("timm"):
+        module: ModuleType = pytest.importorskip("timm", reason="timm is not installed")
+        return module

@@ -1,0 +1,108 @@
+"""`kwsearch validate` and `kwsearch schema`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from kwsearch.cli import schema, validate
+from kwsearch.recipe import json_schema
+
+RECIPE = """\
+format: 1
+model: resnet50
+budget: {ratio: 0.5}
+plan:
+  groups:
+    - {name: a, cell: [1, 1, 1], num_cells: 1, layers: [x]}
+    - {name: b, cell: [1, 1, 1], num_cells: 1, layers: [y]}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    return "recipe.yaml"
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(validate.command, args)
+
+
+def test_a_right_recipe_is_summed_up_on_stdout(recipe: str) -> None:
+    result = run(recipe)
+    assert (result.exit_code, result.stdout, result.stderr) == (
+        0,
+        "recipe.yaml: ok (resnet50, ratio 0.5, 2 groups)\n",
+        "",
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "summary"),
+    [
+        (["budget={params: 12.8M}", "plan=null"], "resnet50, params 12,800,000"),
+        (["budget={total_ratio: 0.5x}", "model=m"], "m, total_ratio 0.5, 2 groups"),
+        (["budget=null", "plan.groups=[]"], "resnet50, 0 groups"),
+        (
+            ["plan.groups=[{name: a, cell: [1, 1, 1], num_cells: 1, layers: [x]}]"],
+            "resnet50, ratio 0.5, 1 group",
+        ),
+    ],
+)
+def test_overrides_count_in_the_summary(recipe: str, overrides: list[str], summary: str) -> None:
+    result = run(recipe, *overrides)
+    assert (result.exit_code, result.stdout) == (0, f"recipe.yaml: ok ({summary})\n")
+
+
+def test_every_problem_goes_to_stderr_and_the_exit_code_is_2(recipe: str) -> None:
+    result = run(recipe, "plan.groups.0.num_cells=0", "search.trials=0")
+    assert (result.exit_code, result.stdout, result.stderr) == (
+        2,
+        "",
+        "override 'plan.groups.0.num_cells=0': plan.groups.0.num_cells: too small (got 0; "
+        "allowed a whole number >= 1)\n"
+        "override 'search.trials=0': search.trials: too small (got 0; "
+        "allowed a whole number >= 1)\n",
+    )
+
+
+def test_a_second_file_is_refused(recipe: str) -> None:
+    result = run(recipe, "other.yaml")
+    assert (result.exit_code, result.stdout, result.stderr) == (
+        2,
+        "",
+        "override 'other.yaml': not KEY=VALUE (allowed e.g. proxy.epochs=3)\n",
+    )
+
+
+def test_a_file_that_does_not_exist_is_named(recipe: str) -> None:
+    result = run("other.yaml")
+    assert (result.exit_code, result.stderr) == (2, "other.yaml: no such file\n")
+
+
+def test_the_help_shows_how_it_is_called() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "RECIPE [KEY=VALUE]..." in result.stdout
+
+
+def test_the_schema_is_printed_as_json() -> None:
+    result = CliRunner().invoke(schema.command, [])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout) == json_schema()
+    assert result.stdout.startswith('{\n  "$schema": "https://json-schema.org/')
+
+
+def test_the_commands_import_nothing_heavy() -> None:
+    code = (
+        "import sys; from kwsearch.cli import schema, validate; "
+        "sys.exit(bool({'torch', 'pydantic', 'yaml', 'optuna'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
