@@ -49,6 +49,9 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, value in {"reduction": reduction, "basis_ratio": basis_ratio}.items():
+            if not value > 0:
+                raise ValueError(f"{name} {value}: it must be above 0")
         kwargs: Any = {"device": device, "dtype": dtype}
         self.in_channels = in_channels
         self.num_mixtures = num_mixtures

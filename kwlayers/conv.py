@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kwlayers import geometry
 from kwlayers.attention import Attention
-from kwlayers.ops import ConvGeometry, kw_conv
+from kwlayers.ops import ConvGeometry, kw_conv, path
 from kwlayers.warehouse import Warehouse
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -41,16 +41,16 @@ class _KWLayer(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        path(backend)
         mixtures = geometry.num_mixtures(kernel, warehouse.cell)
-        if assignment is None:
-            assignment = warehouse.hand_out(mixtures)
+        cells = warehouse.next_cells(mixtures) if assignment is None else assignment
         # In a tuple, so that the module does not register it: it has one home, the model's root.
         self._warehouse = (warehouse,)
         self.attention = Attention(
             in_channels,
             mixtures,
             warehouse.num_cells,
-            assignment,
+            cells,
             total_mixtures=warehouse.num_mixtures,
             ratio=ratio,
             reduction=reduction,
@@ -65,7 +65,10 @@ class _KWLayer(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.backend = backend
-        warehouse.reset_parameters(assignment.start, assignment.length)
+        # Last, so that a layer which is refused takes nothing.
+        if assignment is None:
+            warehouse.hand_out(mixtures)
+        warehouse.reset_parameters(cells.start, cells.length)
 
     @property
     def warehouse(self) -> Warehouse:
@@ -107,6 +110,9 @@ class _KWConvNd(_KWLayer):
             raise ValueError(f"padding_mode {padding_mode!r}: allowed are {_PADDING_MODES}")
         sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
         spread = {name: self._spread(name, size) for name, size in sizes.items()}
+        if not isinstance(padding, str):
+            padding = self._spread("padding", padding)
+        sides = _sides(padding, **spread)
         kernel = (out_channels, in_channels // groups, *spread["kernel_size"])
         super().__init__(
             in_channels,
@@ -126,11 +132,10 @@ class _KWConvNd(_KWLayer):
         self.out_channels = out_channels
         self.kernel_size = spread["kernel_size"]
         self.stride = spread["stride"]
-        self.padding = padding if isinstance(padding, str) else self._spread("padding", padding)
+        self.padding = padding
         self.dilation = spread["dilation"]
         self.groups = groups
         self.padding_mode = padding_mode
-        sides = self._sides()
         even = all(left == right for left, right in sides)
         in_op = padding_mode == "zeros" and even
         inner = tuple(left for left, _ in sides) if in_op else (0,) * self.rank
@@ -145,28 +150,16 @@ class _KWConvNd(_KWLayer):
             raise ValueError(f"{name} {size}: one size, or {cls.rank} of them")
         return sizes
 
-    def _sides(self) -> list[tuple[int, int]]:
-        """Padding before and after, per axis."""
-        if self.padding == "valid":
-            return [(0, 0)] * self.rank
-        if self.padding == "same":
-            if max(self.stride) > 1:
-                raise ValueError("padding 'same' needs stride 1")
-            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            return [(total // 2, total - total // 2) for total in totals]
-        if isinstance(self.padding, str):
-            raise ValueError(f"padding {self.padding!r}: a size, 'same' or 'valid'")
-        return [(p, p) for p in self.padding]
-
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) or (C, *S)  out: (B, C_out, *S') or (C_out, *S')."""
-        if x.dim() == self.rank + 1:
-            return self.forward(x[None])[0]
-        if x.dim() != self.rank + 2 or x.shape[1] != self.in_channels:
+        axes = x.dim() - self.rank
+        if axes not in (1, 2) or x.shape[axes - 1] != self.in_channels:
             raise ValueError(
                 f"input of shape {tuple(x.shape)}: expected (B, {self.in_channels}, …) with "
                 f"{self.rank + 2} axes, or {self.rank + 1} without batch"
             )
+        if axes == 1:
+            return self.forward(x[None])[0]
         alpha = self.attention(x)
         if self._pad:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -183,12 +176,34 @@ class _KWConvNd(_KWLayer):
             "padding": (0,) * self.rank,
             "dilation": (1,) * self.rank,
             "groups": 1,
-            "padding_mode": "zeros",
         }
         for name, default in defaults.items():
             if getattr(self, name) != default:
-                text += f", {name}={getattr(self, name)!r}"
-        return text + ("" if self.bias is not None else ", bias=False")
+                text += f", {name}={getattr(self, name)}"
+        if self.bias is None:
+            text += ", bias=False"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode}"
+        return text
+
+
+def _sides(
+    padding: str | tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> list[tuple[int, int]]:
+    """Padding before and after, per axis."""
+    if padding == "valid":
+        return [(0, 0)] * len(kernel_size)
+    if padding == "same":
+        if max(stride) > 1:
+            raise ValueError("padding 'same' needs stride 1")
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    if isinstance(padding, str):
+        raise ValueError(f"padding {padding!r}: a size, 'same' or 'valid'")
+    return [(p, p) for p in padding]
 
 
 class KWConv1d(_KWConvNd):
@@ -252,12 +267,12 @@ class KWLinear(_KWLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, …, C) or (C,)  out: (B, …, C_out) or (C_out,)."""
-        if x.dim() == 1:
-            return self.forward(x[None])[0]
-        if x.shape[-1] != self.in_features:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"input of shape {tuple(x.shape)}: expected {self.in_features} on the last axis"
             )
+        if x.dim() == 1:
+            return self.forward(x[None])[0]
         # (B, …, C) -> (B, C, tokens), and back.
         tokens = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
         tokens = tokens.transpose(1, 2)
@@ -267,7 +282,10 @@ class KWLinear(_KWLayer):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+        has_bias = self.bias is not None
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}"
+        )
 
 
 def like(layer: nn.Module, warehouse: Warehouse, **settings: Any) -> _KWLayer:

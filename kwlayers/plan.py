@@ -184,13 +184,12 @@ def match_layers(network: Network, patterns: Sequence[str], where: str) -> tuple
 def unknown_layer(pattern: str, network: Network) -> str:
     """The message for a name or pattern that no layer matches."""
     names = [site.name for site in network.sites]
+    said = f"no convolution or linear layer is named {pattern!r}"
+    if not names:
+        return f"{said}: the network has none"
     close = difflib.get_close_matches(pattern, names, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"there are {names[0]!r} to {names[-1]!r}"
-    return (
-        f"no convolution or linear layer is named {pattern!r}; {hint}"
-        if names
-        else (f"no convolution or linear layer is named {pattern!r}: the network has none")
-    )
+    return f"{said}; {hint}"
 
 
 def _check(plan: Plan) -> None:

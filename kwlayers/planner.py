@@ -217,9 +217,14 @@ def out_of_reach(layout: Layout, target: int) -> BudgetError:
     floor = layout.floor()
     parts = floor.cost().params
     layers = sum(len(group.layers) for group in layout.groups)
+    static = [row for row in floor.cost_by_layer() if row.group is None]
+    largest = sorted(static, key=lambda row: -row.static_params)[:3]
+    named = [f"{row.name} {row.static_params:,}" for row in largest]
+    rest = parts.unchanged - sum(row.static_params for row in largest)
+    unchanged = " + ".join([*named, f"norms and others {rest:,}"])
     return BudgetError(
-        f"params {target:,}: below the floor of {parts.total:,} (unchanged {parts.unchanged:,} + "
-        f"attention of {layers} layers {parts.attention:,} + one cell in each of "
+        f"params {target:,}: below the floor of {parts.total:,} (unchanged {parts.unchanged:,} "
+        f"[{unchanged}] + attention of {layers} layers {parts.attention:,} + one cell in each of "
         f"{len(layout.groups)} warehouses {parts.warehouses:,})",
         target,
         floor,

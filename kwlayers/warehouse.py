@@ -45,13 +45,22 @@ class Warehouse(nn.Module):
         """Kaiming-normal (fan out) cells `start` to `start + length`, as one kernel."""
         run = self.cells.detach()[start : self.num_cells if length is None else start + length]
         if run.numel():
-            nn.init.kaiming_normal_(run.flatten(0, 1), mode="fan_out", nonlinearity="relu")
+            # In another memory format flatten copies: fill the copy, then the cells.
+            kernel = run.flatten(0, 1)
+            nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
+            run.copy_(kernel.view(run.shape))
+
+    def next_cells(self, mixtures: int) -> geometry.Assignment:
+        """The cells of the next `mixtures` mixtures; past `num_mixtures` they come round again."""
+        return geometry.even_assignment(
+            self.num_cells, self.num_mixtures, self._handed_out, mixtures
+        )
 
     def hand_out(self, mixtures: int) -> geometry.Assignment:
-        """The cells of the next `mixtures` mixtures; past `num_mixtures` they come round again."""
-        first = self._handed_out
+        """`next_cells`, which are then taken."""
+        assignment = self.next_cells(mixtures)
         self._handed_out += mixtures
-        return geometry.even_assignment(self.num_cells, self.num_mixtures, first, mixtures)
+        return assignment
 
     def extra_repr(self) -> str:
         return f"num_cells={self.num_cells}, cell={self.cell}, num_mixtures={self.num_mixtures}"

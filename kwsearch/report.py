@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from kwsearch.budget import Candidate
+    from kwsearch.recount import Recount
 
 WIDTH = 120  # of a table that no terminal bounds
 
@@ -270,6 +271,20 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             for group in plan.groups
         ],
     }
+
+
+def recount_lines(checks: Sequence[Recount]) -> list[str]:
+    """Each recount against ours, and every reason for a difference."""
+    lines = []
+    for check in checks:
+        difference = check.counted - check.ours
+        verdict = "equal" if not difference else f"{difference:+,}"
+        lines.append(f"check: {check.counter} {check.counted:,}, ours {check.ours:,}: {verdict}")
+        lines += [f"    {amount:+,} {why}" for why, amount in check.reasons]
+        if not check.explained:
+            unknown = difference - sum(amount for _, amount in check.reasons)
+            lines.append(f"    {unknown:+,} UNEXPLAINED")
+    return lines
 
 
 def plain(text: str) -> str:

@@ -10,7 +10,7 @@ from kwlayers.ops.geometry import ConvGeometry
 from kwlayers.ops.grouped import kw_conv_grouped
 from kwlayers.ops.reference import kw_conv_ref
 
-__all__ = ["BACKENDS", "ConvGeometry", "kw_conv"]
+__all__ = ["BACKENDS", "ConvGeometry", "kw_conv", "path"]
 
 Path = Callable[[Tensor, Tensor, Tensor, ConvGeometry], Tensor]
 
@@ -25,8 +25,13 @@ def kw_conv(
     x: (B, C, *S)  attention: (B, m, n)  cells: (n, c_out, c_in, *k)  out: (B, C_out, *S').
     backend: a key of `BACKENDS`, or None for the best known.
     """
+    return path(backend)(x, attention, cells, geometry)
+
+
+def path(backend: str | None) -> Path:
+    """The function of a backend. Raises ValueError for one that does not exist."""
     if backend is None:
         backend = "grouped"
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: allowed are {', '.join(BACKENDS)}")
-    return BACKENDS[backend](x, attention, cells, geometry)
+    return BACKENDS[backend]

@@ -1,0 +1,38 @@
+"""Recipes: the YAML file around a plan. The schema; every problem in one message; writing."""
+
+from __future__ import annotations
+
+from kwsearch.recipe.loading import RecipeError, load_recipe, parse_recipe
+from kwsearch.recipe.schema import (
+    Budget,
+    Method,
+    ModelChoice,
+    Proxy,
+    Recipe,
+    RecipeGroup,
+    RecipePlan,
+    Search,
+    Space,
+    Training,
+    json_schema,
+)
+from kwsearch.recipe.writing import dump_recipe, write_recipe
+
+__all__ = [
+    "Budget",
+    "Method",
+    "ModelChoice",
+    "Proxy",
+    "Recipe",
+    "RecipeError",
+    "RecipeGroup",
+    "RecipePlan",
+    "Search",
+    "Space",
+    "Training",
+    "dump_recipe",
+    "json_schema",
+    "load_recipe",
+    "parse_recipe",
+    "write_recipe",
+]

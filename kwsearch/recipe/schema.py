@@ -1,0 +1,356 @@
+"""What a recipe may say: one frozen model per section. The JSON Schema comes from here."""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
+
+from kwsearch.recipe.fields import (
+    DISTINCT,
+    UNIQUE,
+    WHOLE,
+    AtLeast1,
+    AtLeast4,
+    Bool,
+    CellRatio,
+    Count,
+    Json,
+    Name,
+    NotNegative,
+    NotNegativeFloat,
+    Patterns,
+    Portion,
+    Positive,
+    Ratio,
+    Sharing,
+    SharingRule,
+    Size,
+    Text,
+)
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def _section_error(message: str) -> PydanticCustomError:
+    """A problem of the section that the validated field is in, not of the field."""
+    return PydanticCustomError("section", "{message}", {"message": message})
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelChoice(_Section):
+    """The network: a name, or a name and what its factory needs."""
+
+    name: Text = Field(description="name of the network, e.g. resnet50")
+    num_classes: AtLeast1 | None = Field(
+        default=None, description="outputs; null is the network's own"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        mapping = handler.resolve_ref_schema(handler(core_schema))
+        name = {"type": "string", "minLength": 1}
+        return {"anyOf": [name, mapping], "description": mapping.pop("description")}
+
+
+class Method(_Section):
+    """How layers become dynamic: the settings that planning starts from."""
+
+    name: Literal["kernel_warehouse"] = Field(default="kernel_warehouse", description="the method")
+    cell_ratio: CellRatio = Field(
+        default=(1.0, 1.0),
+        description="(out, in) channels of a cell, as parts of the kernels' common divisor; "
+        "one number means both",
+    )
+    sharing: Sharing = Field(
+        default="stage",
+        description="layers that share a warehouse: those of a stage, of a position in their "
+        "block, each layer alone, or named lists of glob patterns over layer names",
+    )
+    reduction: Portion = Field(
+        default=0.0625, description="attention width as a part of the channels"
+    )
+    basis_ratio: Portion = Field(
+        default=1.0,
+        description="nonlocal basis as a part of the other layers' cells; 1 is no basis",
+    )
+    spatial_partition: Bool = Field(default=True, description="cut kernels into 1x1 cells")
+    norm: Literal["auto", "batch", "layer"] = Field(
+        default="auto", description="normalisation in the attention; auto follows the network"
+    )
+
+
+class Budget(_Section):
+    """What the network may spend: exactly one of the three."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
+                for key in ("ratio", "params", "total_ratio")
+            ]
+        }
+    )
+
+    ratio: Ratio | None = Field(
+        default=None, description="cells per mixture: the paper's convolutional budget b"
+    )
+    params: Count | None = Field(
+        default=None, description="parameters of the whole network, e.g. 12.8M"
+    )
+    total_ratio: Ratio | None = Field(
+        default=None,
+        validate_default=True,
+        description="parameters as a multiple of the static network's, e.g. 0.5x",
+    )
+
+    @field_validator("total_ratio")
+    @classmethod
+    def _exactly_one(cls, value: float | None, info: ValidationInfo) -> float | None:
+        # A field that failed is not in info.data; it was given all the same.
+        given = [key for key in ("ratio", "params") if info.data.get(key, 0) is not None]
+        given += ["total_ratio"] if value is not None else []
+        if len(given) != 1:
+            raise _section_error(
+                f"not one target (got {' and '.join(given) or 'none'}; "
+                "allowed exactly one of ratio, params, total_ratio, e.g. ratio: 0.5)"
+            )
+        return value
+
+
+class RecipeGroup(_Section):
+    """The layers of one warehouse, with every integer resolved."""
+
+    method: Literal["kernel_warehouse"] = Field(
+        default="kernel_warehouse", description="the method"
+    )
+    name: Name = Field(description="name of the warehouse: letters, digits, underscores")
+    cell: Annotated[tuple[AtLeast1, ...], Field(min_length=3, max_length=5)] = Field(
+        description="shape of a cell: out, in, then the kernel's sizes, e.g. [32, 32, 1, 1]"
+    )
+    num_cells: AtLeast1 = Field(description="cells in the warehouse")
+    ratio: Positive | None = Field(
+        default=None, description="the convolutional budget b, where one was given"
+    )
+    reduction: Portion = Field(
+        default=0.0625, description="attention width as a part of the channels"
+    )
+    basis_ratio: Portion = Field(
+        default=1.0,
+        description="nonlocal basis as a part of the other layers' cells; 1 is no basis",
+    )
+    norm: Literal["batch", "layer"] = Field(
+        default="batch", description="normalisation in the attention"
+    )
+    layers: Patterns = Field(description="names of its layers, or glob patterns over names")
+
+
+class RecipePlan(_Section):
+    """The resolved plan. Layers in no group stay as they are."""
+
+    groups: tuple[RecipeGroup, ...] = Field(description="the warehouses")
+
+    @field_validator("groups")
+    @classmethod
+    def _own_names(cls, groups: tuple[RecipeGroup, ...]) -> tuple[RecipeGroup, ...]:
+        names = [group.name for group in groups]
+        error = PydanticCustomError("taken", "the name of another group")
+        taken = [
+            InitErrorDetails(type=error, loc=(i, "name"), input=name)
+            for i, name in enumerate(names)
+            if name in names[:i]
+        ]
+        if taken:
+            raise ValidationError.from_exception_data("groups", taken)
+        return groups
+
+
+class Space(_Section):
+    """What the search may vary. An empty list keeps the method's value."""
+
+    split: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=1)] = Field(
+        default=2.0,
+        description="how far a warehouse's ratio may be from the common one, as a factor "
+        "either way; 1 is the same everywhere",
+    )
+    cell_ratio: Annotated[tuple[CellRatio, ...], UNIQUE, DISTINCT] = Field(
+        default=(), description="cell ratios to try"
+    )
+    sharing: Annotated[tuple[SharingRule, ...], UNIQUE, DISTINCT] = Field(
+        default=(), description="sharing rules to try"
+    )
+    reduction: Annotated[tuple[Portion, ...], UNIQUE, DISTINCT] = Field(
+        default=(), description="reductions to try"
+    )
+    basis_ratio: Annotated[tuple[Portion, ...], UNIQUE, DISTINCT] = Field(
+        default=(), description="basis ratios to try"
+    )
+
+
+class Search(_Section):
+    """How to look for a better plan."""
+
+    trials: AtLeast1 = Field(default=40, description="trials to run")
+    timeout: Positive | None = Field(
+        default=None, description="seconds after which no trial starts"
+    )
+    seed: Annotated[int, Field(strict=True, ge=0, le=2**32 - 1), WHOLE] = Field(
+        default=0, description="seed of the sampler"
+    )
+    sampler: Literal["tpe", "random"] = Field(default="tpe", description="how trials are proposed")
+    pruner: Literal["median", "hyperband", "none"] = Field(
+        default="median", description="how hopeless trials are stopped"
+    )
+    space: Space = Field(default=Space(), description="what the search may vary")
+
+
+def _fits_epochs(value: int, info: ValidationInfo) -> int:
+    epochs = info.data.get("epochs", value)
+    if value > epochs:
+        raise ValueError(
+            f"more than there are epochs (got {value}; allowed 0 to {epochs}, all the epochs)"
+        )
+    return value
+
+
+class Proxy(_Section):
+    """The short training that scores a trial."""
+
+    data: Text = Field(default="digits", description="name of a data set, or a path")
+    resolution: AtLeast4 | None = Field(
+        default=None, description="side of the images; null is the recipe's input"
+    )
+    epochs: AtLeast1 = Field(default=5, description="epochs of a full trial")
+    subset: AtLeast1 | None = Field(default=None, description="examples to use; null is all")
+    holdout: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, lt=1)] = Field(
+        default=0.2, description="part of the examples kept for scoring"
+    )
+    batch_size: AtLeast1 = Field(default=64, description="examples per step")
+    optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="the optimizer")
+    lr: Positive = Field(default=0.1, description="peak learning rate")
+    momentum: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1)] = Field(
+        default=0.9, description="momentum of sgd"
+    )
+    weight_decay: NotNegativeFloat = Field(default=0.0005, description="weight decay")
+    temperature_epochs: Annotated[NotNegative, AfterValidator(_fits_epochs)] = Field(
+        default=1, validate_default=True, description="epochs over which the temperature falls to 0"
+    )
+    augment: Literal["none", "shift", "flip"] = Field(default="none", description="augmentation")
+    threads: AtLeast1 | None = Field(
+        default=None, description="CPU threads per trial; null is torch's own"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to train")
+
+
+class Training(_Section):
+    """Hints for the training code that uses the recipe."""
+
+    epochs: AtLeast1 = Field(default=300, description="epochs")
+    temperature_epochs: Annotated[NotNegative, AfterValidator(_fits_epochs)] = Field(
+        default=20,
+        validate_default=True,
+        description="epochs over which the temperature falls to 0",
+    )
+    batch_size: AtLeast1 | None = Field(
+        default=None, description="examples per step, over all devices"
+    )
+    optimizer: Text | None = Field(default=None, description="name of the optimizer")
+    lr: Positive | None = Field(default=None, description="peak learning rate")
+    weight_decay: NotNegativeFloat | None = Field(default=None, description="weight decay")
+    note: str | None = Field(default=None, description="anything else, for people")
+
+
+class Recipe(_Section):
+    """A recipe: a network, a budget or a resolved plan, and how to search and train it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
+                for key in ("budget", "plan")
+            ]
+        }
+    )
+
+    format: Annotated[Literal[1], BeforeValidator(lambda v: repr(v) if v is True else v)] = Field(
+        description="version of the recipe format"
+    )
+    model: ModelChoice = Field(description="the network: a name, or {name, num_classes}")
+    input: Size | None = Field(
+        default=None,
+        description="one input: channels, height, width, e.g. [3, 224, 224] or 3x224x224",
+    )
+    method: Method = Field(default=Method(), description="how layers become dynamic")
+    budget: Budget | None = Field(default=None, description="what the network may spend")
+    plan: RecipePlan | None = Field(
+        default=None, validate_default=True, description="the resolved plan"
+    )
+    search: Search | None = Field(default=None, description="how to look for a better plan")
+    proxy: Proxy | None = Field(default=None, description="the short training that scores a trial")
+    training: Training | None = Field(default=None, description="hints for your own training code")
+    provenance: dict[str, Json] = Field(
+        default_factory=dict, description="where the recipe comes from: free keys and values"
+    )
+
+    @field_validator("plan")
+    @classmethod
+    def _budget_or_plan(cls, plan: RecipePlan | None, info: ValidationInfo) -> RecipePlan | None:
+        if plan is None and info.data.get("budget", 0) is None:
+            raise _section_error(
+                "no budget and no plan (allowed either or both, e.g. budget: {ratio: 0.5})"
+            )
+        return plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON and YAML: what was set, in the order of the schema."""
+        data: dict[str, Any] = _plain(self)
+        return data
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ModelChoice) and value.num_classes is None:
+        return value.name
+    if isinstance(value, BaseModel):
+        data = {}
+        for key, field in type(value).model_fields.items():
+            item = getattr(value, key)
+            default = field.get_default(call_default_factory=True)
+            says_nothing = item is None or item == {}
+            if item != default or (key in value.model_fields_set and not says_nothing):
+                data[key] = copy.deepcopy(item) if key == "provenance" else _plain(item)
+        return data
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe file (draft 2020-12), for editors and other checkers."""
+    return {"$schema": DIALECT, **Recipe.model_json_schema(), "title": "kwsearch recipe"}

@@ -1,0 +1,111 @@
+"""Counts, ratios and input sizes as people write them: `12.8M`, `0.5x`, `3x224x224`.
+
+The arithmetic is exact. Every error is a ValueError that says what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+
+# Digits are bounded, so that no text costs more than a moment.
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30}(?:_[0-9]{1,30}){0,9})"
+_NUMBER = r"(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,2})?"
+COUNT_PATTERN = rf"^\s*(?:{_DIGITS}(?:\.[0-9]{{1,30}})?(?:[eE]\+?[0-9]{{1,2}})?)\s*[kKMGB]?\s*$"
+RATIO_PATTERN = rf"^\s*{_NUMBER}(?:\s*/\s*{_NUMBER})?\s*[xX]?\s*$"
+SIZE_PATTERN = r"^\s*[0-9]{1,9}(?:x[0-9]{1,9}x[0-9]{1,9})?\s*$"
+
+_UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+
+
+def parse_count(value: object) -> int:
+    """A count of at least 1: 12800000, "12_800_000", "12,800,000", "12.8M", 1e6."""
+    number = _count_as_fraction(value)
+    if number is None or number.denominator != 1 or number < 1:
+        raise ValueError(
+            f"not a count (got {_shown(value)}; allowed a whole number, at least 1, "
+            "that may end in k, M, G or B, e.g. 12.8M)"
+        )
+    return int(number)
+
+
+def _count_as_fraction(value: object) -> Fraction | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return Fraction(value)
+    if isinstance(value, float):
+        return Fraction(value) if math.isfinite(value) else None
+    if not isinstance(value, str) or not re.fullmatch(COUNT_PATTERN, value):
+        return None
+    text = value.strip().replace(",", "").replace("_", "")
+    unit = _UNITS.get(text[-1], 1)
+    return Fraction(text.rstrip("kKMGB").strip()) * unit
+
+
+def parse_ratio(value: object) -> float:
+    """A finite number above 0: 0.5, "0.5", "0.5x", "1/2"."""
+    ratio = _ratio_as_float(value)
+    if ratio is None or not (0 < ratio < math.inf):
+        raise ValueError(
+            f"not a ratio (got {_shown(value)}; allowed a finite number above 0 "
+            "or a fraction, e.g. 0.5, 0.5x or 1/2)"
+        )
+    return ratio
+
+
+def _ratio_as_float(value: object) -> float | None:
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str) and re.fullmatch(RATIO_PATTERN, value):
+            above, _, below = value.strip().rstrip("xX").partition("/")
+            return float(Fraction(above.strip()) / Fraction(below.strip() or "1"))
+    except (OverflowError, ZeroDivisionError):
+        pass
+    return None
+
+
+def parse_size(value: object) -> tuple[int, int, int]:
+    """(channels, height, width): "3x224x224", [3, 224, 224]; "224" means 3x224x224."""
+    sizes: object = value
+    if isinstance(value, str) and re.fullmatch(SIZE_PATTERN, value):
+        sizes = [int(part) for part in value.split("x")]
+    elif isinstance(value, int):
+        sizes = [value]
+    if isinstance(sizes, (list, tuple)) and all(type(size) is int and size >= 1 for size in sizes):
+        if len(sizes) == 3:
+            return (sizes[0], sizes[1], sizes[2])
+        if len(sizes) == 1 and not isinstance(value, (list, tuple)):
+            return (3, sizes[0], sizes[0])
+    raise ValueError(
+        f"not an input size (got {_shown(value)}; allowed channels, height and width, "
+        "each at least 1, e.g. 3x224x224, [3, 224, 224] or 224)"
+    )
+
+
+def format_count(count: int) -> str:
+    """17638264 -> 17,638,264"""
+    return f"{count:,}"
+
+
+def short_count(count: int) -> str:
+    """17638264 -> 17.64M. Two decimals, rounded half up; below 1000 the number itself."""
+    sign, size = ("-" if count < 0 else ""), abs(count)
+    if size < 1000:
+        return f"{sign}{size}"
+    for suffix in ("k", "M", "G"):
+        unit = _UNITS[suffix]
+        hundredths = (100 * size + unit // 2) // unit
+        if hundredths < 100_000 or suffix == "G":
+            break
+    return f"{sign}{hundredths // 100}.{hundredths % 100:02d}{suffix}"
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
