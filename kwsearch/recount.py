@@ -36,7 +36,7 @@ class Recount:
         return self.counted - self.ours == sum(amount for _, amount in self.reasons)
 
 
-def recount(
+def recount_plan(
     model: str, plan: Plan, input_size: InputSize | None, num_classes: int | None
 ) -> list[Recount]:
     """Build the planned network (on the CPU, with weights) and count it in three ways."""
@@ -60,7 +60,7 @@ def _flop_counter(network: nn.Module, x_shape: tuple[int, ...]) -> int:
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(x_shape))
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 _EXTRA = {

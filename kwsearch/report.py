@@ -12,10 +12,12 @@ from kwlayers.families import recognise
 from kwlayers.plan import Group, Plan
 
 if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
     from rich.console import Console
     from rich.table import Table
 
     from kwsearch.budget import Candidate
+    from kwsearch.optimize import Result
     from kwsearch.recount import Recount
 
 WIDTH = 120  # of a table that no terminal bounds
@@ -285,6 +287,70 @@ def recount_lines(checks: Sequence[Recount]) -> list[str]:
             unknown = difference - sum(amount for _, amount in check.reasons)
             lines.append(f"    {unknown:+,} UNEXPLAINED")
     return lines
+
+
+def trials_table(trials: Sequence[FrozenTrial]) -> Table:
+    """One line per trial, the best first; trial 0 is the uniform plan."""
+    table = _table(
+        ("trial", "result"), ("held-out accuracy", "parameters", "MACs", "s"), ("n of warehouses",)
+    )
+    for trial in sorted(trials, key=lambda t: (-t.values[0] if t.values else 1, t.number)):
+        attrs = trial.user_attrs
+        cells = [str(group["num_cells"]) for group in attrs.get("groups", ())]
+        shown = " ".join(cells) if len(cells) <= 8 else f"{' '.join(cells[:6])} … {cells[-1]}"
+        table.add_row(
+            f"{trial.number} (uniform)" if trial.number == 0 else str(trial.number),
+            attrs.get("reason", trial.state.name.lower()),
+            f"{trial.values[0]:.2%}" if trial.values else "",
+            f"{attrs['params']:,}" if "params" in attrs else "",
+            f"{attrs['macs']:,}" if "macs" in attrs else "",
+            f"{attrs['seconds']:.0f}" if "seconds" in attrs else "",
+            shown,
+        )
+    return table
+
+
+def verdict_lines(result: Result) -> list[str]:
+    """The best trial against the uniform plan, and how much of it may be chance."""
+    best = result.best
+    if best is None:
+        return ["no trial finished: nothing to choose"]
+    score, images = best.values[0], result.held_out
+    lines = [f"best: trial {best.number}, {score:.2%} on {images} held-out images"]
+    uniform = result.trials[0]
+    if best.number and uniform.values:
+        gap = score - uniform.values[0]
+        error = (
+            (score * (1 - score) + uniform.values[0] * (1 - uniform.values[0])) / images
+        ) ** 0.5
+        verdict = "within" if gap < 2 * error else "beyond"
+        lines.append(
+            f"    {gap * 100:+.2f} points over the uniform plan; {verdict} two standard errors "
+            f"({2 * error * 100:.2f} points) of so few images and one seed"
+        )
+    if result.best_path is not None:
+        lines.append(f"wrote {result.best_path}")
+    return lines
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """A finished study for `--json`."""
+    best = result.best
+    return {
+        "best": best.number if best else None,
+        "best_recipe": str(result.best_path) if result.best_path else None,
+        "held_out": result.held_out,
+        "trials": [
+            {
+                "number": trial.number,
+                "state": trial.state.name.lower(),
+                "score": trial.values[0] if trial.values else None,
+                "epochs": trial.intermediate_values,
+                **trial.user_attrs,
+            }
+            for trial in result.trials
+        ],
+    }
 
 
 def plain(text: str) -> str:

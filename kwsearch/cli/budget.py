@@ -155,8 +155,8 @@ def _print(request: _Request, outcome: Outcome, by: str, scale: int) -> None:
         out.print(report.plain(line))
     for note in outcome.plan.notes:
         click.echo(f"note: {note}", err=True)
-    tables = report.stage_tables if by == "stage" else report.layer_tables
-    for table in tables(outcome.plan, scale):
+    make_tables = report.stage_tables if by == "stage" else report.layer_tables
+    for table in make_tables(outcome.plan, scale):
         out.print(table)
     if len(outcome.candidates) > 1:
         out.print(report.trade_table(outcome.candidates))
@@ -253,9 +253,9 @@ def _floor(request: _Request, network: Network) -> str:
 
 def _print_check(request: _Request, outcome: Outcome, as_json: bool) -> None:
     from kwsearch import report
-    from kwsearch.recount import recount
+    from kwsearch.recount import recount_plan
 
-    checks = recount(request.model, outcome.plan, request.input_size, request.classes)
+    checks = recount_plan(request.model, outcome.plan, request.input_size, request.classes)
     out = click.get_text_stream("stderr" if as_json else "stdout")
     for line in report.recount_lines(checks):
         click.echo(line, file=out)

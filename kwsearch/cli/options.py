@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 
-class Parsed(click.ParamType):
+class Parsed(click.ParamType):  # type: ignore[type-arg]
     """A value read by a function of `kwsearch.units`, loaded when the first one is read."""
 
     def __init__(self, function: str, name: str) -> None:
@@ -24,7 +24,7 @@ class Parsed(click.ParamType):
             return self.fail(str(error), param, ctx)
 
 
-class Pair(click.ParamType):
+class Pair(click.ParamType):  # type: ignore[type-arg]
     """`0.5` or `0.5,0.25`: one ratio for both, or (out, in)."""
 
     name = "OUT[,IN]"

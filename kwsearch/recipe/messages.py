@@ -131,7 +131,8 @@ def _options(found: Schema) -> list[Schema]:
     """The alternatives of a schema, references resolved."""
     if "$ref" in found:
         return _options(_root()["$defs"][found["$ref"].rpartition("/")[2]])
-    branches = found.get("anyOf", found.get("oneOf", ()))
+    # pydantic before 2.9 puts a reference that has a description of its own into an allOf.
+    branches = found.get("anyOf") or found.get("oneOf") or found.get("allOf", ())
     if branches and "properties" not in found:
         return [option for branch in branches for option in _options(branch)]
     return [found]
@@ -183,7 +184,7 @@ def _option_in_words(option: Schema) -> str:
     kind = option.get("type")
     if kind in ("integer", "number"):
         noun = "a whole number" if kind == "integer" else "a number"
-        bounds = [f"{sign} {option[key]}" for key, sign in _SIGNS.items() if key in option]
+        bounds = [f"{sign} {option[key]:.15g}" for key, sign in _SIGNS.items() if key in option]
         return f"{noun} {' and '.join(bounds)}".strip()
     if kind == "array":
         least, most = option.get("minItems", 0), option.get("maxItems")

@@ -50,6 +50,10 @@ def _section_error(message: str) -> PydanticCustomError:
     return PydanticCustomError("section", "{message}", {"message": message})
 
 
+# Pydantic takes true for a literal 1.
+_NOT_TRUE = BeforeValidator(lambda value: "true" if value is True else value)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -295,7 +299,7 @@ class Recipe(_Section):
         }
     )
 
-    format: Annotated[Literal[1], BeforeValidator(lambda v: repr(v) if v is True else v)] = Field(
+    format: Annotated[Literal[1], WHOLE, _NOT_TRUE] = Field(
         description="version of the recipe format"
     )
     model: ModelChoice = Field(description="the network: a name, or {name, num_classes}")

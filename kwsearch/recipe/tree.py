@@ -184,7 +184,7 @@ class _Builder:
     def build(self, node: yaml.Node, path: list[str]) -> Located:
         place = self.place_of(node.start_mark)
         self.size += 1
-        if id(node) in self.open or False:
+        if id(node) in self.open or self.size > _MAX_VALUES:
             # Aliases of aliases grow without end; either way this is the last thing to say.
             why = "contains itself" if id(node) in self.open else "too many values"
             raise yaml.composer.ComposerError(None, None, why, node.start_mark)

@@ -1,0 +1,159 @@
+"""kwsearch optimize: search cells, sharing and split under a recipe's budget."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from kwlayers.plan import Plan
+    from kwsearch.optimize import Result
+
+
+@click.command("optimize")
+@click.argument("recipe", type=click.Path(dir_okay=False))
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--trials", type=click.IntRange(min=1), help="Trials of the whole study.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds; no new trial after."
+)
+@click.option("--resume", is_flag=True, help="Go on with the study in the run directory.")
+@click.option(
+    "--run-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the study lives.  [default: runs/RECIPE]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    trials: int | None,
+    timeout: float | None,
+    resume: bool,
+    run_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Search n, cells, sharing and split under the budget of RECIPE.
+
+    Trial 0 is the uniform plan; every trial trains its network on the recipe's proxy and is
+    scored on held-out images. Interrupt it at any time: --resume goes on. The best plan is
+    written to best.yaml in the run directory.
+
+    \b
+    kwsearch optimize recipes/quickstart.yaml
+    kwsearch optimize recipes/fashion_mnist.yaml proxy.epochs=3 --trials 20
+    """
+    from kwsearch.recipe import load_recipe
+
+    settings = list(overrides)
+    if trials is not None:
+        settings.append(f"search.trials={trials}")
+    if timeout is not None:
+        settings.append(f"search.timeout={timeout}")
+    loaded = load_recipe(recipe, settings)
+    directory = run_dir or Path("runs") / Path(recipe).stem
+
+    import optuna
+
+    from kwsearch.optimize import Study
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    command_line = shlex.join(["kwsearch", *sys.argv[1:]])
+    with _Progress(loaded.search.trials if loaded.search else 40) as progress:
+        study = Study(loaded, directory, resume=resume, watcher=progress, command=command_line)
+        progress.say(
+            f"{loaded.model.name} on {study.proxy.data}: {study.search.trials} trials, "
+            f"study in {directory}"
+        )
+        try:
+            result = study.run()
+        except KeyboardInterrupt:
+            progress.say(f"interrupted; nothing is lost: add --resume to go on with {directory}")
+            raise
+    _print_json(result) if as_json else _print(result)
+
+
+class _Progress:
+    """A bar on a terminal, plain lines elsewhere; both on stderr."""
+
+    def __init__(self, trials: int) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.best: tuple[float, int] | None = None
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("starting", total=trials)
+
+    def __enter__(self) -> _Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def start(self, number: int, finished: int, plan: Plan) -> None:
+        self._describe(number, "…", finished)
+
+    def epoch(self, number: int, epoch: int, accuracy: float) -> None:
+        self._describe(number, f"epoch {epoch} {accuracy:.1%}")
+
+    def done(self, trial: FrozenTrial) -> None:
+        from optuna.trial import TrialState
+
+        if trial.state == TrialState.COMPLETE:
+            accuracy = trial.values[0]
+            text = f"{accuracy:.2%}"
+            if self.best is None or accuracy > self.best[0]:
+                self.best = (accuracy, trial.number)
+                text += "  best so far"
+        else:
+            text = trial.user_attrs.get("reason", trial.state.name.lower())
+        self.say(f"trial {trial.number}: {text}")
+        self.bar.advance(self.task)
+
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False)
+
+    def _describe(self, number: int, text: str, finished: int | None = None) -> None:
+        best = f", best {self.best[0]:.1%} (trial {self.best[1]})" if self.best else ""
+        changes: dict[str, Any] = {} if finished is None else {"completed": finished}
+        self.bar.update(self.task, description=f"trial {number} {text}{best}", **changes)
+
+
+def _print(result: Result) -> None:
+    from kwsearch import report
+
+    out = report.console()
+    out.print(report.trials_table(result.trials))
+    for line in report.verdict_lines(result):
+        out.print(report.plain(line))
+
+
+def _print_json(result: Result) -> None:
+    import json
+
+    from kwsearch import report
+
+    click.echo(json.dumps(report.result_json(result), indent=2))

@@ -1,0 +1,415 @@
+"""The study: ask, train, tell. One journal file in a run directory; nothing is lost.
+
+Trial 0 is the uniform plan. A trial that a killed run left behind is trained again under its
+own number, so that the study always ends with as many trials as were asked for.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import filelock
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from kwlayers.plan import Network, Plan
+from kwsearch.budget import Outcome
+from kwsearch.recipe import Proxy, Recipe, Search, load_recipe, write_recipe
+from kwsearch.resolve import network_of, recipe_of, settings_of, target_of
+from kwsearch.space import Sample, Space, fingerprint
+
+if TYPE_CHECKING:
+    from kwsearch.proxy import ProxyData
+
+STUDY = "kwsearch"
+JOURNAL, RECIPE, BEST = "study.journal", "recipe.yaml", "best.yaml"
+_NUDGES = 100
+_SAME_ERROR = 3
+
+
+class SearchError(ValueError):
+    """A search that cannot start or go on, for a reason that the user can mend."""
+
+
+class StudyFailed(SearchError):
+    """A search that has started and cannot go on."""
+
+
+class SpaceExhausted(ValueError):
+    """No plan is left that has not been trained."""
+
+
+class Watcher(Protocol):
+    """Who is told how it goes."""
+
+    def start(self, number: int, finished: int, plan: Plan) -> None:
+        """A trial starts to train."""
+
+    def epoch(self, number: int, epoch: int, accuracy: float) -> None:
+        """A trial has trained another epoch."""
+
+    def done(self, trial: FrozenTrial) -> None:
+        """A trial is finished."""
+
+    def say(self, message: str) -> None:
+        """Something that the user should know."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished study. trials: in the order of their numbers."""
+
+    recipe: Recipe
+    trials: tuple[FrozenTrial, ...]
+    held_out: int
+    best_path: Path | None
+
+    @property
+    def best(self) -> FrozenTrial | None:
+        """The completed trial with the highest accuracy; the earliest if several have it."""
+        return best_of(self.trials)
+
+
+def best_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """See `Result.best`."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return max(complete, key=lambda t: (t.values[0], -t.number), default=None)
+
+
+Objective = Callable[[Plan, Callable[[int, float], None]], float]
+
+
+class Study:
+    """A search in a run directory.
+
+    Raises SearchError for what a user can mend: a directory with another recipe's study, one
+    that another process is using, a recipe without a budget.
+    """
+
+    def __init__(
+        self, recipe: Recipe, directory: Path, *, resume: bool, watcher: Watcher, command: str = ""
+    ) -> None:
+        self.recipe = recipe
+        self.search = recipe.search or Search()
+        self.proxy = recipe.proxy or Proxy()
+        self.directory = directory
+        self.watcher = watcher
+        self.command = command
+        if not target_of(recipe):
+            raise SearchError("the recipe has no budget to search under: add budget: {ratio: 0.5}")
+        self._resume = resume
+        self._errors: list[str] = []
+
+    def run(self, objective: Objective | None = None) -> Result:
+        """Train until the study has its trials or its time is up.
+
+        objective: scores a plan instead of the proxy training (for tests and simulations).
+        """
+        _prepare(self.directory, self.recipe, self._resume)
+        with _sole_driver(self.directory):
+            network = network_of(self.recipe)
+            settings, target = settings_of(self.recipe), target_of(self.recipe)
+            self.space = Space(network, settings, target, self.search.space)
+            held_out = 0
+            if objective is None:
+                images = self._images()
+                held_out = len(images.valid.y)
+                objective = self._proxy_objective(images)
+            study = self._open()
+            try:
+                self._train_all(study, objective)
+            finally:
+                trials = tuple(study.get_trials(deepcopy=False))
+                best = self._write_best(network, trials)
+            return Result(self.recipe, trials, held_out, best)
+
+    def _train_all(self, study: optuna.Study, objective: Objective) -> None:
+        deadline = time.monotonic() + (self.search.timeout or float("inf"))
+        for trial in self._to_run(study):
+            try:
+                self._train(study, trial, objective)
+            except SpaceExhausted as error:
+                trial.set_user_attr("reason", str(error))
+                study.tell(trial, state=TrialState.PRUNED)
+                self.watcher.say(f"stopped early: {error}")
+                return
+            if time.monotonic() >= deadline and len(_finished(study)) < self.search.trials:
+                self.watcher.say("time is up; --resume goes on")
+                return
+
+    def _images(self) -> ProxyData:
+        import torch
+
+        from kwsearch import proxy
+        from kwsearch.resolve import input_of
+
+        if self.proxy.threads is not None:
+            torch.set_num_threads(self.proxy.threads)
+        size = input_of(self.recipe)
+        images = proxy.load(self.proxy, size)
+        self._check_fit(images)
+        return images
+
+    def _check_fit(self, images: ProxyData) -> None:
+        """Before the first trial: the model takes these images and has their classes."""
+        from kwlayers.sites import trace
+        from kwsearch.resolve import create_model
+
+        model = create_model(self.recipe)
+        height, width = images.train.x.shape[-2:]
+        trace(model, (images.channels, height, width))
+        outputs = [m.out_features for m in model.modules() if hasattr(m, "out_features")]
+        if outputs and outputs[-1] < images.train.num_classes:
+            raise SearchError(
+                f"{images.train.name} has {images.train.num_classes} classes, the model "
+                f"{outputs[-1]}: set model: {{name: {self.recipe.model.name}, "
+                f"num_classes: {images.train.num_classes}}}"
+            )
+
+    def _proxy_objective(self, images: ProxyData) -> Objective:
+        from kwsearch.proxy import train
+        from kwsearch.resolve import create_model
+
+        def objective(plan: Plan, report: Callable[[int, float], None]) -> float:
+            return train(
+                lambda: create_model(self.recipe),
+                plan,
+                images,
+                self.proxy,
+                self.search.seed,
+                report,
+            )
+
+        return objective
+
+    def _open(self) -> optuna.Study:
+        journal = self.directory / JOURNAL
+        _drop_torn_line(journal, self.watcher)
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            study_name=STUDY,
+            direction="maximize",
+            load_if_exists=True,
+            pruner=_pruner(self.search.pruner, self.proxy.epochs),
+        )
+        known = study.get_trials(deepcopy=False)
+        # A sampler that starts over would draw the same points: seed it with the trials so far.
+        study.sampler = _sampler(self.search.sampler, self.search.seed + len(known))
+        if not known:
+            study.enqueue_trial(self.space.start())
+        return study
+
+    def _to_run(self, study: optuna.Study) -> Iterator[Trial]:
+        """Trials that a killed run left, then new ones, until the study has enough."""
+        for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self.watcher.say(f"trial {left.number} was interrupted: trained again")
+            yield Trial(study, left._trial_id)
+        while len(_finished(study)) < self.search.trials:
+            yield study.ask()
+
+    def _train(self, study: optuna.Study, trial: Trial, objective: Objective) -> None:
+        plan = self._new_plan(study, trial)
+        cost = plan.cost()
+        trial.set_constraint("params", float(cost.params.total - self.space.allowed))
+        facts = {
+            "fingerprint": fingerprint(plan),
+            "groups": plan.groups_to_list(),
+            "params": cost.params.total,
+            "macs": cost.macs.total,
+        }
+        for key, fact in facts.items():
+            trial.set_user_attr(key, fact)
+        self.watcher.start(trial.number, len(_finished(study)), plan)
+        started = time.monotonic()
+        # An interrupted trial has reported its first epochs already.
+        seen = study.get_trials(deepcopy=False)[trial.number].intermediate_values.keys()
+
+        def report(epoch: int, accuracy: float) -> None:
+            if epoch not in seen:
+                trial.report(accuracy, epoch)
+            self.watcher.epoch(trial.number, epoch, accuracy)
+            # The uniform plan is what the others are compared with: it always finishes.
+            if trial.number > 0 and trial.should_prune():
+                raise optuna.TrialPruned
+
+        try:
+            value = objective(plan, report)
+        except optuna.TrialPruned:
+            trial.set_user_attr("reason", "pruned: worse than the others at this epoch")
+            told = study.tell(trial, state=TrialState.PRUNED)
+        except (RuntimeError, ArithmeticError, MemoryError) as error:
+            told = self._failed(study, trial, error)
+        else:
+            trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
+            told = study.tell(trial, value)
+            self._errors.clear()
+        self.watcher.done(told)
+
+    def _failed(self, study: optuna.Study, trial: Trial, error: Exception) -> FrozenTrial:
+        """Record why; the same error three times in a row is not the plan's fault."""
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        trial.set_user_attr("reason", reason)
+        told = study.tell(trial, state=TrialState.FAIL)
+        self._errors.append(reason)
+        if self._errors[-_SAME_ERROR:] == [reason] * _SAME_ERROR:
+            self.watcher.done(told)
+            raise StudyFailed(f"{_SAME_ERROR} trials in a row failed with the same error: {reason}")
+        return told
+
+    def _new_plan(self, study: optuna.Study, trial: Trial) -> Plan:
+        """The trial's plan on the budget; a neighbour if it has been trained already."""
+        sample: Sample = self.space.sample(trial)
+        plan = self.space.project(sample)
+        known = {t.user_attrs.get("fingerprint") for t in _finished(study)}
+        seed = self.search.seed * 1_000_003 + trial.number
+        for attempt in range(_NUDGES):
+            if fingerprint(plan) not in known:
+                return plan
+            sample = self.space.nudge(sample, seed * _NUDGES + attempt)
+            plan = self.space.project(sample)
+        raise SpaceExhausted(
+            f"{len(known)} plans are trained and no new one is near: the space has no more; "
+            "widen search.space (split, cell_ratio, sharing, …) or ask for fewer trials"
+        )
+
+    def _write_best(self, network: Network, trials: Sequence[FrozenTrial]) -> Path | None:
+        """best.yaml: this recipe with the best trial's plan and where it comes from."""
+        best = best_of(trials)
+        if best is None:
+            return None
+        plan = Plan.from_groups(network, best.user_attrs["groups"])
+        recipe = best_recipe(self.recipe, plan, best, trials, self.command)
+        path = self.directory / BEST
+        uniform = trials[0].values[0] if trials[0].values else None
+        header = [
+            f"The best of {len(trials)} trials: {best.values[0]:.2%} on held-out images"
+            + (f" (uniform plan {uniform:.2%})." if uniform is not None else "."),
+            f"{best.user_attrs['params']:,} parameters, {best.user_attrs['macs']:,} MACs.",
+            f"    kwsearch budget {path.name}",
+        ]
+        write_recipe(recipe, path, header)
+        return path
+
+
+def best_recipe(
+    recipe: Recipe, plan: Plan, best: FrozenTrial, trials: Sequence[FrozenTrial], command: str
+) -> Recipe:
+    """`recipe` with `plan` filled in, and its provenance."""
+    filled = recipe_of(
+        Outcome(plan, target_of(recipe), settings_of(recipe)),
+        recipe.model.name,
+        recipe.input,
+        recipe.model.num_classes,
+    ).plan
+    return recipe.model_copy(
+        update={
+            "plan": filled,
+            "provenance": {
+                **recipe.provenance,
+                "command": command,
+                "versions": versions(),
+                "seed": (recipe.search or Search()).seed,
+                "trial": best.number,
+                "trials": len(trials),
+                "score": best.values[0],
+                "uniform_score": trials[0].values[0] if trials[0].values else None,
+                "params": best.user_attrs["params"],
+                "macs": best.user_attrs["macs"],
+            },
+        }
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a result."""
+    import platform
+    from importlib.metadata import version
+
+    packages = {name: version(name) for name in ("kwsearch", "torch", "optuna", "numpy")}
+    return {"python": platform.python_version(), **packages}
+
+
+def _finished(study: optuna.Study) -> list[FrozenTrial]:
+    return [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+
+
+def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
+
+
+def _pruner(name: str, epochs: int) -> optuna.pruners.BasePruner:
+    if name == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(1, epochs // 3))
+    if name == "hyperband":
+        return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs)
+    return optuna.pruners.NopPruner()
+
+
+def _prepare(directory: Path, recipe: Recipe, resume: bool) -> None:
+    """Make the run directory, or check that it is this recipe's."""
+    path = directory / RECIPE
+    if (directory / JOURNAL).exists():
+        if not resume:
+            raise SearchError(
+                f"{directory} holds a study already: --resume to go on with it, or --run-dir for "
+                "another place"
+            )
+        if path.exists() and (changed := _changes(load_recipe(path), recipe)):
+            raise SearchError(
+                f"{directory} holds a study of another recipe ({', '.join(changed)} differ): "
+                "only search.trials and search.timeout may change; use another --run-dir"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_recipe(recipe, path, ["The recipe of this study, overrides applied."])
+
+
+def _changes(before: Recipe, now: Recipe) -> list[str]:
+    """Sections that differ in what a study depends on."""
+
+    def essence(recipe: Recipe) -> dict[str, Any]:
+        search = recipe.search or Search()
+        data = recipe.model_dump(exclude={"provenance", "training", "plan"})
+        data["search"] = search.model_dump(exclude={"trials", "timeout"})
+        data["proxy"] = (recipe.proxy or Proxy()).model_dump()
+        return data
+
+    old, new = essence(before), essence(now)
+    return [key for key in old if old[key] != new[key]]
+
+
+@contextmanager
+def _sole_driver(directory: Path) -> Iterator[None]:
+    """Refuse a second process on the same study."""
+    lock = filelock.FileLock(directory / "driver.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise SearchError(f"another process is running the study in {directory}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _drop_torn_line(journal: Path, watcher: Watcher) -> None:
+    """A kill can tear the last line of the journal: Optuna would refuse all of it."""
+    if not journal.exists():
+        return
+    with open(journal, "rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            watcher.say("the last line of the journal was torn and is dropped")
+            file.truncate(whole)
