@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from kwlayers.plan import Network, Plan
 from kwlayers.planner import Settings, Share, plan_ratio
 
+PAPER = "Li & Yao, KernelWarehouse: Rethinking the Design of Dynamic Convolution, ICML 2024"
+
 # Official accuracy of the static backbones, ImageNet top-1 in per cent.
 STATIC_TOP1 = {
     "resnet18": 70.44,
@@ -36,6 +38,11 @@ class Published:
     def name(self) -> str:
         """As in the papers: `ResNet50 1/2x`."""
         return f"{TITLES[self.model]} {fraction(self.ratio)}x"
+
+    @property
+    def static_top1(self) -> float:
+        """Accuracy of the static backbone, in per cent."""
+        return STATIC_TOP1[self.model]
 
     @property
     def slug(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -256,24 +257,41 @@ def _print_check(request: _Request, outcome: Outcome, as_json: bool) -> None:
     from kwsearch.recount import recount_plan
 
     checks = recount_plan(request.model, outcome.plan, request.input_size, request.classes)
-    out = click.get_text_stream("stderr" if as_json else "stdout")
     for line in report.recount_lines(checks):
-        click.echo(line, file=out)
+        click.echo(line, err=as_json)
     if not all(check.explained for check in checks):
         raise click.ClickException("a count differs without an explanation; please report this")
 
 
 def _write(request: _Request, outcome: Outcome, output: str) -> None:
+    from kwsearch import __version__
+    from kwsearch.published import PAPER
     from kwsearch.recipe import write_recipe
     from kwsearch.resolve import recipe_of
 
-    recipe = recipe_of(outcome, request.model, request.input_size, request.classes)
-    command_line = "kwsearch " + " ".join(sys.argv[1:])
+    command_line = shlex.join(["kwsearch", *sys.argv[1:]])
+    sections: dict[str, Any] = {
+        "provenance": {"command": command_line, "kwsearch": __version__},
+    }
+    title = f"{request.model}: {_how(request, outcome)}."
+    if (entry := outcome.published) is not None:
+        title = (
+            f"{entry.name}: KernelWarehouse at b = {entry.ratio:g}, as published "
+            f"({entry.top1:.2f} % ImageNet top-1; static {entry.static_top1:.2f} %)."
+        )
+        sections["training"] = {
+            "epochs": entry.epochs,
+            "temperature_epochs": entry.temperature_epochs,
+        }
+        sections["provenance"]["paper"] = PAPER
+    recipe = recipe_of(outcome, request.model, request.input_size, request.classes, sections)
     cost = outcome.plan.cost()
+    size = "x".join(map(str, outcome.plan.network.input_size))
     header = [
-        f"{request.model}: {_how(request, outcome)}.",
-        f"{cost.params.total:,} parameters, {cost.macs.total:,} MACs. Written by:",
-        f"    {command_line}",
+        title,
+        f"{cost.params.total:,} parameters, {cost.macs.total:,} MACs at {size}.",
+        "",
+        f"    kwsearch budget {output}",
     ]
     write_recipe(recipe, output, header)
     click.echo(f"wrote {output}", err=True)

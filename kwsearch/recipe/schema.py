@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -41,6 +41,11 @@ from kwsearch.recipe.fields import (
     Size,
     Text,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from kwlayers.plan import Plan
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -273,10 +278,8 @@ class Training(_Section):
     """Hints for the training code that uses the recipe."""
 
     epochs: AtLeast1 = Field(default=300, description="epochs")
-    temperature_epochs: Annotated[NotNegative, AfterValidator(_fits_epochs)] = Field(
-        default=20,
-        validate_default=True,
-        description="epochs over which the temperature falls to 0",
+    temperature_epochs: Annotated[NotNegative, AfterValidator(_fits_epochs)] | None = Field(
+        default=None, description="epochs over which the temperature falls to 0"
     )
     batch_size: AtLeast1 | None = Field(
         default=None, description="examples per step, over all devices"
@@ -332,6 +335,22 @@ class Recipe(_Section):
         """Plain data for JSON and YAML: what was set, in the order of the schema."""
         data: dict[str, Any] = _plain(self)
         return data
+
+    def create_model(self) -> nn.Module:
+        """The recipe's static model, freshly initialised, on torch's default device."""
+        from kwsearch.resolve import create_model
+
+        return create_model(self)
+
+    def plan_for(self, model: nn.Module) -> Plan:
+        """The plan for `model`, which may be your own: its layers are found by name.
+
+        The recipe's plan as it stands, else the one that meets its budget. Raises
+        kwlayers.PlanError if the model has other layers.
+        """
+        from kwsearch.resolve import plan_for
+
+        return plan_for(self, model)
 
 
 def _plain(value: Any) -> Any:

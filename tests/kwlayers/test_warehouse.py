@@ -90,9 +90,32 @@ def test_a_layer_leaves_the_cells_of_the_others_alone() -> None:
     assert not torch.isclose(warehouse.cells[4:], before[4:]).any()
 
 
+@pytest.mark.parametrize("memory", [torch.channels_last, torch.channels_last_3d], ids=str)
+@pytest.mark.parametrize("cell", [(4, 2, 1), (4, 2, 1, 3), (4, 2, 3, 1, 2)])
+def test_a_memory_format_is_for_images_and_passes_the_cells_by(
+    cell: tuple[int, ...], memory: torch.memory_format
+) -> None:
+    warehouse = Warehouse(3, cell)
+    parameter, before = warehouse.cells, warehouse.cells.detach().clone()
+    assert warehouse.to(memory_format=memory) is warehouse
+    assert warehouse.cells is parameter
+    assert warehouse.cells.is_contiguous()
+    assert torch.equal(warehouse.cells, before)
+
+
+def test_a_warehouse_moves_with_its_gradient() -> None:
+    warehouse = Warehouse(3, (4, 2, 1))
+    warehouse.cells.sum().backward()
+    warehouse.double()
+    assert warehouse.cells.dtype == warehouse.cells.grad.dtype == torch.float64
+    assert warehouse.cells.shape == warehouse.cells.grad.shape == (3, 4, 2, 1)
+    assert warehouse.to_empty(device="meta").cells.shape == (3, 4, 2, 1)
+
+
 def test_cells_in_another_memory_format_start_again_too() -> None:
     torch.manual_seed(0)
-    warehouse = Warehouse(3, (4, 2, 1)).to(memory_format=torch.channels_last)
+    warehouse = Warehouse(3, (4, 2, 1))
+    warehouse.cells.data = warehouse.cells.data.contiguous(memory_format=torch.channels_last)
     assert not warehouse.cells.is_contiguous()
     before = warehouse.cells.detach().clone()
     warehouse.reset_parameters()

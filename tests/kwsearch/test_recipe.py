@@ -211,7 +211,7 @@ def test_what_is_left_out_has_the_documented_default() -> None:
         },
         "training": {
             "epochs": 300,
-            "temperature_epochs": 20,
+            "temperature_epochs": None,
             "batch_size": None,
             "optimizer": None,
             "lr": None,
@@ -413,8 +413,8 @@ WRONG_VALUES = [
     # what the values have to do with each other
     ("proxy: {epochs: 2, temperature_epochs: 3}", "r.yaml:4:40: proxy.temperature_epochs: more "
      "than there are epochs (got 3; allowed 0 to 2, all the epochs)"),
-    ("training: {epochs: 10}", "r.yaml:4:11: training.temperature_epochs: more than there are "
-     "epochs (got 20; allowed 0 to 10, all the epochs)"),
+    ("training: {epochs: 10, temperature_epochs: 20}", "r.yaml:4:44: training.temperature_epochs: "
+     "more than there are epochs (got 20; allowed 0 to 10, all the epochs)"),
     # units
     ("input: 3x224", "r.yaml:4:8: input: not an input size (got '3x224'; allowed channels, height "
      "and width, each at least 1, e.g. 3x224x224, [3, 224, 224] or 224)"),
@@ -713,10 +713,11 @@ def test_a_wrong_override_is_named_instead_of_a_line(override: str, expected: st
     assert problems(FULL, override)[0] == f"override {override!r}: {expected}"
 
 
-def test_an_override_that_makes_a_default_wrong_is_named() -> None:
-    assert problems(HEAD + "training: {}\n", "training.epochs=10") == [
-        "override 'training.epochs=10': training.temperature_epochs: more than there are epochs "
-        "(got 20; allowed 0 to 10, all the epochs)"
+def test_an_override_that_contradicts_the_file_is_named() -> None:
+    text = HEAD + "proxy: {epochs: 5, batch_size: 8}\n"
+    assert problems(text, "proxy.temperature_epochs=6") == [
+        "override 'proxy.temperature_epochs=6': proxy.temperature_epochs: more than there are "
+        "epochs (got 6; allowed 0 to 5, all the epochs)"
     ]
 
 

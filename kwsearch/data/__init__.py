@@ -1,0 +1,29 @@
+"""Image data sets for short proxy trainings, whole in memory as uint8.
+
+>>> from kwsearch import data
+>>> train = data.load("digits")
+>>> train, held_out = data.split_holdout(train, 0.1, seed=0)
+>>> tuple(train.x.shape), tuple(held_out.x.shape)
+((1293, 1, 8, 8), (144, 1, 8, 8))
+
+Nothing is downloaded, nothing a file names is run, and every problem is a `DataError`.
+"""
+
+from __future__ import annotations
+
+from kwsearch.data.errors import DataError
+from kwsearch.data.images import Images, Split, fingerprint, resize, split_holdout, subset
+from kwsearch.data.loading import NAMES, load, places
+
+__all__ = [
+    "NAMES",
+    "DataError",
+    "Images",
+    "Split",
+    "fingerprint",
+    "load",
+    "places",
+    "resize",
+    "split_holdout",
+    "subset",
+]

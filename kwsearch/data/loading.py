@@ -1,0 +1,189 @@
+"""A data set by name or path. Names are looked up on this machine; nothing is downloaded.
+
+`digits` comes with the package. The other names are folders, and the first that holds one wins:
+$KWSEARCH_DATA/<folder>, ./data/<folder>, ~/.cache/kwsearch/<folder>, /usr/share/datasets/<folder>.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kwsearch.data import cifar, idx, image_folder, npz
+from kwsearch.data.errors import DataError
+from kwsearch.data.images import Images, Split, check_size, resize
+
+_SYSTEM = Path("/usr/share/datasets")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A data set looked up by name. folders: what it may be called, ours before torchvision's."""
+
+    folders: tuple[str, ...]
+    num_classes: int
+    looked_for: str
+    advice: str
+    classes: tuple[str, ...] = ()
+
+    def is_in(self, folder: Path) -> bool:
+        if self.looked_for == idx.LOOKED_FOR:
+            return idx.holds(folder)
+        layout = cifar.find(folder)
+        return layout is not None and layout.num_classes == self.num_classes
+
+
+_CIFAR_ADVICE = "try unpacking an archive of https://www.cs.toronto.edu/~kriz/cifar.html there"
+_KNOWN = {
+    "fashion_mnist": _Known(
+        ("fashion-mnist", "FashionMNIST/raw"),
+        10,
+        idx.LOOKED_FOR,
+        "try apt install dataset-fashion-mnist (Debian), "
+        "or the files of https://github.com/zalandoresearch/fashion-mnist",
+        (
+            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        ),
+    ),
+    "mnist": _Known(
+        ("mnist", "MNIST/raw"),
+        10,
+        idx.LOOKED_FOR,
+        "try putting MNIST's four files there",
+        tuple("0123456789"),
+    ),
+    "cifar10": _Known(
+        ("cifar-10", "cifar-10-batches-bin", "cifar-10-batches-py"),
+        10,
+        cifar.LOOKED_FOR,
+        _CIFAR_ADVICE,
+    ),
+    "cifar100": _Known(
+        ("cifar-100", "cifar-100-binary", "cifar-100-python"),
+        100,
+        cifar.LOOKED_FOR,
+        _CIFAR_ADVICE,
+    ),
+}
+NAMES = ("digits", *_KNOWN)
+_PATHS = (
+    "or the path of a folder of IDX files, a CIFAR folder, a folder of class folders, "
+    "or a .npz file"
+)
+
+
+def load(
+    source: str | Path, split: Split = "train", *, size: tuple[int, int] | None = None
+) -> Images:
+    """One split of a data set, in memory.
+
+    source: one of `NAMES`, or a path; a name wins over a folder called so, `./digits` is the path.
+    size: (H, W) to resize to; needed where the images of a folder differ in size.
+
+    Raises DataError.
+    """
+    if split not in ("train", "test"):
+        raise DataError(f"unknown split {split!r}; allowed train and test")
+    if size is not None:
+        check_size(size)
+    try:
+        images = _read(source, split, size)
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error})") from error
+    return images if size is None else resize(images, size)
+
+
+def places(name: str) -> list[Path]:
+    """The folders where a known name is looked up, first to last."""
+    given = os.environ.get("KWSEARCH_DATA")
+    roots = [Path("data"), Path(os.path.expanduser("~/.cache/kwsearch")), _SYSTEM]
+    if given:
+        roots.insert(0, Path(os.path.expanduser(given)))
+    return [root / folder for root in roots for folder in _KNOWN[name].folders]
+
+
+def _read(source: str | Path, split: Split, size: tuple[int, int] | None) -> Images:
+    if source == "digits":
+        return _digits(split)
+    if isinstance(source, str) and source in _KNOWN:
+        return _named(source, split)
+    path = Path(os.path.expanduser(source))
+    if source == "" or not os.path.exists(path):
+        raise _nothing_at(source, path)
+    if path.is_dir():
+        return _folder(path, split, size)
+    if path.suffix.lower() == ".npz":
+        return npz.read(path, split)
+    raise DataError(
+        f"{source}: not a folder and not a .npz file; allowed {', '.join(NAMES)}, {_PATHS}"
+    )
+
+
+def _digits(split: Split) -> Images:
+    """1,797 grey images of 8x8, in 10 classes; see assets/digits.md."""
+    with (
+        resources.files("kwsearch").joinpath("assets", "digits.npz").open("rb") as file,
+        np.load(file, allow_pickle=False) as arrays,
+    ):
+        x, y = arrays["x"], arrays["y"]
+    part = npz.is_test(np.arange(len(y)))
+    part = part if split == "test" else ~part
+    pixels = np.rint(x[part] * (255 / 16)).astype(np.uint8)  # 0..16 as published
+    return Images(
+        x=torch.from_numpy(pixels[:, None]),
+        y=torch.from_numpy(y[part].astype(np.int64)),
+        num_classes=10,
+        name="digits",
+        classes=tuple("0123456789"),
+    )
+
+
+def _named(name: str, split: Split) -> Images:
+    known, tried = _KNOWN[name], places(name)
+    for folder in tried:
+        if known.is_in(folder):
+            images = _folder(folder, split, None)
+            return replace(
+                images,
+                name=name,
+                num_classes=known.num_classes,
+                classes=images.classes or known.classes,
+            )
+    variable = "" if os.environ.get("KWSEARCH_DATA") else " and KWSEARCH_DATA, which is not set"
+    raise DataError(
+        f"{name}: not found on this machine; looked in {', '.join(map(str, tried))}{variable}, "
+        f"for {known.looked_for}; {known.advice}, "
+        f"or set KWSEARCH_DATA to the folder that contains {known.folders[0]}/"
+    )
+
+
+def _folder(folder: Path, split: Split, size: tuple[int, int] | None) -> Images:
+    if idx.holds(folder):
+        return idx.read(folder, split)
+    layout = cifar.find(folder)
+    if layout is not None:
+        return cifar.read(folder, split, layout)
+    if image_folder.holds(folder):
+        return image_folder.read(folder, split, size)
+    raise DataError(
+        f"{folder}: no images found; looked for {idx.LOOKED_FOR}; {cifar.LOOKED_FOR}; "
+        f"{image_folder.LOOKED_FOR}"
+    )
+
+
+def _nothing_at(source: str | Path, path: Path) -> DataError:
+    allowed = f"allowed {', '.join(NAMES)}, {_PATHS}"
+    if isinstance(source, Path) or path.suffix or len(path.parts) > 1:
+        return DataError(
+            f"{source}: no such file or folder; looked for {path.absolute()}; {allowed}"
+        )
+    close = difflib.get_close_matches(source.lower(), NAMES, n=1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    return DataError(f"unknown data set {source!r}{meant}; {allowed}")

@@ -1,0 +1,478 @@
+"""From a budget to a plan: targets met from below, settings checked, errors that say what to do."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import kwlayers
+from kwlayers import BudgetError, Network, Plan, PlanError, Settings, Share, Site, plan_network
+from kwlayers.families import recognise
+from kwsearch import zoo
+
+MODELS = list(zoo.MODELS)
+
+
+@functools.cache
+def network(name: str) -> Network:
+    with torch.device("meta"):
+        model = zoo.create(name)
+    return kwlayers.trace(model, zoo.MODELS[name].input_size)
+
+
+def conv(name: str, in_: int, out: int, k: int = 3, **changes: Any) -> Site:
+    return Site(name, "conv2d", in_, out, (k, k), positions=16, **changes)
+
+
+def unknown_network(*more: Site) -> Network:
+    """A network of no family: two convolutions of each size between a stem and a head."""
+    sites = (
+        conv("begin", 3, 8),
+        conv("body.a", 8, 8),
+        conv("body.b", 8, 16),
+        conv("body.c", 16, 16, 1),
+        *more,
+        Site("out", "linear", 16, 10, (1,), bias=True),
+    )
+    weights = sum(math.prod(site.kernel) for site in sites)
+    macs = sum(site.positions * math.prod(site.kernel) for site in sites)
+    return Network(sites, weights + 10, macs, (3, 4, 4))
+
+
+def refusal(network: Network, settings: Settings | None = None, **budget: Any) -> str:
+    with pytest.raises(PlanError) as error:
+        plan_network(network, settings or Settings(), **(budget or {"ratio": 1.0}))
+    return str(error.value)
+
+
+def layers(plan: Plan) -> dict[str, tuple[str, ...]]:
+    return {group.name: group.layers for group in plan.groups}
+
+
+def floor_of(name: str) -> Plan:
+    with pytest.raises(BudgetError) as error:
+        plan_network(network(name), Settings(), params=1)
+    return error.value.floor
+
+
+# Parameter targets
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_20_targets_from_the_floor_to_4x_are_met_from_below_and_maximally(name: str) -> None:
+    found = network(name)
+    floor = floor_of(name).cost().params.total
+    for k in range(20):
+        target = floor + (4 * found.params - floor) * k // 19
+        plan = plan_network(found, Settings(), params=target)
+        total = plan.cost().params.total
+        assert total <= target
+        steps = []
+        for index, group in enumerate(plan.groups):
+            groups = list(plan.groups)
+            groups[index] = replace(group, num_cells=group.num_cells + 1)
+            steps.append(Plan(found, tuple(groups)).cost().params.total - total)
+        assert min(steps) > 0
+        assert total + min(steps) > target, "another cell would have fitted"
+        assert target - total <= max(0.005 * target, min(steps))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_floor_itself_is_met_and_one_parameter_less_is_not(name: str) -> None:
+    floor = floor_of(name)
+    assert {group.num_cells for group in floor.groups} == {1}
+    total = floor.cost().params.total
+    assert plan_network(network(name), Settings(), params=total) == floor
+    with pytest.raises(BudgetError):
+        plan_network(network(name), Settings(), params=total - 1)
+
+
+def test_a_target_with_a_nonlocal_basis_is_met_from_below_and_maximally() -> None:
+    # Attention is not linear in the number of cells here.
+    found = network("resnet50")
+    settings = Settings(cell_ratio=(0.5, 0.5), basis_ratio=1 / 16)
+    for target in (5_000_000, 12_345_678, 17_638_264, 40_000_000):
+        plan = plan_network(found, settings, params=target)
+        total = plan.cost().params.total
+        assert total <= target
+        for index, group in enumerate(plan.groups):
+            groups = list(plan.groups)
+            groups[index] = replace(group, num_cells=group.num_cells + 1)
+            assert Plan(found, tuple(groups)).cost().params.total > target
+
+
+def test_a_target_of_a_ratio_gives_the_cells_of_that_ratio_back() -> None:
+    found = network("resnet18")
+    by_ratio = plan_network(found, Settings(), ratio=2.0)
+    by_params = plan_network(found, Settings(), params=by_ratio.cost().params.total)
+    assert [g.num_cells for g in by_params.groups] == [g.num_cells for g in by_ratio.groups]
+    assert {g.ratio for g in by_ratio.groups} == {2.0}
+    assert {g.ratio for g in by_params.groups} == {None}
+
+
+def test_a_target_below_the_floor_says_what_the_floor_is_made_of() -> None:
+    found = unknown_network()
+    # Cells (8, 8, 1, 1): body.a m = 9, body.b m = 18, body.c m = 4; n = 1, h = 16.
+    # C*h + 2h + h*2*m + 2*m: 128 + 32 + 288 + 18, 128 + 32 + 576 + 36, 256 + 32 + 128 + 8.
+    # Cells: 64, 128 (16 x 8) and 256 (16 x 16), one warehouse per layer.
+    attention = (128 + 32 + 288 + 18) + (128 + 32 + 16 * 2 * 9 + 2 * 9) + (256 + 32 + 32 + 2)
+    cells = 8 * 8 + 16 * 8 + 16 * 16
+    rest = 8 * 3 * 9 + 160 + 10
+    with pytest.raises(BudgetError) as error:
+        plan_network(found, Settings(sharing="layer"), params=1_000)
+    assert str(error.value) == (
+        f"params 1,000: below the floor of {attention + cells + rest:,} (unchanged {rest} + "
+        f"attention of 3 layers {attention:,} + one cell in each of 3 warehouses {cells})"
+    )
+    assert error.value.target == 1_000
+    assert error.value.floor.cost().params.total == attention + cells + rest
+
+
+def test_the_floor_of_resnet18_is_explained_with_its_published_unchanged_part() -> None:
+    message = refusal(network("resnet18"), params=100_000)
+    assert message.startswith("params 100,000: below the floor of ")
+    assert "(unchanged 532,008 + attention of 19 layers " in message
+    # Cells of 64^2, 128^2, 256^2 and 512^2.
+    assert message.endswith(" + one cell in each of 4 warehouses 348,160)")
+
+
+# Ratios
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 1, 2.5])
+def test_a_ratio_sizes_every_warehouse_alike(ratio: float) -> None:
+    plan = plan_network(network("mobilenetv2_100"), Settings(), ratio=ratio)
+    assert len(plan.groups) == 13
+    for group in plan.groups:
+        assert group.num_cells == max(int(sum(plan.mixtures(group)) * ratio), 1)
+        assert group.ratio == ratio
+
+
+def test_a_share_may_have_settings_of_its_own() -> None:
+    sharing = {
+        "a": Share(["body.a"], ratio=2, cell_ratio=(0.5, 0.25), reduction=0.5, basis_ratio=0.25),
+        "b": Share(["body.b"], spatial_partition=False),
+    }
+    a, b = plan_network(unknown_network(), Settings(sharing=sharing), ratio=1).groups
+    # body.a: 2 * 4 * 9 = 72 mixtures.
+    assert (a.cell, a.num_cells, a.ratio) == ((4, 2, 1, 1), 144, 2)
+    assert (a.reduction, a.basis_ratio) == (0.5, 0.25)
+    assert (b.cell, b.num_cells, b.ratio) == ((16, 8, 3, 3), 1, 1)
+    assert (b.reduction, b.basis_ratio) == (1 / 16, 1.0)
+
+
+def test_ratios_of_shares_are_proportions_under_a_parameter_target() -> None:
+    sharing = {"a": Share(["body.a"], ratio=2, cell_ratio=(0.125, 0.125)), "b": ["body.b"]}
+    plan = plan_network(unknown_network(), Settings(sharing=sharing), params=12_000)
+    a, b = (group.num_cells / sum(plan.mixtures(group)) for group in plan.groups)
+    assert a / b == pytest.approx(2, rel=0.15)
+    assert plan.cost().params.total <= 12_000
+
+
+def test_rounded_cells_are_noted_with_their_warehouse() -> None:
+    plan = plan_network(unknown_network(), Settings(sharing="layer", cell_ratio=(0.7, 1)), ratio=1)
+    assert plan.notes[0] == (
+        "body_a: cell ratio 0.7 of 8 output channels is 5, which does not divide 8: "
+        "rounded down to 4"
+    )
+    assert len(plan.notes) == 3
+
+
+@pytest.mark.parametrize("budget", [{}, {"ratio": 1.0, "params": 10_000}])
+def test_exactly_one_budget_is_given(budget: dict[str, Any]) -> None:
+    with pytest.raises(PlanError) as error:
+        plan_network(unknown_network(), Settings(sharing="layer"), **budget)
+    assert str(error.value) == "give exactly one budget: ratio=0.5 or params=12_000_000"
+
+
+@pytest.mark.parametrize("ratio", [0, -1.0, math.nan, math.inf])
+def test_a_ratio_is_a_number_above_0(ratio: float) -> None:
+    message = f"ratio {ratio}: it must be a number above 0"
+    assert refusal(unknown_network(), Settings(sharing="layer"), ratio=ratio) == message
+    with pytest.raises(PlanError) as error:
+        Share(["body.a"], ratio=ratio)
+    assert str(error.value) == message
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cell_ratio": (1.0,)}, "cell_ratio (1.0,): two numbers (out, in) in (0, 1]"),
+        ({"cell_ratio": 0.5}, "cell_ratio 0.5: two numbers (out, in) in (0, 1]"),
+        ({"cell_ratio": (1, 0)}, "cell_ratio (1, 0): two numbers (out, in) in (0, 1]"),
+        ({"cell_ratio": (2, 1)}, "cell_ratio (2, 1): two numbers (out, in) in (0, 1]"),
+        ({"reduction": 0}, "reduction 0: it must be in (0, 1]"),
+        ({"basis_ratio": 1.5}, "basis_ratio 1.5: it must be in (0, 1]"),
+        ({"norm": "group"}, "norm 'group': allowed are 'auto', 'batch' and 'layer'"),
+        (
+            {"sharing": "block"},
+            "sharing 'block': allowed are 'stage', 'position', 'layer', or groups of glob "
+            "patterns over module names",
+        ),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_with_what_is_allowed(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PlanError) as error:
+        Settings(**changes)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("cell_ratio", [(1, 0), (2, 1), (0.5,), 0.5])
+def test_a_cell_ratio_of_a_share_is_checked_like_any(cell_ratio: Any) -> None:
+    with pytest.raises(PlanError, match="two numbers .out, in. in"):
+        Share(["body.a"], cell_ratio=cell_ratio)
+
+
+def test_settings_reach_every_warehouse() -> None:
+    settings = Settings((0.5, 0.25), "layer", 1 / 8, 1 / 4, False, "layer")
+    plan = plan_network(unknown_network(), settings, ratio=1)
+    assert [group.cell for group in plan.groups] == [(4, 2, 3, 3), (8, 2, 3, 3), (8, 4, 1, 1)]
+    for group in plan.groups:
+        assert (group.reduction, group.basis_ratio, group.norm) == (1 / 8, 1 / 4, "layer")
+
+
+@pytest.mark.parametrize(
+    ("make", "norm"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), "batch"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(1, 4), nn.Conv2d(4, 4, 1)),
+            "layer",
+        ),
+    ],
+)
+def test_auto_norm_is_a_layer_norm_where_the_model_has_no_batch_norm(
+    make: Callable[[], nn.Module], norm: str
+) -> None:
+    for asked, expected in (("auto", norm), ("batch", "batch"), ("layer", "layer")):
+        plan = kwlayers.plan_model(make(), (4, 5, 5), ratio=1, sharing=[["2"]], norm=asked)
+        assert plan.groups[0].norm == expected
+
+
+def test_plan_model_hands_every_setting_on() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    options = {
+        "cell_ratio": (0.5, 0.25),
+        "sharing": [["1", "2"]],
+        "reduction": 1 / 8,
+        "basis_ratio": 1 / 4,
+        "spatial_partition": False,
+        "norm": "batch",
+    }
+    for budget in ({"ratio": 0.5}, {"params": 2_000}):
+        plan = kwlayers.plan_model(model, (4, 9, 9), **budget, **options)
+        traced = kwlayers.trace(model, (4, 9, 9))
+        assert plan == plan_network(traced, Settings(**options), **budget)
+        assert plan.groups[0].cell == (4, 2, 3, 3)
+
+
+# Sharing
+
+
+@pytest.mark.parametrize("sharing", ["stage", "position", "layer"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_is_in_one_warehouse_or_static_by_its_role(name: str, sharing: str) -> None:
+    found = network(name)
+    known = recognise(found.sites)
+    assert known is not None
+    plan = plan_network(found, Settings(sharing=sharing), ratio=1)
+    grouped = [layer for group in plan.groups for layer in group.layers]
+    static = [layer for layer, label in known.labels.items() if label.static]
+    assert sorted(grouped + static) == sorted(site.name for site in found.sites)
+    assert len(set(grouped)) == len(grouped) > 0
+    assert "fc" not in grouped
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_level_of_sharing_refines_the_one_before(name: str) -> None:
+    found = network(name)
+    levels = []
+    for sharing in ("stage", "position", "layer"):
+        plan = plan_network(found, Settings(sharing=sharing), ratio=1)
+        levels.append([set(group.layers) for group in plan.groups])
+    stage, position, layer = levels
+    assert all(any(fine <= coarse for coarse in stage) for fine in position)
+    assert len(stage) < len(position) < len(layer)
+    assert {len(group) for group in layer} == {1}
+
+
+# How many of stage, position and layer. By hand: a ResNet has 4 stages of 2 or 3 positions;
+# layers without stem, head and (bottlenecks) the first conv1 and downsample.
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("resnet18", (4, 8, 19)),
+        ("resnet34", (4, 8, 35)),
+        ("resnet50", (4, 12, 50)),
+        ("resnet101", (4, 12, 101)),
+        ("resnet20", (3, 6, 20)),
+        # Stem, 6 stages of dw and pw; pw of stages 1-6 in two positions; 52 convolutions.
+        ("mobilenetv2_100", (13, 19, 52)),
+        # Stem, 3 downsamples, 4 stages of dw and pw, pw in two positions; 4 + 3 * 18 layers.
+        ("convnext_tiny", (12, 16, 58)),
+        ("deit_tiny", (2, 4, 48)),
+    ],
+)
+def test_each_level_of_sharing_has_as_many_warehouses_as_the_family_has_parts(
+    name: str, counts: tuple[int, ...]
+) -> None:
+    plans = (
+        plan_network(network(name), Settings(sharing=s), ratio=1)
+        for s in ("stage", "position", "layer")
+    )
+    assert tuple(len(plan.groups) for plan in plans) == counts
+
+
+def test_an_unknown_network_is_shared_by_layer_between_a_static_stem_and_head() -> None:
+    plan = plan_network(unknown_network(), Settings(sharing="layer"), ratio=1)
+    assert layers(plan) == {"body_a": ("body.a",), "body_b": ("body.b",), "body_c": ("body.c",)}
+
+
+@pytest.mark.parametrize("sharing", ["stage", "position"])
+def test_an_unknown_network_has_no_stages_and_the_error_says_what_to_use(sharing: str) -> None:
+    assert refusal(unknown_network(), Settings(sharing=sharing)) == (
+        f"sharing {sharing!r} needs the stages of the network, and its module names are none of "
+        "ResNet, MobileNetV2, ConvNeXt, ViT/DeiT (torchvision's or timm's): use sharing='layer' "
+        "or groups of glob patterns"
+    )
+
+
+def test_a_layer_that_cannot_be_converted_stays_static_with_a_note() -> None:
+    found = unknown_network(conv("twice", 16, 16, fixed="its weight is tied to another layer's"))
+    plan = plan_network(found, Settings(sharing="layer"), ratio=1)
+    assert "twice" not in layers(plan)
+    assert plan.notes == ("twice stays static: its weight is tied to another layer's",)
+
+
+def test_a_network_without_convertible_layers_is_refused_with_the_reason() -> None:
+    tied = replace(unknown_network(), sites=(conv("a", 8, 8), conv("b", 8, 8, fixed="it is tied")))
+    message = "no layer can be converted: b stays static: it is tied"
+    assert refusal(tied, Settings(sharing="layer")) == message
+    empty = replace(unknown_network(), sites=())
+    message = "no layer can be converted: the network has none"
+    assert refusal(empty, Settings(sharing="layer")) == message
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (("a.b_c", "a_b.c"), ["a_b_c", "a_b_c_"]),
+        (("a.3x3-conv", "ü"), ["a_3x3_conv", "layer"]),
+    ],
+)
+def test_any_module_name_makes_a_warehouse_name_of_its_own(
+    names: tuple[str, ...], groups: list[str]
+) -> None:
+    found = Network(
+        (conv("begin", 3, 8), *(conv(name, 8, 8) for name in names)), 10_000, 10**6, (3, 4, 4)
+    )
+    plan = plan_network(found, Settings(sharing="layer"), ratio=1)
+    assert [group.name for group in plan.groups] == groups
+    assert tuple(group.layers[0] for group in plan.groups) == names
+
+
+# Glob patterns
+
+
+def test_groups_of_patterns_are_ordered_by_their_first_layer_and_leave_the_rest_alone() -> None:
+    sharing = [["body.c"], ["body.[ab]", "begin"]]
+    plan = plan_network(unknown_network(), Settings(sharing=sharing), ratio=1)
+    assert layers(plan) == {"group1": ("begin", "body.a", "body.b"), "group0": ("body.c",)}
+    # gcds: 8 of 8, 8, 16 and 1 of 3, 8, 8.
+    assert plan.groups[0].cell == (8, 1, 1, 1)
+
+
+def test_groups_may_be_named_and_a_single_pattern_may_stand_alone() -> None:
+    for given in ("body.*", ["body.*"], Share("body.*"), Share(["body.*"])):
+        plan = plan_network(unknown_network(), Settings(sharing={"all": given}), ratio=1)
+        assert layers(plan) == {"all": ("body.a", "body.b", "body.c")}
+
+
+@pytest.mark.parametrize(
+    ("sharing", "message"),
+    [
+        (
+            {"one": ["body.d"]},
+            "group 'one': no convolution or linear layer is named 'body.d'; did you mean 'body.c'?",
+        ),
+        (
+            [["layer4.*.conv"]],
+            "group 'group0': no convolution or linear layer is named 'layer4.*.conv'; there are "
+            "'begin' to 'out'",
+        ),
+        ([["body.a"], ["body.*"]], "body.a matches group 'group0' and group 'group1'"),
+        (
+            {"mix": ["body.c", "out"]},
+            "group 'mix': layers of one kind share a warehouse, got conv2d, linear",
+        ),
+        ({"none": []}, "group 'none': it has no layers"),
+        ({"a.b": ["body.a"]}, "group 'a.b': a name is made of letters, digits and underscores"),
+    ],
+)
+def test_patterns_that_make_no_groups_are_refused_with_the_reason(
+    sharing: Any, message: str
+) -> None:
+    assert refusal(unknown_network(), Settings(sharing=sharing)) == message
+
+
+def test_a_pattern_that_asks_for_a_layer_that_cannot_be_converted_is_refused() -> None:
+    found = unknown_network(conv("twice", 16, 16, fixed="its weight is tied to another layer's"))
+    assert refusal(found, Settings(sharing=[["body.c", "twice"]])) == (
+        "group 'group0': twice cannot be converted: its weight is tied to another layer's"
+    )
+
+
+# Whole kernels
+
+
+def test_without_spatial_partition_automatic_groups_are_split_by_kernel_size() -> None:
+    plan = plan_network(network("resnet18"), Settings(spatial_partition=False), ratio=1)
+    cells = {group.name: group.cell for group in plan.groups}
+    assert cells == {
+        "stage0_conv_3x3": (64, 64, 3, 3),
+        "stage0_conv_1x1": (128, 64, 1, 1),
+        "stage1_conv_3x3": (128, 128, 3, 3),
+        "stage1_conv_1x1": (256, 128, 1, 1),
+        "stage2_conv_3x3": (256, 256, 3, 3),
+        "stage2_conv_1x1": (512, 256, 1, 1),
+        "stage3_conv": (512, 512, 3, 3),
+    }
+    assert layers(plan)["stage0_conv_1x1"] == ("layer2.0.downsample.0",)
+
+
+def test_without_spatial_partition_explicit_groups_have_one_kernel_size() -> None:
+    settings = Settings(sharing={"all": ["body.*"]}, spatial_partition=False)
+    assert refusal(unknown_network(), settings) == (
+        "group 'all': without spatial partition all kernels of a warehouse have one size, "
+        "got 1x1, 3x3"
+    )
+    share = Share(["body.*"], spatial_partition=True)
+    settings = Settings(sharing={"all": share}, spatial_partition=False)
+    assert plan_network(unknown_network(), settings, ratio=1).groups[0].cell == (8, 8, 1, 1)
+
+
+def test_kinds_of_layers_that_stages_mix_get_warehouses_of_their_own() -> None:
+    # A 1x1 convolution where the others of its stage are linear.
+    found = network("deit_tiny")
+    sites = tuple(
+        replace(site, kind="conv2d", kernel_size=(1, 1)) if site.name.endswith("fc2") else site
+        for site in found.sites
+    )
+    plan = plan_network(replace(found, sites=sites), Settings(), ratio=1)
+    assert [group.name for group in plan.groups] == [
+        "stage0_attention",
+        "stage0_mlp_linear",
+        "stage0_mlp_conv2d",
+    ]
