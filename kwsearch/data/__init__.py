@@ -4,7 +4,7 @@
 >>> train = data.load("digits")
 >>> train, held_out = data.split_holdout(train, 0.1, seed=0)
 >>> tuple(train.x.shape), tuple(held_out.x.shape)
-((1293, 1, 8, 8), (144, 1, 8, 8))
+((1294, 1, 8, 8), (143, 1, 8, 8))
 
 Nothing is downloaded, nothing a file names is run, and every problem is a `DataError`.
 """

@@ -65,6 +65,12 @@ LAYOUTS = (
 LOOKED_FOR = "data_batch_1[.bin] … test_batch[.bin] (CIFAR-10), {train,test}[.bin] (CIFAR-100)"
 
 
+def holds(folder: Path, num_classes: int) -> bool:
+    """Whether CIFAR-`num_classes` is there."""
+    layout = find(folder)
+    return layout is not None and layout.num_classes == num_classes
+
+
 def find(folder: Path) -> Layout | None:
     """The distribution that any file in `folder` belongs to."""
     for layout in LAYOUTS:

@@ -84,7 +84,8 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
             f"{path}: {len(content):,} bytes, but its header ({'x'.join(map(str, shape))}) "
             f"needs {header + size:,}; try another copy of the file"
         )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+    array: np.ndarray = np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+    return array
 
 
 def _image_files(folder: Path, split: Split) -> list[Path]:

@@ -1,12 +1,13 @@
 """Folders of images, one folder per class: root/train/<class>/*.png with root/val or root/test.
 
 Class folders directly under root are split by file name: an image is test if the first 8 bytes
-of its name's SHA-256, big-endian, divide by 5. Adding or moving images changes no other's part.
+of its name's SHA-256, big-endian, are a multiple of 5. So a new image changes no other's part.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ LOOKED_FOR = "train/<class>/*.png, *.jpg, … or <class>/*.png, *.jpg, … (imag
 
 def holds(root: Path) -> bool:
     """Whether there is a train folder, or a folder with an image."""
-    return (root / "train").is_dir() or any(_images_in(folder) for folder in _folders_in(root))
+    return (root / "train").is_dir() or any(
+        True for folder in _folders_in(root) for _ in _walk(folder)
+    )
 
 
 def read(root: Path, split: Split, size: tuple[int, int] | None) -> Images:
@@ -94,7 +97,7 @@ def _files_split_by_name(root: Path, split: Split) -> tuple[tuple[str, ...], lis
 
 def _class_folders(folder: Path) -> dict[str, list[Path]]:
     """Class name -> its images, both in the order of their names; at least one of each."""
-    classes = {path.name: _images_in(path) for path in _folders_in(folder)}
+    classes = {path.name: sorted(_walk(path)) for path in _folders_in(folder)}
     if not classes:
         raise DataError(f"{folder}: no class folders; allowed one folder of images per class")
     empty = [name for name, images in classes.items() if not images]
@@ -110,13 +113,11 @@ def _folders_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """At any depth: some data sets have <class>/images/*.jpg."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _ENDINGS and not path.name.startswith(".") and path.is_file()
-    )
+def _walk(folder: Path) -> Iterator[Path]:
+    """Images at any depth: some data sets have <class>/images/*.jpg."""
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in _ENDINGS and not path.name.startswith(".") and path.is_file():
+            yield path
 
 
 def _decode_all(root: Path, paths: list[Path], size: tuple[int, int] | None) -> torch.Tensor:

@@ -66,14 +66,16 @@ def resize(images: Images, size: tuple[int, int]) -> Images:
     check_size(size)
     if tuple(images.x.shape[2:]) == tuple(size):
         return images
-    chunks = [
-        F.interpolate(chunk.float(), size=list(size), mode="bilinear", antialias=True)
-        .round_()
-        .clamp_(0, 255)
-        .to(torch.uint8)
-        for chunk in images.x.split(_CHUNK)
-    ]
-    return replace(images, x=torch.cat(chunks))
+    x = torch.empty(*images.x.shape[:2], *size, dtype=torch.uint8, device=images.x.device)
+    for i in range(0, len(x), _CHUNK):
+        x[i : i + _CHUNK] = (
+            F.interpolate(
+                images.x[i : i + _CHUNK].float(), size=list(size), mode="bilinear", antialias=True
+            )
+            .round_()
+            .clamp_(0, 255)
+        )
+    return replace(images, x=x)
 
 
 def split_holdout(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
@@ -127,8 +129,8 @@ def subset(images: Images, n: int, seed: int) -> Images:
 def fingerprint(images: Images) -> str:
     """16 hex digits of the SHA-256 of pixels, labels and their shape; names do not count."""
     digest = hashlib.sha256(repr(tuple(images.x.shape)).encode())
-    digest.update(np.ascontiguousarray(images.x.cpu().numpy()))
-    digest.update(np.ascontiguousarray(images.y.cpu().numpy(), dtype="<i8"))
+    digest.update(np.ascontiguousarray(images.x.cpu().numpy()).reshape(-1).data)
+    digest.update(np.ascontiguousarray(images.y.cpu().numpy(), dtype="<i8").data)
     return digest.hexdigest()[:16]
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -28,15 +30,10 @@ class _Known:
 
     folders: tuple[str, ...]
     num_classes: int
+    holds: Callable[[Path], bool]
     looked_for: str
     advice: str
     classes: tuple[str, ...] = ()
-
-    def is_in(self, folder: Path) -> bool:
-        if self.looked_for == idx.LOOKED_FOR:
-            return idx.holds(folder)
-        layout = cifar.find(folder)
-        return layout is not None and layout.num_classes == self.num_classes
 
 
 _CIFAR_ADVICE = "try unpacking an archive of https://www.cs.toronto.edu/~kriz/cifar.html there"
@@ -44,6 +41,7 @@ _KNOWN = {
     "fashion_mnist": _Known(
         ("fashion-mnist", "FashionMNIST/raw"),
         10,
+        idx.holds,
         idx.LOOKED_FOR,
         "try apt install dataset-fashion-mnist (Debian), "
         "or the files of https://github.com/zalandoresearch/fashion-mnist",
@@ -55,6 +53,7 @@ _KNOWN = {
     "mnist": _Known(
         ("mnist", "MNIST/raw"),
         10,
+        idx.holds,
         idx.LOOKED_FOR,
         "try putting MNIST's four files there",
         tuple("0123456789"),
@@ -62,12 +61,14 @@ _KNOWN = {
     "cifar10": _Known(
         ("cifar-10", "cifar-10-batches-bin", "cifar-10-batches-py"),
         10,
+        partial(cifar.holds, num_classes=10),
         cifar.LOOKED_FOR,
         _CIFAR_ADVICE,
     ),
     "cifar100": _Known(
         ("cifar-100", "cifar-100-binary", "cifar-100-python"),
         100,
+        partial(cifar.holds, num_classes=100),
         cifar.LOOKED_FOR,
         _CIFAR_ADVICE,
     ),
@@ -129,12 +130,11 @@ def _read(source: str | Path, split: Split, size: tuple[int, int] | None) -> Ima
 def _digits(split: Split) -> Images:
     """1,797 grey images of 8x8, in 10 classes; see assets/digits.md."""
     with (
-        resources.files("kwsearch").joinpath("assets", "digits.npz").open("rb") as file,
+        (resources.files("kwsearch") / "assets" / "digits.npz").open("rb") as file,
         np.load(file, allow_pickle=False) as arrays,
     ):
         x, y = arrays["x"], arrays["y"]
-    part = npz.is_test(np.arange(len(y)))
-    part = part if split == "test" else ~part
+    part = npz.is_test(np.arange(len(y))) == (split == "test")
     pixels = np.rint(x[part] * (255 / 16)).astype(np.uint8)  # 0..16 as published
     return Images(
         x=torch.from_numpy(pixels[:, None]),
@@ -148,7 +148,7 @@ def _digits(split: Split) -> Images:
 def _named(name: str, split: Split) -> Images:
     known, tried = _KNOWN[name], places(name)
     for folder in tried:
-        if known.is_in(folder):
+        if known.holds(folder):
             images = _folder(folder, split, None)
             return replace(
                 images,
@@ -180,10 +180,9 @@ def _folder(folder: Path, split: Split, size: tuple[int, int] | None) -> Images:
 
 def _nothing_at(source: str | Path, path: Path) -> DataError:
     allowed = f"allowed {', '.join(NAMES)}, {_PATHS}"
-    if isinstance(source, Path) or path.suffix or len(path.parts) > 1:
-        return DataError(
-            f"{source}: no such file or folder; looked for {path.absolute()}; {allowed}"
-        )
+    if isinstance(source, Path) or path.suffix or os.path.basename(source) != source:
+        where = path.absolute()
+        return DataError(f"{source}: no such file or folder; looked for {where}; {allowed}")
     close = difflib.get_close_matches(source.lower(), NAMES, n=1)
     meant = f" (did you mean {close[0]}?)" if close else ""
-    return DataError(f"unknown data set {source!r}{meant}; {allowed}")
+    return DataError(f"unknown data set {source!r}{meant}, and no such file or folder; {allowed}")

@@ -12,6 +12,7 @@ from kwsearch.data.images import Images, Split
 
 _TRY = "try np.savez(path, x_train=…, y_train=…, x_test=…, y_test=…)"
 _MAX_CHANNELS = 4
+_KNOWN = ("x", "y", "x_train", "y_train", "x_test", "y_test")
 
 
 def is_test(index: np.ndarray) -> np.ndarray:
@@ -23,56 +24,54 @@ def is_test(index: np.ndarray) -> np.ndarray:
 def read(path: Path, split: Split) -> Images:
     """One split; of plain x and y every fifth image, from the first, is test."""
     arrays = _arrays(path)
-    if "x_train" in arrays or "x_test" in arrays:
-        x, y = _array(path, arrays, f"x_{split}"), _array(path, arrays, f"y_{split}")
-        labels = [arrays[name] for name in ("y_train", "y_test") if name in arrays]
-    else:
-        x, y = _array(path, arrays, "x"), _array(path, arrays, "y")
-        labels = [y]
-    _check_count(path, x, y)
-    if "x_train" not in arrays and "x_test" not in arrays:
-        part = is_test(np.arange(len(y)))
-        part = part if split == "test" else ~part
+    in_parts = "x_train" in arrays or "x_test" in arrays
+    ending = f"_{split}" if in_parts else ""
+    x, y = _array(path, arrays, f"x{ending}"), _array(path, arrays, f"y{ending}")
+    _check_shapes(path, x, y)
+    pixels = _as_nchw(path, _as_uint8(path, x))
+    labels = {name: _as_labels(path, arrays[name]) for name in arrays if name.startswith("y")}
+    y = labels[f"y{ending}"]
+    if not in_parts:
+        part = is_test(np.arange(len(y))) == (split == "test")
         if not part.any():
-            raise DataError(f"{path}: {len(y)} images leave none for {split}; {_TRY}")
-        x, y = x[part], y[part]
+            raise DataError(f"{path}: {len(y)} image(s) leave none for {split}; {_TRY}")
+        pixels, y = pixels[part], y[part]
     return Images(
-        x=torch.from_numpy(_as_nchw(path, _as_uint8(path, x))),
-        y=torch.from_numpy(_as_labels(path, y)),
-        num_classes=1 + max(int(_as_labels(path, each).max(initial=0)) for each in labels),
+        x=torch.from_numpy(pixels),
+        y=torch.from_numpy(y),
+        num_classes=1 + max(int(each.max(initial=0)) for each in labels.values()),
         name=path.name,
     )
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The file's arrays of the six names we know."""
+    # Opened here, because np.load leaves some damaged files open.
+    with path.open("rb") as file:
+        try:
+            opened = np.load(file, allow_pickle=False)
+        except Exception as error:  # whatever a damaged archive makes zipfile or numpy raise
+            raise DataError(f"{path}: not a .npz file ({error}); {_TRY}") from None
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise DataError(f"{path}: one array without a name (.npy), not a .npz file; {_TRY}")
+        with opened:
+            arrays = {name: _member(path, opened, name) for name in _KNOWN if name in opened.files}
+            if not arrays:
+                raise DataError(
+                    f"{path}: holds {', '.join(opened.files) or 'nothing'}; "
+                    f"looked for {', '.join(_KNOWN)}; {_TRY}"
+                )
+            return arrays
+
+
+def _member(path: Path, opened: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
     try:
-        opened = np.load(path, allow_pickle=False)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a damaged archive makes zipfile or numpy raise
-        raise DataError(f"{path}: not a .npz file ({error}); {_TRY}") from None
-    if not isinstance(opened, np.lib.npyio.NpzFile):
-        raise DataError(f"{path}: one array without a name (.npy), not a .npz file; {_TRY}")
-    known = ("x", "y", "x_train", "y_train", "x_test", "y_test")
-    arrays = {}
-    with opened:
-        for name in known:
-            if name not in opened.files:
-                continue
-            try:
-                array = opened[name]
-            except Exception as error:  # object arrays, and as above
-                raise DataError(f"{path}: cannot read array {name!r} ({error}); {_TRY}") from None
-            if not isinstance(array, np.ndarray):
-                raise DataError(f"{path}: {name!r} is not an array; {_TRY}")
-            arrays[name] = array
-        if not arrays:
-            raise DataError(
-                f"{path}: holds {', '.join(opened.files) or 'nothing'}; "
-                f"looked for {', '.join(known)}; {_TRY}"
-            )
-    return arrays
+        array = opened[name]
+    except Exception as error:  # object arrays, and damage as above
+        raise DataError(f"{path}: cannot read array {name!r} ({error}); {_TRY}") from None
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path}: {name!r} is not an array; {_TRY}")
+    return array
 
 
 def _array(path: Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
@@ -81,7 +80,7 @@ def _array(path: Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     return arrays[name]
 
 
-def _check_count(path: Path, x: np.ndarray, y: np.ndarray) -> None:
+def _check_shapes(path: Path, x: np.ndarray, y: np.ndarray) -> None:
     if x.ndim not in (3, 4):
         raise DataError(
             f"{path}: images of shape {x.shape}; allowed (N, H, W), (N, H, W, C) or (N, C, H, W)"
@@ -125,7 +124,7 @@ def _as_nchw(path: Path, x: np.ndarray) -> np.ndarray:
 
 
 def _as_labels(path: Path, y: np.ndarray) -> np.ndarray:
-    if y.dtype.kind not in "iu" or y.shape != (len(y),) and y.shape != (len(y), 1):
+    if y.dtype.kind not in "iu" or y.shape not in ((len(y),), (len(y), 1)):
         raise DataError(
             f"{path}: labels are {y.dtype} of shape {y.shape}; "
             "allowed whole numbers of shape (N,), the class of each image from 0"

@@ -69,8 +69,10 @@ class _Ndarray(_StandIn):
 class _Array(_StandIn):
     """numpy's _reconstruct(ndarray, (0,), b"b"): an array that its state will fill."""
 
+    array: np.ndarray | None = None
+
     def __init__(self, *_: object) -> None:
-        self.array: np.ndarray | None = None
+        pass
 
     def __setstate__(self, state: Any) -> None:
         _version, shape, dtype, fortran, content = state
@@ -96,7 +98,8 @@ class _Encoded(_StandIn):
 def _uint8_array(content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     if not isinstance(dtype, _Dtype):
         raise _RefusedError(f"has an array of dtype {dtype!r}; allowed uint8 ('u1')")
-    return np.frombuffer(content, np.uint8).reshape(shape, order=order)
+    array: np.ndarray = np.frombuffer(content, np.uint8).reshape(shape, order=order)
+    return array
 
 
 _STAND_INS: dict[tuple[str, str], type[_StandIn]] = {
