@@ -198,7 +198,7 @@ class Study:
             study_name=STUDY,
             direction="maximize",
             load_if_exists=True,
-            pruner=_pruner(self.search.pruner, self.proxy.epochs),
+            pruner=_pruner(self.search.pruner, self.proxy),
         )
         known = study.get_trials(deepcopy=False)
         # A sampler that starts over would draw the same points: seed it with the trials so far.
@@ -349,11 +349,13 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
 
 
-def _pruner(name: str, epochs: int) -> optuna.pruners.BasePruner:
+def _pruner(name: str, proxy: Proxy) -> optuna.pruners.BasePruner:
+    # While the temperature falls, accuracy falls with it and ranks nothing.
+    settled = min(proxy.temperature_epochs + 1, proxy.epochs)
     if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(1, epochs // 3))
+        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=settled)
     if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs)
+        return optuna.pruners.HyperbandPruner(min_resource=settled, max_resource=proxy.epochs)
     return optuna.pruners.NopPruner()
 
 

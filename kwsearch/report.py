@@ -294,7 +294,7 @@ def trials_table(trials: Sequence[FrozenTrial]) -> Table:
     table = _table(
         ("trial", "result"), ("held-out accuracy", "parameters", "MACs", "s"), ("n of warehouses",)
     )
-    for trial in sorted(trials, key=lambda t: (-t.values[0] if t.values else 1, t.number)):
+    for trial in sorted(trials, key=_by_result):
         attrs = trial.user_attrs
         cells = [str(group["num_cells"]) for group in attrs.get("groups", ())]
         shown = " ".join(cells) if len(cells) <= 8 else f"{' '.join(cells[:6])} … {cells[-1]}"
@@ -308,6 +308,12 @@ def trials_table(trials: Sequence[FrozenTrial]) -> Table:
             shown,
         )
     return table
+
+
+def _by_result(trial: FrozenTrial) -> tuple[bool, float, int]:
+    """Finished trials first, by accuracy; then those that stopped early."""
+    score = trial.values[0] if trial.values else 0.0
+    return (trial.state.name != "COMPLETE", -score, trial.number)
 
 
 def verdict_lines(result: Result) -> list[str]:

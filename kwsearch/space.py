@@ -123,7 +123,8 @@ class Space:
         layout = self._layout(sample.settings)
         weights = [sample.weights[group.name] for group in layout.groups]
         solutions = solve(layout.variables(weights), self.allowed - layout.static_params)
-        return layout.plan(solutions[0])
+        # Trials are compared at equal parameters: of the roundings, the one that leaves least.
+        return layout.plan(max(solutions, key=lambda s: (s.params, -s.spread)))
 
     def _weight_name(self, settings: Settings, warehouse: str) -> str:
         sharing = settings.sharing if isinstance(settings.sharing, str) else "groups"

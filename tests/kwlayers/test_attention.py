@@ -333,6 +333,17 @@ def test_linear_layers_start_kaiming_normal_in_fan_out_with_zero_bias(basis_rati
     assert not attention.norm.bias.any()
 
 
+def test_reset_parameters_brings_everything_back_after_to_empty() -> None:
+    attention = make(5, 3, 8, beta=(2, 8, 0), total=8, basis_ratio=1 / 4)
+    attention.to(device="meta").to_empty(device="cpu")
+    attention.temperature.fill_(0.5)
+    attention.assignment.fill_(-1)
+    attention.reset_parameters()
+    assert attention.assignment.tolist() == [2, 8, 0]
+    assert float(attention.temperature) == 0.0
+    assert attention(torch.randn(4, 5, dtype=torch.float64)).isfinite().all()
+
+
 def test_reset_parameters_starts_again() -> None:
     attention = make(5, 2, 8, total=8, basis_ratio=1 / 4, norm="layer")
     before = attention.fc2.weight.detach().clone()

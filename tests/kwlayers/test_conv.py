@@ -80,7 +80,7 @@ def _seed() -> None:
 # At temperature 1 a layer is its static counterpart ----------------------------------
 
 CONVOLUTIONS: list[tuple[int, tuple[int, ...], dict[str, Any]]] = [
-    # (in, out, kernel) and settings of torch.nn's layer; the cell.
+    # Axes, cell, and what torch.nn's layer is given.
     (1, (3, 2, 1), {"in": 4, "out": 6, "k": 3}),
     (1, (3, 2, 3), {"in": 4, "out": 6, "k": 3, "stride": 2, "padding": 1}),
     (1, (3, 1, 1), {"in": 4, "out": 6, "k": 2, "groups": 2, "dilation": 3}),

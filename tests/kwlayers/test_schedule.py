@@ -137,9 +137,11 @@ def test_a_resumed_schedule_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     resumed_model = make()
     resumed = TemperatureSchedule(resumed_model, 1, 1)
     state = torch.load(tmp_path / "at 3", weights_only=True)
-    resumed_model.load_state_dict(state["model"])
+    assert temperatures(resumed_model) == {1.0}
     resumed.load_state_dict(state["schedule"])
     assert resumed.temperature == 1 - 3 / 8
+    assert temperatures(resumed_model) == {1 - 3 / 8}
+    resumed_model.load_state_dict(state["model"])
     assert temperatures(resumed_model) == {1 - 3 / 8}
     assert [resumed.step() for _ in range(7)] == rest
 

@@ -1,0 +1,85 @@
+"""The published settings and the recipes that hold them, against the official code's counts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import kwlayers
+from kwsearch.networks import build_model, trace_model
+from kwsearch.published import PUBLISHED, Published, find, of_model
+from kwsearch.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+ORACLES = {
+    entry["config"]: entry
+    for entry in json.loads((ROOT / "tests/data/kernel_warehouse.json").read_text())
+}
+
+
+def oracle_of(entry: Published) -> dict:
+    ratio = {0.25: "1d4", 0.5: "1d2"}.get(entry.ratio, f"{entry.ratio:g}")
+    return ORACLES[f"kw{ratio}x_{entry.model}"]
+
+
+def test_there_are_fifteen_settings_and_a_recipe_for_each() -> None:
+    assert len(PUBLISHED) == 15
+    slugs = {entry.slug for entry in PUBLISHED}
+    assert slugs == {path.stem for path in (ROOT / "recipes").glob("kw_*.yaml")}
+
+
+@pytest.mark.parametrize("entry", PUBLISHED, ids=lambda entry: entry.slug)
+def test_a_recipe_builds_what_the_official_code_builds(entry: Published) -> None:
+    oracle = oracle_of(entry)
+    recipe = load_recipe(ROOT / "recipes" / f"{entry.slug}.yaml")
+    with torch.device("meta"):
+        model = recipe.create_model()
+    plan = recipe.plan_for(model)
+    cost = plan.cost()
+    assert cost.params.total == oracle["params"]
+    assert cost.params.warehouses == oracle["warehouse_params"]
+    assert cost.params.attention == oracle["attention_params"]
+    assert cost.params.unchanged == oracle["other_params"]
+    assert cost.macs.total == oracle["macs_224"]
+    assert cost.macs.mixing == oracle["mixing_macs"]
+    assert cost.macs.attention == oracle["attention_macs"]
+    ours = Counter(((w.num_cells, *w.cell), len(w.layers)) for w in plan.warehouses)
+    assert ours == Counter((tuple(w["cells"]), w["layers"]) for w in oracle["warehouses"])
+    kwlayers.convert_(model, plan)
+    assert sum(p.numel() for p in model.parameters()) == oracle["params"]
+
+
+@pytest.mark.parametrize("entry", PUBLISHED, ids=lambda entry: entry.slug)
+def test_a_recipe_says_what_the_table_says(entry: Published) -> None:
+    path = ROOT / "recipes" / f"{entry.slug}.yaml"
+    recipe = load_recipe(path)
+    with torch.device("meta"):
+        model = build_model(entry.model)
+    assert recipe.plan_for(model) == entry.plan(trace_model(entry.model))
+    assert recipe.training is not None
+    assert recipe.training.epochs == entry.epochs
+    assert recipe.training.temperature_epochs == entry.temperature_epochs
+    opening = path.read_text().splitlines()
+    assert opening[0].startswith(f"# {entry.name}: KernelWarehouse at b = {entry.ratio:g}")
+    assert opening[3] == f"#     kwsearch budget recipes/{path.name}"
+
+
+def test_a_published_setting_is_found_by_model_and_ratio() -> None:
+    found = find("resnet18", 0.25)
+    assert found is not None
+    assert (found.name, found.top1) == ("ResNet18 1/4x", 72.73)
+    assert find("resnet18", 0.3) is None
+    assert [entry.ratio for entry in of_model("resnet50")] == [0.5, 1, 4]
+
+
+def test_a_published_setting_holds_for_other_classes() -> None:
+    entry = find("mobilenetv2_100", 0.5)
+    assert entry is not None
+    plan = entry.plan(trace_model("mobilenetv2_100", (3, 96, 96), 10))
+    classifier = plan.groups[-1]
+    # 10 x 1280 in cells of 10 x 32: 40 mixtures, half as many cells.
+    assert (classifier.name, classifier.cell, classifier.num_cells) == ("classifier", (10, 32, 1), 20)
