@@ -74,12 +74,15 @@ class Attention(nn.Module):
                 self.fc3 = nn.Linear(split.width, split.nonlocal_cells, bias=False, **kwargs)
             self.bias = nn.Parameter(torch.zeros(num_mixtures * columns, **kwargs))
             self.start = min(assignment.start, split.nonlocal_cells)
+        self._beta = assignment.cells
         self.register_buffer("temperature", torch.zeros((), **kwargs))
         self.register_buffer("assignment", torch.tensor(assignment.cells, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming-normal (fan out) weights, zero biases; norms at one and zero."""
+        """Kaiming-normal (fan out) weights, zero biases; norms at one and zero; buffers as made."""
+        self.temperature.zero_()
+        self.assignment.copy_(torch.tensor(self._beta))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 if module.weight.numel():

@@ -283,9 +283,7 @@ class KWLinear(_KWLayer):
 
     def extra_repr(self) -> str:
         has_bias = self.bias is not None
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}"
 
 
 def like(layer: nn.Module, warehouse: Warehouse, **settings: Any) -> _KWLayer:

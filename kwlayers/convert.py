@@ -10,7 +10,7 @@ from torch import nn
 from kwlayers import geometry
 from kwlayers.conv import like
 from kwlayers.plan import Group, Plan, PlanError, Site
-from kwlayers.sites import CONVERTIBLE, refuse_wrapped
+from kwlayers.sites import CONVERTIBLE, candidates, refuse_wrapped
 from kwlayers.warehouse import Warehouse
 
 if TYPE_CHECKING:
@@ -57,11 +57,24 @@ def convert_(model: nn.Module, plan: Plan) -> nn.Module:
     if hasattr(model, WAREHOUSES):
         raise PlanError(f"the model has an attribute {WAREHOUSES!r} already")
     modules = dict(model.named_modules())
-    layers = {
-        name: _fitting(modules.get(name), plan.network[name])
-        for group in plan.groups
-        for name in group.layers
-    }
+    fixed = {name: reason for name, _, reason in candidates(model) if reason}
+    layers = {}
+    for group in plan.groups:
+        for name in group.layers:
+            layers[name] = _fitting(modules.get(name), plan.network[name])
+            if name in fixed:
+                raise PlanError(f"{name} cannot be converted: {fixed[name]}")
+        if hasattr(Warehouses, group.name) or group.name in vars(Warehouses({})):
+            raise PlanError(
+                f"group {group.name!r}: a container of modules has an attribute of that name; "
+                "choose another"
+            )
+    params = sum(p.numel() for p in model.parameters())
+    if params != plan.network.params:
+        raise PlanError(
+            f"the plan was made for a model of {plan.network.params:,} parameters, this one has "
+            f"{params:,}: plan again for this model"
+        )
     warehouses = Warehouses({group.name: group.layers for group in plan.groups})
     swaps: dict[nn.Module, nn.Module] = {}
     for group in plan.groups:
@@ -115,9 +128,11 @@ def _fitting(module: nn.Module | None, site: Site) -> nn.Conv2d:
             f"{site.name}: planned as {site.kind}, but the model has {type(module).__name__}"
         )
     shape = tuple(module.weight.shape) + ((1,) if kind == "linear" else ())  # type: ignore
-    if shape != site.kernel or (module.bias is not None) != site.bias:
+    groups = 1 if kind == "linear" else module.groups
+    if (shape, groups, module.bias is not None) != (site.kernel, site.groups, site.bias):
         raise PlanError(
-            f"{site.name}: planned for a kernel {site.kernel} with bias={site.bias}, but the "
-            f"model has {shape} with bias={module.bias is not None}: plan again for this model"
+            f"{site.name}: planned for a kernel {site.kernel} in {site.groups} groups with "
+            f"bias={site.bias}, but the model has {shape} in {groups} groups with "
+            f"bias={module.bias is not None}: plan again for this model"
         )
     return module  # type: ignore[return-value]

@@ -32,12 +32,18 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operator = func.overloadpacket
         if operator in _PRODUCTS:
             left, right = args[_PRODUCTS[operator] :][:2]
-            out = left.new_empty(_product(left.shape, right.shape))
+            if left.is_meta and right.is_meta:
+                out = left.new_empty(_product(left.shape, right.shape))
+            else:
+                out = func(*args, **(kwargs or {}))
             self.macs += out.numel() * left.shape[-1]
             return out
         if operator is torch.ops.aten.convolution:
             x, weight, transposed = args[0], args[1], args[6]
-            out = x.new_empty(_convolution(*args))
+            if x.is_meta and weight.is_meta:
+                out = x.new_empty(_convolution(*args))
+            else:
+                out = func(*args, **(kwargs or {}))
             positions = (x if transposed else out).numel()
             self.macs += positions * (weight.numel() // weight.shape[0])
             return out
@@ -108,17 +114,21 @@ def _every(values: Sequence[int], rank: int) -> Sequence[int]:
     return values if len(values) == rank else [*values] * rank
 
 
-def _same(x: Tensor, *args: Any) -> Tensor:
+def _in_place(x: Tensor, *args: Any) -> Tensor:
     return x
 
 
+def _same(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _norm(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return x, x, x
+    return _same(x), x, x
 
 
 def _elementwise(x: Tensor, y: Any, *args: Any) -> Tensor:
     if not isinstance(y, Tensor) or x.shape == y.shape:
-        return x
+        return _same(x)
     rank = max(x.dim(), y.dim())
     left, right = ((1,) * (rank - len(s)) + tuple(s) for s in (x.shape, y.shape))
     if any(a != b and 1 not in (a, b) for a, b in zip(left, right, strict=True)):
@@ -153,12 +163,13 @@ def _max_pool2d(
 
 _aten = torch.ops.aten
 _RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((_aten.relu, _aten.relu_, _aten.hardtanh, _aten.hardtanh_), _same),
-    **dict.fromkeys((_aten.gelu, _aten.silu, _aten.silu_, _aten.sigmoid, _aten._softmax), _same),
+    **dict.fromkeys((_aten.relu_, _aten.hardtanh_, _aten.silu_), _in_place),
+    **dict.fromkeys((_aten.relu, _aten.hardtanh, _aten.gelu, _aten.silu), _same),
+    **dict.fromkeys((_aten.sigmoid, _aten._softmax), _same),
     **dict.fromkeys((_aten.native_batch_norm, _aten.native_layer_norm), _norm),
     **dict.fromkeys((_aten.native_group_norm,), _norm),
     **dict.fromkeys((_aten.add, _aten.sub, _aten.mul), _elementwise),
-    **dict.fromkeys((_aten.add_, _aten.sub_, _aten.mul_), _same),
+    **dict.fromkeys((_aten.add_, _aten.sub_, _aten.mul_), _in_place),
     _aten.max_pool2d_with_indices: _max_pool2d,
     _aten.mean: _mean,
 }

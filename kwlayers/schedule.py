@@ -28,7 +28,7 @@ class TemperatureSchedule:
     """
 
     def __init__(self, model: nn.Module, warmup_epochs: float, steps_per_epoch: int) -> None:
-        if warmup_epochs < 0 or steps_per_epoch < 1:
+        if not warmup_epochs >= 0 or steps_per_epoch < 1:
             raise ValueError(
                 f"warmup_epochs {warmup_epochs}, steps_per_epoch {steps_per_epoch}: "
                 "at least 0 epochs, of at least 1 step"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ CONVERTIBLE: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
 }
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# Their fast paths take the weights of their children.
+_READ_WEIGHTS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -35,26 +41,37 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
     if not size or min(size) < 1:
         raise PlanError(f"input_size {tuple(input_size)}: positive sizes (C, H, W) without batch")
     refuse_wrapped(model)
+    twin = _meta_copy(model).eval()
     params = sum(parameter.numel() for parameter in model.parameters())
     counter, calls = MacCounter(), _Calls()
-    twin = _meta_copy(model).eval()
     for name, module in twin.named_modules():
         if type(module) in CONVERTIBLE:
             module.register_forward_hook(calls.hook(name), with_kwargs=True)
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), _no_fast_path(), counter:
             twin(torch.empty(1, *size, dtype=dtype, device="meta"))
     except Exception as error:
         shown = "x".join(map(str, size))
         raise PlanError(
             f"the model does not run on an input of {shown} (on meta): {error}"
         ) from error
-    sites = tuple(_site(name, module, calls, reason) for name, module, reason in _candidates(model))
+    sites = tuple(_site(name, module, calls, reason) for name, module, reason in candidates(model))
     macs_of_sites = sum(site.positions * math.prod(site.kernel) for site in sites)
     assert counter.macs >= macs_of_sites, (counter.macs, macs_of_sites)
     has_batch_norm = any(isinstance(module, _BATCH_NORMS) for module in model.modules())
     return Network(sites, params, counter.macs, size, has_batch_norm)
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """torch.nn's transformers by their single operators, which can be counted."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -76,8 +93,6 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
-                if isinstance(parameter, nn.parameter.UninitializedParameter):
-                    raise PlanError("the model has lazy layers: run it once on real data first")
                 memo[id(parameter)] = nn.Parameter(_empty(parameter), requires_grad=False)
         for buffer in module._buffers.values():
             if buffer is not None:
@@ -89,11 +104,13 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    if nn.parameter.is_lazy(tensor):
+        raise PlanError("the model has lazy layers: run it once on real data first")
     # Not empty_like: on meta it imports a second's worth of symbolic shapes.
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """(name, layer, why it cannot be converted) for each layer, in module order."""
     uses = Counter(
         id(parameter)
@@ -101,6 +118,12 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
         for parameter in module._parameters.values()
         if parameter is not None
     )
+    inside = {
+        id(child): type(parent).__name__
+        for parent in model.modules()
+        if isinstance(parent, _READ_WEIGHTS)
+        for child in parent.children()
+    }
     found = []
     for name, module in model.named_modules():
         if type(module) not in CONVERTIBLE:
@@ -110,7 +133,9 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
             reason = "it is the model itself: wrap it in nn.Sequential"
         elif uses[id(module.weight)] > 1:
             reason = "its weight is tied to another layer's"
-        elif any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
+        elif id(module) in inside:
+            reason = f"{inside[id(module)]} reads its weight without calling it"
+        elif any(getattr(module, hooks) for hooks in _HOOKS):
             reason = "it carries hooks"
         found.append((name, module, reason))
     return found

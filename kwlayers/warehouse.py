@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kwlayers import geometry
 
@@ -61,6 +63,14 @@ class Warehouse(nn.Module):
         assignment = self.next_cells(mixtures)
         self._handed_out += mixtures
         return assignment
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Warehouse:
+        # As matrices: `model.to(memory_format=torch.channels_last)` raises for the 5 axes of
+        # `cells`, whose layout means nothing to it.
+        super()._apply(  # type: ignore[no-untyped-call]
+            lambda t: fn(t.flatten(1)).view(t.shape), recurse
+        )
+        return self
 
     def extra_repr(self) -> str:
         return f"num_cells={self.num_cells}, cell={self.cell}, num_mixtures={self.num_mixtures}"

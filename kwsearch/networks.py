@@ -34,7 +34,7 @@ def build_model(
     except zoo.UnknownModelError:
         raise
     except ValueError as error:
-        raise PlanError(str(error)) from None
+        raise PlanError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
 
 
 def trace_model(

@@ -192,7 +192,7 @@ class Study:
 
     def _open(self) -> optuna.Study:
         journal = self.directory / JOURNAL
-        _drop_torn_line(journal, self.watcher)
+        _mend(journal, self.watcher)
         study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(journal))),
             study_name=STUDY,
@@ -218,7 +218,9 @@ class Study:
     def _train(self, study: optuna.Study, trial: Trial, objective: Objective) -> None:
         plan = self._new_plan(study, trial)
         cost = plan.cost()
-        trial.set_constraint("params", float(cost.params.total - self.space.allowed))
+        left_over = study.get_trials(deepcopy=False)[trial.number]
+        if "params" not in left_over.constraints:
+            trial.set_constraint("params", float(cost.params.total - self.space.allowed))
         facts = {
             "fingerprint": fingerprint(plan),
             "groups": plan.groups_to_list(),
@@ -230,7 +232,7 @@ class Study:
         self.watcher.start(trial.number, len(_finished(study)), plan)
         started = time.monotonic()
         # An interrupted trial has reported its first epochs already.
-        seen = study.get_trials(deepcopy=False)[trial.number].intermediate_values.keys()
+        seen = left_over.intermediate_values.keys()
 
         def report(epoch: int, accuracy: float) -> None:
             if epoch not in seen:
@@ -243,7 +245,8 @@ class Study:
         try:
             value = objective(plan, report)
         except optuna.TrialPruned:
-            trial.set_user_attr("reason", "pruned: worse than the others at this epoch")
+            epochs = study.get_trials(deepcopy=False)[trial.number].last_step
+            trial.set_user_attr("reason", f"pruned after epoch {epochs}")
             told = study.tell(trial, state=TrialState.PRUNED)
         except (RuntimeError, ArithmeticError, MemoryError) as error:
             told = self._failed(study, trial, error)
@@ -405,8 +408,11 @@ def _sole_driver(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _drop_torn_line(journal: Path, watcher: Watcher) -> None:
-    """A kill can tear the last line of the journal: Optuna would refuse all of it."""
+def _mend(journal: Path, watcher: Watcher) -> None:
+    """What a kill can leave: Optuna's lock, on which it would wait for half a minute, and a torn
+    last line, for which it would refuse the journal. Only the sole driver may call this.
+    """
+    Path(f"{journal}.lock").unlink(missing_ok=True)
     if not journal.exists():
         return
     with open(journal, "rb+") as file:

@@ -8,6 +8,7 @@ and pooling, and skips fused attention.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,9 +74,12 @@ _EXTRA = {
 
 def _fvcore(network: nn.Module, x_shape: tuple[int, ...], plan: Plan) -> Recount:
     import torch
-    from fvcore.nn import FlopCountAnalysis
 
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # fvcore uses parts of torch that are on their way out.
+        warnings.simplefilter("ignore")
+        from fvcore.nn import FlopCountAnalysis
+
         analysis = FlopCountAnalysis(network, torch.zeros(x_shape))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         counted = {name: int(count) for name, count in analysis.by_operator().items()}

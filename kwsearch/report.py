@@ -324,7 +324,9 @@ def verdict_lines(result: Result) -> list[str]:
     score, images = best.values[0], result.held_out
     lines = [f"best: trial {best.number}, {score:.2%} on {images} held-out images"]
     uniform = result.trials[0]
-    if best.number and uniform.values:
+    if best.number == 0:
+        lines.append("    the uniform plan: no other trial did better")
+    elif uniform.values:
         gap = score - uniform.values[0]
         error = (
             (score * (1 - score) + uniform.values[0] * (1 - uniform.values[0])) / images

@@ -448,3 +448,17 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_reason() -> None:
     model.cache = model[0].weight * 2  # not a leaf: torch does not copy it
     with pytest.raises(PlanError, match="cannot be copied for tracing: Only Tensors created"):
         trace(model, (3, 4, 4))
+
+
+def test_a_transformer_encoder_layer_keeps_its_linears() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    network = trace(nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 3)), (5, 4))
+    assert {site.name: bool(site.fixed) for site in network.sites} == {
+        "0": False,
+        "1.linear1": True,
+        "1.linear2": True,
+        "2": False,
+    }
+    assert "TransformerEncoderLayer reads its weight" in network["1.linear1"].fixed
+    # 5 tokens: in 4x8, qkv 8x24, scores and values 2 x 5 x 8, out 8x8, mlp 2 x 8x16, head 8x3.
+    assert network.macs == 5 * (32 + 192 + 2 * 5 * 8 + 64 + 256 + 24)

@@ -82,4 +82,8 @@ def test_a_published_setting_holds_for_other_classes() -> None:
     plan = entry.plan(trace_model("mobilenetv2_100", (3, 96, 96), 10))
     classifier = plan.groups[-1]
     # 10 x 1280 in cells of 10 x 32: 40 mixtures, half as many cells.
-    assert (classifier.name, classifier.cell, classifier.num_cells) == ("classifier", (10, 32, 1), 20)
+    assert (classifier.name, classifier.cell, classifier.num_cells) == (
+        "classifier",
+        (10, 32, 1),
+        20,
+    )

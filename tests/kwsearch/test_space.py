@@ -74,7 +74,9 @@ def test_weights_move_the_budget_between_warehouses() -> None:
 
 def test_a_shape_out_of_reach_becomes_its_nearest_neighbour() -> None:
     # One warehouse per layer needs 2,017,230 parameters at least, one per stage 973,770.
-    whole = space("resnet18", Target(params=1_200_000), Section(sharing=["stage", "layer"], split=1))
+    whole = space(
+        "resnet18", Target(params=1_200_000), Section(sharing=["stage", "layer"], split=1)
+    )
     sample = whole.sample(optuna.trial.FixedTrial({"sharing": "layer"}))
     assert sample.settings.sharing == "stage"
 

@@ -1,0 +1,263 @@
+"""The command line: what it prints, its exit codes, and that it starts at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kwsearch import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+class Ran:
+    """Exit code and what was printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def call(*args: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["kwsearch", *args])
+        code = cli.run(list(args))
+        return Ran(code, *capsys.readouterr())
+
+    return call
+
+
+def numbers(line: str) -> list[int]:
+    return [int(text.replace(",", "")) for text in re.findall(r"(?<![\w.])[\d,]+(?![\w.])", line)]
+
+
+def modules_after(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint('\\n'.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return set(done.stdout.split())
+
+
+HEAVY = {"torch", "optuna", "pydantic", "numpy", "fvcore"}
+
+
+def test_help_imports_nothing_heavy() -> None:
+    loaded = modules_after("from kwsearch import cli; cli.run(['--help'])")
+    assert not HEAVY & loaded
+    assert "click" in loaded
+
+
+def test_the_import_check_can_fail() -> None:
+    assert "pydantic" in modules_after("from kwsearch import cli; cli.run(['schema'])") & HEAVY
+
+
+def test_help_lists_every_command_with_its_own_help(run) -> None:
+    shown = run("--help").out
+    for name in cli.COMMANDS:
+        assert re.search(rf"^  {name} +\w", shown, re.M)
+        assert run(name, "--help").code == 0
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kwsearch", "--version"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0
+    assert re.fullmatch(r"kwsearch, version \d+\.\d+\.\d+\n", done.stdout)
+
+
+def test_budget_of_half_a_resnet50_as_json(run) -> None:
+    ran = run("budget", "resnet50", "--ratio", "0.5", "--json")
+    data = json.loads(ran.out)
+    assert ran.code == 0
+    assert data["model"] == "resnet50"
+    assert data["input"] == [3, 224, 224]
+    assert data["ratio"] == 0.5
+    assert data["static"] == {"params": 25_557_032, "macs": 4_089_184_256}
+    assert data["params"] == {
+        "total": 17_638_264,
+        "warehouses": 11_712_512,
+        "attention": 3_793_744,
+        "unchanged": 2_132_008,
+    }
+    macs = data["macs"]
+    assert macs["total"] == 8_167_645_248
+    assert macs["mixing"] == 4_070_711_296
+    assert macs["attention"] == 7_749_696
+    assert macs["conv"] + macs["unchanged"] == 4_089_184_256
+    assert data["published"] == "ResNet50 1/2x"
+    assert [w["num_cells"] for w in data["warehouses"]] == [174, 208, 276, 94]
+    assert data["warehouses"][0]["cell"] == [32, 32, 1, 1]
+    assert "layer1.0.conv2" in data["warehouses"][0]["layers"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("resnet50", "--ratio", "0.5"),
+        ("mobilenetv2_100", "--ratio", "4"),
+        ("resnet20", "--params", "300k", "--sharing", "layer"),
+        ("deit_tiny", "--total-ratio", "0.5x"),
+    ],
+)
+@pytest.mark.parametrize("by", ["stage", "layer"])
+def test_the_columns_of_both_tables_add_up(run, arguments: tuple[str, ...], by: str) -> None:
+    lines = run("budget", *arguments, "--by", by).out.splitlines()
+    stated = {
+        "parameters": numbers(next(line for line in lines if line.startswith("parameters: ")))[0],
+        "MACs": numbers(next(line for line in lines if line.startswith("MACs: ")))[0],
+    }
+    for unit in ("parameters", "MACs"):
+        first = next(i for i, line in enumerate(lines) if re.match(rf" *{unit} ", line))
+        end = next(i for i in range(first, len(lines)) if lines[i].strip().startswith("total"))
+        width = 5 if unit == "MACs" else 4 if by == "stage" else 3
+        body = [numbers(line)[-width:] for line in lines[first + 2 : end] if line.strip()]
+        total = numbers(lines[end])[-width:]
+        assert len(body) >= 2
+        assert [sum(column) for column in zip(*body, strict=True)] == total
+        parts = total[:-1] if width > 3 else total
+        assert sum(parts) == stated[unit]
+        if width > 3:
+            assert all(sum(row[:-1]) == row[-1] for row in body)
+
+
+def test_flops_are_twice_the_macs(run) -> None:
+    macs = run("budget", "resnet18", "--ratio", "1").out
+    flops = run("budget", "resnet18", "--ratio", "1", "--flops").out
+    assert "MACs: 2,199,216,128" in macs
+    assert f"FLOPs: {2 * 2_199_216_128:,}" in flops
+
+
+def test_without_a_target_the_published_settings_are_shown(run) -> None:
+    shown = run("budget", "resnet18").out
+    for name, params in (("ResNet18 1/4x", "4,031,768"), ("ResNet18 4x", "45,862,085")):
+        assert re.search(rf"{name} +{params}", shown)
+    assert re.search(r"static +11,689,512 +1.00 +1,814,073,344", shown)
+    assert "smallest reachable with these options: 973,770 parameters" in shown
+
+
+def test_without_published_settings_the_usual_ratios_are_shown(run) -> None:
+    assert "no published setting; usual ratios" in run("budget", "resnet34").out
+    data = json.loads(run("budget", "resnet34", "--json").out)
+    assert [entry["ratio"] for entry in data["settings"]] == [0.25, 0.5, 1, 2, 4]
+    assert data["published"] is False
+
+
+def test_a_plan_option_replaces_the_published_setting(run) -> None:
+    data = json.loads(
+        run("budget", "resnet50", "--ratio", "1/2", "--cell-ratio", "1", "--json").out
+    )
+    assert "published" not in data
+    assert data["warehouses"][0]["cell"] == [64, 64, 1, 1]
+
+
+def test_classes_and_input_keep_the_published_setting(run) -> None:
+    command = ("budget", "resnet50", "--ratio", "0.5", "--classes", "10", "--input", "3x64x64")
+    data = json.loads(run(*command, "--json").out)
+    assert data["published"] == "ResNet50 1/2x"
+    # The head is 2048 x 990 weights and 990 biases smaller.
+    assert data["params"]["total"] == 17_638_264 - 2049 * 990
+
+
+def test_a_written_recipe_is_counted_as_it_stands(run, tmp_path: Path) -> None:
+    recipe = tmp_path / "out.yaml"
+    wrote = run("budget", "resnet18", "--params", "8M", "-o", str(recipe), "--json")
+    assert wrote.code == 0
+    assert f"wrote {recipe}" in wrote.err
+    assert recipe.read_text().startswith("# resnet18: at most 8,000,000 parameters")
+    again = json.loads(run("budget", str(recipe), "--json").out)
+    first = json.loads(wrote.out)
+    for key in ("params", "macs", "warehouses", "static"):
+        assert again[key] == first[key]
+    assert run("validate", str(recipe)).code == 0
+
+
+def test_a_recipe_without_a_plan_is_solved(run, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("format: 1\nmodel: resnet20\nbudget: {params: 150k}\n")
+    data = json.loads(run("budget", str(recipe), "--json").out)
+    assert 0.98 * 150_000 < data["params"]["total"] <= 150_000
+
+
+def test_a_target_plans_a_recipe_anew(run) -> None:
+    data = json.loads(
+        run("budget", str(ROOT / "recipes/kw_resnet18_1x.yaml"), "--params", "6M", "--json").out
+    )
+    assert 0.995 * 6_000_000 < data["params"]["total"] <= 6_000_000
+
+
+def test_the_check_explains_every_difference(run) -> None:
+    ran = run("budget", "resnet20", "--ratio", "0.5", "--check")
+    assert ran.code == 0
+    assert re.search(r"FlopCounterMode / 2 ([\d,]+), ours \1: equal", ran.out)
+    assert "batch norms, which it counts" in ran.out
+    assert "UNEXPLAINED" not in ran.out
+
+
+WRONG = [
+    (("budget", "resnet51", "--ratio", "1"), 2, "did you mean resnet50"),
+    (("budget", "resnet18", "--ratio", "0"), 2, "not a ratio (got '0'"),
+    (("budget", "resnet18", "--ratio", "1", "--params", "8M"), 2, "one target at a time"),
+    (("budget", "resnet18", "--params", "8 apples"), 2, "not a count (got '8 apples'"),
+    (("budget", "resnet18", "--params", "1k"), 3, "below the floor of 973,770"),
+    (("budget", "resnet18", "--ratio", "1", "--cell-ratio", "2"), 2, "cell_ratio (2.0, 2.0)"),
+    (("budget", "resnet18", "--ratio", "1", "--cell-ratio", "1,1,1"), 2, "one ratio, or two"),
+    (("budget", "resnet18", "--ratio", "1", "--reduction", "2"), 2, "reduction 2.0"),
+    (("budget", "resnet18", "--ratio", "1", "--sharing", "block"), 2, "is not one of"),
+    (("budget", "resnet18", "--ratio", "1", "--input", "3x224"), 2, "not an input size"),
+    (("budget", "deit_tiny", "--ratio", "1", "--input", "3x224x200"), 2, "square images"),
+    (("budget", "deit_tiny", "--ratio", "1", "--input", "3x8x8"), 2, "deit_tiny"),
+    (("budget", "resnet18", "--ratio", "1", "--classes", "0"), 2, "--classes"),
+    (("budget", "resnet18", "--check"), 2, "need a target"),
+    (("budget", "missing.yaml"), 2, "missing.yaml"),
+    (("budget", str(ROOT / "recipes/kw_resnet18_1x.yaml"), "--sharing", "layer"), 2, "has a plan"),
+    (("budget", "resnet18", "--ratio", "1", "-o", "/nowhere/r.yaml"), 1, "/nowhere"),
+    (("budgt",), 2, "budgt"),
+    (("optimize", "missing.yaml"), 2, "missing.yaml"),
+    (("optimize", str(ROOT / "recipes/quickstart.yaml"), "proxy.epoch=1"), 2, "did you mean"),
+    (("validate", "missing.yaml"), 2, "missing.yaml"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"), WRONG, ids=[" ".join(w[0]) for w in WRONG]
+)
+def test_wrong_input_gets_one_message_and_its_exit_code(
+    run, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    ran = run(*arguments)
+    assert ran.code == code
+    assert message in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_rounded_cells_are_reported(run) -> None:
+    ran = run("budget", "resnet18", "--ratio", "1", "--cell-ratio", "0.3", "--json")
+    notes = json.loads(ran.out)["notes"]
+    assert notes[0].startswith("stage0_conv: cell ratio 0.3 of 64 output channels is 19")
+    assert notes[0].endswith("rounded down to 16")
+
+
+def test_models_lists_the_zoo_and_its_published_ratios(run) -> None:
+    entries = json.loads(run("models", "--json").out)
+    assert [e["published_ratios"] for e in entries if e["name"] == "resnet18"] == [
+        [0.25, 0.5, 1, 2, 4]
+    ]
+    assert "published at 1/4, 1/2, 1, 2, 4" in run("models").out
+
+
+def test_an_interrupted_command_exits_with_130(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kwsearch.networks.trace_model", interrupted)
+    assert run("budget", "resnet18", "--ratio", "1").code == 130

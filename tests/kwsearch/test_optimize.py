@@ -1,0 +1,323 @@
+"""The study: trials on budget, resumed after a kill, none lost or doubled."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from kwlayers.plan import Plan
+from kwsearch import optimize
+from kwsearch.recipe import Recipe, load_recipe, parse_recipe
+from kwsearch.space import fingerprint
+
+TEXT = """
+format: 1
+model: resnet20
+budget: {total_ratio: 0.5}
+search: {trials: 8, pruner: none, space: {split: 2, sharing: [stage, layer]}}
+proxy: {epochs: 3}
+"""
+
+
+class Quiet:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.finished: list[FrozenTrial] = []
+
+    def start(self, number: int, finished: int, plan: Plan) -> None: ...
+
+    def epoch(self, number: int, epoch: int, accuracy: float) -> None: ...
+
+    def done(self, trial: FrozenTrial) -> None:
+        self.finished.append(trial)
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def score(plan: Plan, report: Callable[[int, float], None]) -> float:
+    """A stand-in for training: a number that depends on the plan alone."""
+    value = int(fingerprint(plan), 16) / 2**64
+    for epoch in (1, 2, 3):
+        report(epoch, value * epoch / 3)
+    return value
+
+
+def study(directory: Path, *overrides: str, resume: bool = False) -> tuple[optimize.Study, Quiet]:
+    watcher = Quiet()
+    recipe = parse_recipe(TEXT, overrides=overrides)
+    return optimize.Study(recipe, directory, resume=resume, watcher=watcher), watcher
+
+
+def stored(directory: Path) -> list[FrozenTrial]:
+    backend = JournalFileBackend(str(directory / optimize.JOURNAL))
+    return optuna.load_study(
+        study_name=optimize.STUDY, storage=JournalStorage(backend)
+    ).get_trials()
+
+
+def plans_of(trials: list[FrozenTrial]) -> list[str]:
+    return [trial.user_attrs["fingerprint"] for trial in trials]
+
+
+def test_every_trial_is_on_the_budget_and_no_plan_is_trained_twice(tmp_path: Path) -> None:
+    search, watcher = study(tmp_path)
+    result = search.run(score)
+    assert [trial.number for trial in result.trials] == list(range(8))
+    assert all(trial.state == TrialState.COMPLETE for trial in result.trials)
+    # Half of the 272,474 parameters of the static network.
+    assert all(0.97 * 136_237 < t.user_attrs["params"] <= 136_237 for t in result.trials)
+    assert all(trial.constraints["params"] <= 0 for trial in result.trials)
+    assert len(set(plans_of(list(result.trials)))) == 8
+    assert len(watcher.finished) == 8
+
+
+def test_trial_zero_is_the_uniform_plan(tmp_path: Path) -> None:
+    search, _ = study(tmp_path, "search.trials=1")
+    (trial,) = search.run(score).trials
+    assert trial.user_attrs["groups"] == search.space.uniform.groups_to_list()
+
+
+def test_best_yaml_is_the_recipe_with_the_plan_of_the_best_trial(tmp_path: Path) -> None:
+    search, _ = study(tmp_path)
+    result = search.run(score)
+    best = max(result.trials, key=lambda trial: trial.values[0])
+    assert result.best == best
+    recipe = load_recipe(tmp_path / "best.yaml")
+    assert recipe.plan is not None
+    assert recipe.provenance["trial"] == best.number
+    assert recipe.provenance["score"] == best.values[0]
+    assert recipe.provenance["versions"]["optuna"] == optuna.__version__
+    assert recipe.search == search.recipe.search
+    import torch
+
+    with torch.device("meta"):
+        plan = recipe.plan_for(recipe.create_model())
+    assert fingerprint(plan) == best.user_attrs["fingerprint"]
+    assert plan.cost().params.total == best.user_attrs["params"]
+
+
+def test_a_resumed_study_goes_on_to_its_total_and_repeats_nothing(tmp_path: Path) -> None:
+    study(tmp_path, "search.trials=4")[0].run(score)
+    before = stored(tmp_path)
+    search, _ = study(tmp_path, "search.trials=9", resume=True)
+    result = search.run(score)
+    assert len(result.trials) == 9
+    assert [t.params for t in result.trials[:4]] == [t.params for t in before]
+    assert [t.datetime_complete for t in result.trials[:4]] == [t.datetime_complete for t in before]
+    assert len(set(plans_of(list(result.trials)))) == 9
+
+
+def test_an_interrupted_trial_is_trained_again_under_its_number(tmp_path: Path) -> None:
+    calls = 0
+
+    def interrupted(plan: Plan, report: Callable[[int, float], None]) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            report(1, 0.5)
+            raise KeyboardInterrupt
+        return score(plan, report)
+
+    search, _ = study(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        search.run(interrupted)
+    left = stored(tmp_path)
+    assert [trial.state for trial in left] == [TrialState.COMPLETE] * 2 + [TrialState.RUNNING]
+    assert (tmp_path / "best.yaml").exists()
+    search, watcher = study(tmp_path, resume=True)
+    result = search.run(score)
+    assert [trial.number for trial in result.trials] == list(range(8))
+    assert all(trial.state == TrialState.COMPLETE for trial in result.trials)
+    assert result.trials[2].params == left[2].params
+    assert "trial 2 was interrupted: trained again" in watcher.said
+
+
+def test_a_trial_that_fails_is_recorded_with_its_reason_and_the_study_goes_on(
+    tmp_path: Path,
+) -> None:
+    def sometimes(plan: Plan, report: Callable[[int, float], None]) -> float:
+        if int(fingerprint(plan), 16) % 2:
+            raise RuntimeError(f"out of memory for {fingerprint(plan)}")
+        return score(plan, report)
+
+    search, _ = study(tmp_path)
+    trials = search.run(sometimes).trials
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+    assert 0 < len(failed) < len(trials) == 8
+    assert all(t.user_attrs["reason"].startswith("RuntimeError: out of memory") for t in failed)
+
+
+def test_the_same_failure_three_times_stops_the_study(tmp_path: Path) -> None:
+    def broken(plan: Plan, report: Callable[[int, float], None]) -> float:
+        raise RuntimeError("no such device")
+
+    search, _ = study(tmp_path)
+    with pytest.raises(optimize.StudyFailed, match=r"3 trials in a row .* no such device"):
+        search.run(broken)
+    assert len(stored(tmp_path)) == 3
+
+
+def test_a_hopeless_trial_is_pruned_and_the_uniform_plan_never(tmp_path: Path) -> None:
+    number = iter(range(100))
+
+    def worse_and_worse(plan: Plan, report: Callable[[int, float], None]) -> float:
+        value = 1 / (1 + next(number))
+        for epoch in (1, 2, 3):
+            report(epoch, value)
+        return value
+
+    search, _ = study(tmp_path, "search.pruner=median")
+    trials = search.run(worse_and_worse).trials
+    assert trials[0].state == TrialState.COMPLETE
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
+    assert pruned
+    assert all("pruned" in trial.user_attrs["reason"] for trial in pruned)
+    # The temperature falls during epoch 1: nothing is decided before epoch 2.
+    assert all(trial.last_step and trial.last_step >= 2 for trial in pruned)
+
+
+def test_a_space_without_more_plans_stops_the_study(tmp_path: Path) -> None:
+    search, watcher = study(tmp_path, "search.space={split: 1, sharing: [stage, layer]}")
+    trials = search.run(score).trials
+    assert len([t for t in trials if t.state == TrialState.COMPLETE]) == 2
+    assert any("the space has no more" in message for message in watcher.said)
+
+
+def test_a_run_directory_is_not_overwritten(tmp_path: Path) -> None:
+    study(tmp_path, "search.trials=1")[0].run(score)
+    with pytest.raises(optimize.SearchError, match="holds a study already: --resume"):
+        study(tmp_path)[0].run(score)
+
+
+def test_a_study_is_not_resumed_with_another_recipe(tmp_path: Path) -> None:
+    study(tmp_path, "search.trials=1")[0].run(score)
+    with pytest.raises(optimize.SearchError, match=r"another recipe \(budget, proxy differ\)"):
+        study(tmp_path, "proxy.epochs=4", "budget={ratio: 1}", resume=True)[0].run(score)
+
+
+def test_two_processes_do_not_share_a_run_directory(tmp_path: Path) -> None:
+    def nested(plan: Plan, report: Callable[[int, float], None]) -> float:
+        with pytest.raises(optimize.SearchError, match="another process is running the study"):
+            study(tmp_path, resume=True)[0].run(score)
+        return score(plan, report)
+
+    study(tmp_path, "search.trials=1")[0].run(nested)
+
+
+def test_a_torn_last_line_is_reported_and_survived(tmp_path: Path) -> None:
+    study(tmp_path, "search.trials=3")[0].run(score)
+    with open(tmp_path / optimize.JOURNAL, "ab") as journal:
+        journal.write(b'{"op_code": 4, "wor')
+    search, watcher = study(tmp_path, "search.trials=5", resume=True)
+    assert len(search.run(score).trials) == 5
+    assert "the last line of the journal was torn and is dropped" in watcher.said
+
+
+def test_a_recipe_without_a_budget_cannot_be_searched(tmp_path: Path) -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes/kw_resnet18_1x.yaml")
+    bare = Recipe.model_validate({**recipe.to_dict(), "budget": None})
+    with pytest.raises(optimize.SearchError, match="no budget to search under"):
+        optimize.Study(bare, tmp_path, resume=False, watcher=Quiet())
+
+
+def test_too_few_classes_are_found_before_the_first_trial(tmp_path: Path) -> None:
+    search, _ = study(tmp_path, "model={name: resnet20, num_classes: 4}", "proxy.resolution=8")
+    with pytest.raises(optimize.SearchError, match="digits has 10 classes, the model 4"):
+        search.run()
+    assert not (tmp_path / optimize.JOURNAL).exists()
+
+
+def test_a_timeout_stops_and_can_be_resumed(tmp_path: Path) -> None:
+    def slow(plan: Plan, report: Callable[[int, float], None]) -> float:
+        time.sleep(0.1)
+        return score(plan, report)
+
+    search, watcher = study(tmp_path, "search.timeout=0.05")
+    assert len(search.run(slow).trials) == 1
+    assert "time is up; --resume goes on" in watcher.said
+    assert len(study(tmp_path, resume=True)[0].run(score).trials) == 8
+
+
+KILLED = """
+    import sys, time
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    import test_optimize
+
+    def slow(plan, report):
+        for epoch in (1, 2, 3):
+            time.sleep(0.05)
+            report(epoch, 0.1 * epoch)
+        return test_optimize.score(plan, lambda *a: None)
+
+    test_optimize.study(Path({directory!r}), resume=True)[0].run(slow)
+"""
+
+
+def test_a_killed_study_ends_with_its_trials_none_lost_or_doubled(tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        KILLED.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
+    )
+    kills = 0
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+        goal = len(_numbers(tmp_path)) + 2
+        deadline = time.monotonic() + 60
+        while len(_numbers(tmp_path)) < goal and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    result = study(tmp_path, resume=True)[0].run(score)
+    assert [trial.number for trial in result.trials] == list(range(8))
+    assert all(trial.state == TrialState.COMPLETE for trial in result.trials)
+    assert len(set(plans_of(list(result.trials)))) == 8
+
+
+def _numbers(directory: Path) -> list[str]:
+    """Trials in the journal, without taking part in it."""
+    journal = directory / optimize.JOURNAL
+    return (
+        [line for line in journal.read_text().splitlines() if '"op_code":4' in line]
+        if (journal.exists())
+        else []
+    )
+
+
+@pytest.mark.slow
+def test_the_quick_start_search_survives_a_kill(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "recipes/quickstart.yaml"
+    command = [sys.executable, "-m", "kwsearch", "optimize", str(recipe), "--run-dir", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run/study.journal").exists() or len(_numbers(tmp_path / "run")) < 4:
+        assert process.poll() is None
+        time.sleep(0.5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(
+        [*command, "--resume", "--json"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    result = json.loads(done.stdout)
+    assert [trial["number"] for trial in result["trials"]] == list(range(10))
+    assert len({trial["fingerprint"] for trial in result["trials"]}) == 10
+    assert result["trials"][0]["state"] == "complete"
+    assert load_recipe(tmp_path / "run/best.yaml").plan is not None
