@@ -1,0 +1,123 @@
+"""The README is true: its commands, its lines of code, its output, its file tree."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kwsearch import cli, data
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+def test_it_opens_with_the_two_commands() -> None:
+    first, second = blocks("sh")[:2]
+    assert first.count("\n") == second.count("\n") == 1
+    assert first.strip().endswith("kwsearch budget resnet50 --ratio 0.5")
+    assert second.strip().endswith("pytest")
+
+
+def test_every_command_shown_is_one_that_exists() -> None:
+    shown = re.findall(r"^kwsearch (\w+)", README, re.M)
+    assert len(shown) >= 6
+    assert set(shown) <= set(cli.COMMANDS)
+
+
+def test_every_option_named_is_one_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    helps = ""
+    for name in cli.COMMANDS:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            cli.run([name, "--help"])
+        helps += out.getvalue()
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert len(named) >= 10
+    assert {option for option in named if option not in helps} == set()
+
+
+def test_the_output_shown_is_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = next(block for block in blocks("") if block.startswith("resnet50 at"))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.run(["budget", "resnet50", "--ratio", "0.5"]) == 0
+    assert out.getvalue().startswith(shown)
+
+
+class Loader:
+    """Batches of real digits; notes the loss that the training lines left behind."""
+
+    def __init__(self, variables: dict[str, Any]) -> None:
+        images = data.subset(data.load("digits", size=(32, 32)), 256, seed=0)
+        self.batches = [
+            (x.float().expand(-1, 3, -1, -1) / 255, y)
+            for x, y in zip(images.x.split(32), images.y.split(32), strict=True)
+        ] * 4
+        self.variables = variables
+        self.losses: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in self.batches:
+            yield batch
+            self.losses.append(self.variables["loss"].item())
+
+
+def test_the_training_lines_run_as_they_stand_and_the_loss_falls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    code = next(block for block in blocks("python") if "load_recipe" in block)
+    torch.manual_seed(0)
+    variables: dict[str, Any] = {}
+    variables["loader"] = loader = Loader(variables)
+    exec(compile(code, "README.md", "exec"), variables)
+    assert len(loader.losses) == 32
+    assert sum(loader.losses[-4:]) < 0.8 * sum(loader.losses[:4])
+    assert hasattr(variables["model"], "kw_warehouses")
+    assert variables["temperature"].temperature == pytest.approx(1 - 1 / 20)
+
+
+def test_the_planning_lines_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    import kwlayers
+    from kwsearch import zoo
+
+    code = next(block for block in blocks("python") if "plan_model" in block)
+    with torch.device("meta"):
+        model = zoo.create("resnet50")
+    variables: dict[str, Any] = {"model": model, "kwlayers": kwlayers}
+    exec(compile(code, "README.md", "exec"), variables)
+    assert 11_900_000 < variables["plan"].cost().params.total <= 12_000_000
+    assert "stage0_conv" in capsys.readouterr().out
+
+
+def test_the_file_tree_is_the_one_that_is_there() -> None:
+    tree = next(block for block in blocks("") if block.startswith("kwlayers/"))
+    folder, listed = "", set()
+    for line in tree.splitlines():
+        indented, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
+        if not indented:
+            folder = name
+        listed.add(name if not indented else folder + name)
+    for path in listed:
+        assert (ROOT / path).exists(), path
+    present = {
+        f"{package}/{path.name}{'/' if path.is_dir() else ''}"
+        for package in ("kwlayers", "kwsearch")
+        for path in (ROOT / package).iterdir()
+        if not path.name.startswith("__") and path.suffix in ("", ".py")
+    }
+    assert present <= listed
