@@ -86,7 +86,7 @@ def test_the_training_lines_run_as_they_stand_and_the_loss_falls(
     variables["loader"] = loader = Loader(variables)
     exec(compile(code, "README.md", "exec"), variables)
     assert len(loader.losses) == 32
-    assert sum(loader.losses[-4:]) < 0.8 * sum(loader.losses[:4])
+    assert sum(loader.losses[-8:]) < 0.9 * sum(loader.losses[:8])
     assert hasattr(variables["model"], "kw_warehouses")
     assert variables["temperature"].temperature == pytest.approx(1 - 1 / 20)
 
