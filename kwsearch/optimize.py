@@ -160,17 +160,20 @@ class Study:
 
     def _check_fit(self, images: ProxyData) -> None:
         """Before the first trial: the model takes these images and has their classes."""
+        import torch
+
         from kwlayers.sites import trace
         from kwsearch.resolve import create_model
 
-        model = create_model(self.recipe)
-        height, width = images.train.x.shape[-2:]
-        trace(model, (images.channels, height, width))
-        outputs = [m.out_features for m in model.modules() if hasattr(m, "out_features")]
-        if outputs and outputs[-1] < images.train.num_classes:
+        size = (images.channels, *images.train.x.shape[-2:])
+        with torch.device("meta"), torch.no_grad():
+            model = create_model(self.recipe).eval()
+            trace(model, size)
+            outputs = model(torch.empty(1, *size)).shape[-1]
+        if outputs < images.train.num_classes:
             raise SearchError(
                 f"{images.train.name} has {images.train.num_classes} classes, the model "
-                f"{outputs[-1]}: set model: {{name: {self.recipe.model.name}, "
+                f"{outputs}: set model={{name: {self.recipe.model.name}, "
                 f"num_classes: {images.train.num_classes}}}"
             )
 

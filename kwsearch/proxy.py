@@ -115,9 +115,8 @@ def evaluate(model: nn.Module, images: ProxyData, batch_size: int) -> float:
     """Share of held-out images that the model gets right."""
     model.eval()
     right = 0
-    for x, y in zip(
-        images.valid.x.split(batch_size), images.valid.y.split(batch_size), strict=True
-    ):
+    batches = (torch.split(part, batch_size) for part in (images.valid.x, images.valid.y))
+    for x, y in zip(*batches, strict=True):
         right += int((model(images.batch(x)).argmax(dim=1) == y).sum())
     return right / len(images.valid.y)
 
