@@ -9,12 +9,10 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import filelock
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -22,21 +20,17 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from kwlayers.plan import Network, Plan
 from kwsearch.budget import Outcome
-from kwsearch.recipe import Proxy, Recipe, Search, load_recipe, write_recipe
+from kwsearch.recipe import Proxy, Recipe, Search, write_recipe
 from kwsearch.resolve import network_of, recipe_of, settings_of, target_of
+from kwsearch.run_directory import BEST, JOURNAL, SearchError, mend, prepare, sole_driver
 from kwsearch.space import Sample, Space, fingerprint
 
 if TYPE_CHECKING:
     from kwsearch.proxy import ProxyData
 
 STUDY = "kwsearch"
-JOURNAL, RECIPE, BEST = "study.journal", "recipe.yaml", "best.yaml"
 _NUDGES = 100
 _SAME_ERROR = 3
-
-
-class SearchError(ValueError):
-    """A search that cannot start or go on, for a reason that the user can mend."""
 
 
 class StudyFailed(SearchError):
@@ -113,8 +107,8 @@ class Study:
 
         objective: scores a plan instead of the proxy training (for tests and simulations).
         """
-        _prepare(self.directory, self.recipe, self._resume)
-        with _sole_driver(self.directory):
+        with sole_driver(self.directory):
+            prepare(self.directory, self.recipe, self._resume)
             network = network_of(self.recipe)
             settings, target = settings_of(self.recipe), target_of(self.recipe)
             self.space = Space(network, settings, target, self.search.space)
@@ -195,7 +189,8 @@ class Study:
 
     def _open(self) -> optuna.Study:
         journal = self.directory / JOURNAL
-        _mend(journal, self.watcher)
+        if mend(journal):
+            self.watcher.say("the last line of the journal was torn and is dropped")
         study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(journal))),
             study_name=STUDY,
@@ -363,64 +358,3 @@ def _pruner(name: str, proxy: Proxy) -> optuna.pruners.BasePruner:
     if name == "hyperband":
         return optuna.pruners.HyperbandPruner(min_resource=settled, max_resource=proxy.epochs)
     return optuna.pruners.NopPruner()
-
-
-def _prepare(directory: Path, recipe: Recipe, resume: bool) -> None:
-    """Make the run directory, or check that it is this recipe's."""
-    path = directory / RECIPE
-    if (directory / JOURNAL).exists():
-        if not resume:
-            raise SearchError(
-                f"{directory} holds a study already: --resume to go on with it, or --run-dir for "
-                "another place"
-            )
-        if path.exists() and (changed := _changes(load_recipe(path), recipe)):
-            raise SearchError(
-                f"{directory} holds a study of another recipe ({', '.join(changed)} differ): "
-                "only search.trials and search.timeout may change; use another --run-dir"
-            )
-    directory.mkdir(parents=True, exist_ok=True)
-    write_recipe(recipe, path, ["The recipe of this study, overrides applied."])
-
-
-def _changes(before: Recipe, now: Recipe) -> list[str]:
-    """Sections that differ in what a study depends on."""
-
-    def essence(recipe: Recipe) -> dict[str, Any]:
-        search = recipe.search or Search()
-        data = recipe.model_dump(exclude={"provenance", "training", "plan"})
-        data["search"] = search.model_dump(exclude={"trials", "timeout"})
-        data["proxy"] = (recipe.proxy or Proxy()).model_dump()
-        return data
-
-    old, new = essence(before), essence(now)
-    return [key for key in old if old[key] != new[key]]
-
-
-@contextmanager
-def _sole_driver(directory: Path) -> Iterator[None]:
-    """Refuse a second process on the same study."""
-    lock = filelock.FileLock(directory / "driver.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise SearchError(f"another process is running the study in {directory}") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _mend(journal: Path, watcher: Watcher) -> None:
-    """What a kill can leave: Optuna's lock, on which it would wait for half a minute, and a torn
-    last line, for which it would refuse the journal. Only the sole driver may call this.
-    """
-    Path(f"{journal}.lock").unlink(missing_ok=True)
-    if not journal.exists():
-        return
-    with open(journal, "rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            watcher.say("the last line of the journal was torn and is dropped")
-            file.truncate(whole)
