@@ -51,6 +51,8 @@ def convert_(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises PlanError, before anything is changed, if the model does not fit the plan.
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan: expected a kwlayers.Plan, got {type(plan).__name__}")
     refuse_wrapped(model)
     if not plan.groups:
         raise PlanError("the plan has no groups: nothing to convert")

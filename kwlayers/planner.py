@@ -20,6 +20,8 @@ from kwlayers.solver import Solution, Variable, solve
 if TYPE_CHECKING:
     from torch import nn
 
+MAX_RATIO = 1000  # beyond it a ratio is a slip of the pen
+
 Patterns = Sequence[str]
 Sharing = str | Sequence[Patterns] | Mapping[str, "Patterns | Share"]
 SHARING = ("stage", "position", "layer")
@@ -69,8 +71,8 @@ class Settings:
 
 
 def _check_ratio(ratio: float) -> None:
-    if not (ratio > 0 and math.isfinite(ratio)):
-        raise PlanError(f"ratio {ratio}: it must be a number above 0")
+    if not isinstance(ratio, (int, float)) or not (0 < ratio <= MAX_RATIO):
+        raise PlanError(f"ratio {ratio!r}: it must be a number above 0, at most {MAX_RATIO:,}")
 
 
 def _check_cell_ratio(ratios: Sequence[float]) -> None:
@@ -135,7 +137,8 @@ def plan_network(
         raise PlanError("give exactly one budget: ratio=0.5 or params=12_000_000")
     if ratio is not None:
         return plan_ratio(network, settings, ratio)
-    assert params is not None
+    if not isinstance(params, int) or isinstance(params, bool):
+        raise PlanError(f"params {params!r}: a whole number such as 12_000_000")
     layout = lay_out(network, settings)
     candidates = solve(layout.variables(), params - layout.static_params)
     if not candidates:
@@ -176,12 +179,12 @@ class Layout:
         replaced = (math.prod(self.network[n].kernel) for g in self.groups for n in g.layers)
         return self.network.params - sum(replaced)
 
-    def variables(self, weights: Sequence[float] | None = None) -> list[Variable]:
-        """What the solver sizes. weights: relative ratios of the warehouses (default equal)."""
-        chosen = weights if weights is not None else [r or 1.0 for r in self.own_ratios]
+    def variables(self, relative: Sequence[float] | None = None) -> list[Variable]:
+        """What the solver sizes. relative: ratios over the common one (default equal)."""
+        chosen = relative if relative is not None else [r or 1.0 for r in self.own_ratios]
         return [self._variable(group, w) for group, w in zip(self.groups, chosen, strict=True)]
 
-    def _variable(self, group: Group, weight: float) -> Variable:
+    def _variable(self, group: Group, relative: float) -> Variable:
         sites = [self.network[name] for name in group.layers]
 
         def params(cells: int) -> int:
@@ -194,7 +197,7 @@ class Layout:
                 return base + (cells - 1) * step
 
         mixing = sum(site.samples * math.prod(site.kernel) for site in sites)
-        return Variable(sum(self.mixtures(group)), params, mixing, weight)
+        return Variable(sum(self.mixtures(group)), params, mixing, relative)
 
     def plan(self, solution: Solution) -> Plan:
         """The plan of a solution."""

@@ -37,9 +37,13 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
     The model may be on any device and is not changed: a copy without data runs on `meta`
     in evaluation mode. Raises PlanError if it does not run on such an input.
     """
-    size = tuple(int(s) for s in input_size)
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(input_size, Sequence) or not all(isinstance(s, int) for s in input_size):
+        raise PlanError(f"input_size {input_size!r}: a tuple (C, H, W), without batch")
+    size = tuple(input_size)
     if not size or min(size) < 1:
-        raise PlanError(f"input_size {tuple(input_size)}: positive sizes (C, H, W) without batch")
+        raise PlanError(f"input_size {size}: positive sizes (C, H, W), without batch")
     refuse_wrapped(model)
     twin = _meta_copy(model).eval()
     params = sum(parameter.numel() for parameter in model.parameters())

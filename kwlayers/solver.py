@@ -3,7 +3,7 @@
 Given warehouses whose parameters grow strictly with their number of cells n, find n such
 that the total is at or under the target, no single warehouse can take one more cell, and
 every n / M (M mixtures) is as close as possible to one common ratio. Where each warehouse
-has a weight, to that ratio times the weight.
+has a relative ratio, to the common one times that.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Variable:
     """One warehouse to size.
 
     mixtures: M. params: parameters of cells and attention at n cells, strictly increasing.
-    mixing: mixing MACs that one cell adds. weight: its share relative to the others'.
+    mixing: mixing MACs that one cell adds. relative: its ratio over the common one.
     """
 
     mixtures: int
     params: Callable[[int], int]
     mixing: int = 0
-    weight: float = 1.0
+    relative: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Solution:
     """Cells per warehouse. `params` and `mixing` are sums over the warehouses.
 
     ratio: the common ratio it was rounded from. spread: root mean square distance of the
-    warehouses' ratios (over their weights) from it, 0 if all are equal.
+    warehouses' ratios (over their relative ones) from it, 0 if all are equal.
     """
 
     num_cells: tuple[int, ...]
@@ -98,7 +98,7 @@ class _Search:
 
     def _share(self, index: int, ratio: float) -> float:
         variable = self.variables[index]
-        return max(ratio * variable.weight * variable.mixtures, 1.0)
+        return max(ratio * variable.relative * variable.mixtures, 1.0)
 
     def _params_between(self, index: int, share: float) -> float:
         """Parameters at a share that need not be whole, linear between whole cells."""
@@ -123,7 +123,7 @@ class _Search:
     def _off(self, index: int, cells: int) -> float:
         """How far the warehouse's ratio is from the common one."""
         variable = self.variables[index]
-        return (cells - self._share(index, self.ratio)) / (variable.mixtures * variable.weight)
+        return (cells - self._share(index, self.ratio)) / (variable.mixtures * variable.relative)
 
     def _fill(self, cells: list[int]) -> Solution:
         """Add cells, each where it hurts evenness least, until none fits."""

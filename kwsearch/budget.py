@@ -13,6 +13,8 @@ from kwlayers.solver import Solution, solve
 from kwsearch import published
 from kwsearch.published import Published
 
+LARGEST = 1000  # times the static model: beyond it a target is a slip of the pen
+
 
 @dataclass(frozen=True)
 class Target:
@@ -93,6 +95,10 @@ def meet(
     chosen = settings or Settings()
     layout = lay_out(network, chosen)
     allowed = target.params_of(network)
+    if allowed > LARGEST * network.params:
+        raise PlanError(
+            f"params {allowed:,}: over {LARGEST:,} times the static model's {network.params:,}"
+        )
     solutions = solve(layout.variables(), allowed - layout.static_params)
     if not solutions:
         error = out_of_reach(layout, allowed)
@@ -119,17 +125,21 @@ def _trade(solutions: tuple[Solution, ...]) -> Iterator[tuple[str, Solution]]:
 
 def nearest(network: Network, settings: Settings, allowed: int) -> list[str]:
     """What comes nearest to a target under the floor: one line per way to go lower."""
-    lines = [f"nearest with these settings: {_total(lay_out(network, settings).floor()):,}"]
+    own = _total(lay_out(network, settings).floor())
+    lines = [f"nearest with these settings: --params {own}"]
     found = []
     for flags, other in _lower(settings):
         try:
             floor = _total(lay_out(network, other).floor())
         except PlanError:
             continue
-        found.append((floor, flags))
+        if floor < own:
+            found.append((floor, flags))
     for floor, flags in sorted(found)[:3]:
         reach = "reaches the target" if floor <= allowed else "still above the target"
         lines.append(f"try {flags}: floor {floor:,}, {reach}")
+    if not any(floor <= allowed for floor, _ in found):
+        lines.append("no such option reaches the target: fewer --classes, or a smaller model")
     return lines
 
 
@@ -138,7 +148,7 @@ def _total(plan: Plan) -> int:
 
 
 def _lower(settings: Settings) -> Iterator[tuple[str, Settings]]:
-    """Settings with a lower floor, as the options that ask for them."""
+    """Settings that may have a lower floor, as the options that ask for them."""
     out, inside = settings.cell_ratio
     for divisor in (2, 4, 8):
         cells = (out / divisor, inside / divisor)

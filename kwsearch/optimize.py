@@ -1,17 +1,19 @@
 """The study: ask, train, tell. One journal file in a run directory; nothing is lost.
 
 Trial 0 is the uniform plan. A trial that a killed run left behind is trained again under its
-own number, so that the study always ends with as many trials as were asked for.
+own number, so that none is lost and none doubled.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import optuna
 from optuna.storages import JournalStorage
@@ -19,17 +21,23 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from kwlayers.plan import Network, Plan
-from kwsearch.budget import Outcome
-from kwsearch.recipe import Proxy, Recipe, Search, write_recipe
-from kwsearch.resolve import network_of, recipe_of, settings_of, target_of
-from kwsearch.run_directory import BEST, JOURNAL, SearchError, mend, prepare, sole_driver
+from kwsearch.recipe import Proxy, Recipe, RecipePlan, Search, write_recipe
+from kwsearch.resolve import check_replannable, network_of, settings_of, target_of, versions
+from kwsearch.run_directory import (
+    BEST,
+    JOURNAL,
+    SearchError,
+    mend,
+    prepare,
+    sole_driver,
+    write_down,
+)
 from kwsearch.space import Sample, Space, fingerprint
 
 if TYPE_CHECKING:
     from kwsearch.proxy import ProxyData
 
 STUDY = "kwsearch"
-_NUDGES = 100
 _SAME_ERROR = 3
 
 
@@ -56,10 +64,13 @@ class Watcher(Protocol):
     def say(self, message: str) -> None:
         """Something that the user should know."""
 
+    def known(self, trials: Sequence[FrozenTrial]) -> None:
+        """The trials that a resumed study has already."""
+
 
 @dataclass(frozen=True)
 class Result:
-    """A finished study. trials: in the order of their numbers."""
+    """A study's finished trials, in the order of their numbers."""
 
     recipe: Recipe
     trials: tuple[FrozenTrial, ...]
@@ -99,6 +110,7 @@ class Study:
         self.command = command
         if not target_of(recipe):
             raise SearchError("the recipe has no budget to search under: add budget: {ratio: 0.5}")
+        check_replannable(recipe)
         self._resume = resume
         self._errors: list[str] = []
 
@@ -108,7 +120,7 @@ class Study:
         objective: scores a plan instead of the proxy training (for tests and simulations).
         """
         with sole_driver(self.directory):
-            prepare(self.directory, self.recipe, self._resume)
+            self._note_provenance()
             network = network_of(self.recipe)
             settings, target = settings_of(self.recipe), target_of(self.recipe)
             self.space = Space(network, settings, target, self.search.space)
@@ -121,9 +133,19 @@ class Study:
             try:
                 self._train_all(study, objective)
             finally:
-                trials = tuple(study.get_trials(deepcopy=False))
+                trials = tuple(_finished(study))
                 best = self._write_best(network, trials)
             return Result(self.recipe, trials, held_out, best)
+
+    def _note_provenance(self) -> None:
+        """Write the recipe down, with the command that started the study."""
+        begun = prepare(self.directory, self.recipe, self._resume)
+        if begun is None:
+            if self._resume:
+                self.watcher.say(f"nothing to resume in {self.directory}: a new study")
+            begun = {"command": self.command, "versions": versions(), "seed": self.search.seed}
+        self._provenance = {**self.recipe.provenance, **begun}
+        write_down(self.directory, self.recipe, self._provenance)
 
     def _train_all(self, study: optuna.Study, objective: Objective) -> None:
         deadline = time.monotonic() + (self.search.timeout or float("inf"))
@@ -131,8 +153,7 @@ class Study:
             try:
                 self._train(study, trial, objective)
             except SpaceExhausted as error:
-                trial.set_user_attr("reason", str(error))
-                study.tell(trial, state=TrialState.PRUNED)
+                # The trial stays unfinished: it is no result, and a wider space can use it.
                 self.watcher.say(f"stopped early: {error}")
                 return
             if time.monotonic() >= deadline and len(_finished(study)) < self.search.trials:
@@ -143,13 +164,18 @@ class Study:
         import torch
 
         from kwsearch import proxy
+        from kwsearch.data import fingerprint as fingerprint_images
         from kwsearch.resolve import input_of
 
         if self.proxy.threads is not None:
             torch.set_num_threads(self.proxy.threads)
+        if self.recipe.proxy is None:
+            self.watcher.say("the recipe has no proxy section: trials train on digits by default")
+        proxy.device_of(self.proxy)
         size = input_of(self.recipe)
         images = proxy.load(self.proxy, size)
         self._check_fit(images)
+        self._provenance["data"] = f"{images.train.name} {fingerprint_images(images.train)}"
         return images
 
     def _check_fit(self, images: ProxyData) -> None:
@@ -198,20 +224,27 @@ class Study:
             load_if_exists=True,
             pruner=_pruner(self.search.pruner, self.proxy),
         )
-        known = study.get_trials(deepcopy=False)
-        # A sampler that starts over would draw the same points: seed it with the trials so far.
-        study.sampler = _sampler(self.search.sampler, self.search.seed + len(known))
-        if not known:
+        self.watcher.known(_finished(study))
+        if not study.get_trials(deepcopy=False):
             study.enqueue_trial(self.space.start())
         return study
 
     def _to_run(self, study: optuna.Study) -> Iterator[Trial]:
         """Trials that a killed run left, then new ones, until the study has enough."""
-        for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.watcher.say(f"trial {left.number} was interrupted: trained again")
-            yield Trial(study, left._trial_id)
-        while len(_finished(study)) < self.search.trials:
-            yield study.ask()
+        left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        while (count := len(_finished(study))) < self.search.trials:
+            if left:
+                frozen = left.pop(0)
+                self.watcher.say(f"trial {frozen.number} was interrupted: trained again")
+                self._seed_sampler(study, frozen.number)
+                yield Trial(study, frozen._trial_id)
+            else:
+                self._seed_sampler(study, count)
+                yield study.ask()
+
+    def _seed_sampler(self, study: optuna.Study, number: int) -> None:
+        """By trial, so that a resumed study draws what an uninterrupted one would."""
+        study.sampler = _sampler(self.search.sampler, self.search.seed * 1_000_003 + number)
 
     def _train(self, study: optuna.Study, trial: Trial, objective: Objective) -> None:
         plan = self._new_plan(study, trial)
@@ -233,20 +266,23 @@ class Study:
         seen = left_over.intermediate_values.keys()
 
         def report(epoch: int, accuracy: float) -> None:
-            if epoch not in seen:
-                trial.report(accuracy, epoch)
             self.watcher.epoch(trial.number, epoch, accuracy)
+            if epoch in seen:
+                return
+            trial.report(accuracy, epoch)
             # The uniform plan is what the others are compared with: it always finishes.
             if trial.number > 0 and trial.should_prune():
                 raise optuna.TrialPruned
 
         try:
             value = objective(plan, report)
+            if not math.isfinite(value):
+                raise ArithmeticError(f"the score is {value}")
         except optuna.TrialPruned:
             epochs = study.get_trials(deepcopy=False)[trial.number].last_step
             trial.set_user_attr("reason", f"pruned after epoch {epochs}")
             told = study.tell(trial, state=TrialState.PRUNED)
-        except (RuntimeError, ArithmeticError, MemoryError) as error:
+        except Exception as error:  # whatever it is, the study goes on and says what it was
             told = self._failed(study, trial, error)
         else:
             trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
@@ -255,10 +291,12 @@ class Study:
         self.watcher.done(told)
 
     def _failed(self, study: optuna.Study, trial: Trial, error: Exception) -> FrozenTrial:
-        """Record why; the same error three times in a row is not the plan's fault."""
+        """Record why; the same error three times in a row is not the plans' fault."""
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         trial.set_user_attr("reason", reason)
         told = study.tell(trial, state=TrialState.FAIL)
+        if isinstance(error, ArithmeticError):  # a plan that diverges says nothing of the others
+            return told
         self._errors.append(reason)
         if self._errors[-_SAME_ERROR:] == [reason] * _SAME_ERROR:
             self.watcher.done(told)
@@ -271,14 +309,13 @@ class Study:
         plan = self.space.project(sample)
         known = {t.user_attrs.get("fingerprint") for t in _finished(study)}
         seed = self.search.seed * 1_000_003 + trial.number
-        for attempt in range(_NUDGES):
-            if fingerprint(plan) not in known:
-                return plan
-            sample = self.space.nudge(sample, seed * _NUDGES + attempt)
-            plan = self.space.project(sample)
+        others = (self.space.project(s) for s in self.space.neighbours(sample, seed))
+        for candidate in itertools.chain((plan,), others):
+            if fingerprint(candidate) not in known:
+                return candidate
         raise SpaceExhausted(
-            f"{len(known)} plans are trained and no new one is near: the space has no more; "
-            "widen search.space (split, cell_ratio, sharing, …) or ask for fewer trials"
+            f"{len(known)} plans are trained and no other was found: widen search.space (split, "
+            "cell_ratio, sharing, …) or ask for fewer trials"
         )
 
     def _write_best(self, network: Network, trials: Sequence[FrozenTrial]) -> Path | None:
@@ -287,37 +324,32 @@ class Study:
         if best is None:
             return None
         plan = Plan.from_groups(network, best.user_attrs["groups"])
-        recipe = best_recipe(self.recipe, plan, best, trials, self.command)
+        recipe = best_recipe(self.recipe, plan, best, trials, self._provenance)
         path = self.directory / BEST
         uniform = trials[0].values[0] if trials[0].values else None
         header = [
             f"The best of {len(trials)} trials: {best.values[0]:.2%} on held-out images"
             + (f" (uniform plan {uniform:.2%})." if uniform is not None else "."),
             f"{best.user_attrs['params']:,} parameters, {best.user_attrs['macs']:,} MACs.",
-            f"    kwsearch budget {path.name}",
+            f"    kwsearch budget {path}",
         ]
         write_recipe(recipe, path, header)
         return path
 
 
 def best_recipe(
-    recipe: Recipe, plan: Plan, best: FrozenTrial, trials: Sequence[FrozenTrial], command: str
+    recipe: Recipe,
+    plan: Plan,
+    best: FrozenTrial,
+    trials: Sequence[FrozenTrial],
+    provenance: Mapping[str, Any],
 ) -> Recipe:
     """`recipe` with `plan` filled in, and its provenance."""
-    filled = recipe_of(
-        Outcome(plan, target_of(recipe), settings_of(recipe)),
-        recipe.model.name,
-        recipe.input,
-        recipe.model.num_classes,
-    ).plan
     return recipe.model_copy(
         update={
-            "plan": filled,
+            "plan": RecipePlan.model_validate({"groups": plan.groups_to_list()}),
             "provenance": {
-                **recipe.provenance,
-                "command": command,
-                "versions": versions(),
-                "seed": (recipe.search or Search()).seed,
+                **provenance,
                 "trial": best.number,
                 "trials": len(trials),
                 "score": best.values[0],
@@ -327,15 +359,6 @@ def best_recipe(
             },
         }
     )
-
-
-def versions() -> dict[str, str]:
-    """Of what decides a result."""
-    import platform
-    from importlib.metadata import version
-
-    packages = {name: version(name) for name in ("kwsearch", "torch", "optuna", "numpy")}
-    return {"python": platform.python_version(), **packages}
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:

@@ -17,7 +17,7 @@ from kwsearch import data
 from kwsearch.recipe import Proxy
 
 
-class Diverged(RuntimeError):
+class Diverged(ArithmeticError):
     """The loss became infinite or not a number."""
 
 
@@ -82,13 +82,13 @@ def train(
     """Train the converted network and return its accuracy (0 to 1) on the held-out images.
 
     report(epoch, accuracy) is called after each epoch, counted from 1, and may raise to stop.
-    The same seed gives the same run on the same machine. Raises Diverged.
+    On the CPU and with as many threads, the same seed gives the same run. Raises Diverged.
     """
     torch.manual_seed(seed)
     device = device_of(proxy)
     model = convert_(make_model(), plan).to(device)
     images = _to(images, device)
-    steps = math.ceil(len(images.train.y) / proxy.batch_size)
+    steps = len(_batch_sizes(images, proxy))
     optimizer = _optimizer(model, proxy)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(proxy.epochs * steps))
     temperature = TemperatureSchedule(model, proxy.temperature_epochs, steps)
@@ -140,9 +140,16 @@ def _batches(
     images: ProxyData, proxy: Proxy, order: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     shuffled = torch.randperm(len(images.train.y), generator=order)
-    for index in torch.split(shuffled, proxy.batch_size):
+    sizes = _batch_sizes(images, proxy)
+    for index in torch.split(shuffled[: sum(sizes)], sizes):
         x = augment(images.train.x[index], proxy.augment, order)
         yield images.batch(x), images.train.y[index]
+
+
+def _batch_sizes(images: ProxyData, proxy: Proxy) -> list[int]:
+    """Of one epoch. A last batch of one is left out: batch norms cannot train on it."""
+    whole, rest = divmod(len(images.train.y), proxy.batch_size)
+    return [proxy.batch_size] * whole + ([rest] if rest > 1 or not whole else [])
 
 
 def augment(x: Tensor, how: str, generator: torch.Generator) -> Tensor:

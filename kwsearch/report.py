@@ -334,7 +334,8 @@ def verdict_lines(result: Result) -> list[str]:
         verdict = "within" if gap < 2 * error else "beyond"
         lines.append(
             f"    {gap * 100:+.2f} points over the uniform plan; {verdict} two standard errors "
-            f"({2 * error * 100:.2f} points) of so few images and one seed"
+            f"({2 * error * 100:.2f} points) of so few images and one seed, and the best of "
+            f"{len(result.trials)} trials is in part the luckiest"
         )
     if result.best_path is not None:
         lines.append(f"wrote {result.best_path}")

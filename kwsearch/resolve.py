@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from kwlayers.plan import Network, Plan, PlanError
@@ -57,7 +59,8 @@ def outcome_of(recipe: Recipe, network: Network) -> Outcome:
     settings = settings_of(recipe)
     if recipe.plan is not None:
         groups = [group.model_dump() for group in recipe.plan.groups]
-        return Outcome(Plan.from_groups(network, groups), target_of(recipe), settings)
+        # It stands for itself: the budget it was once made for may not be its ratio.
+        return Outcome(Plan.from_groups(network, groups), Target(), settings)
     return meet(network, target_of(recipe), settings)
 
 
@@ -70,6 +73,29 @@ def plan_for(recipe: Recipe, model: nn.Module) -> Plan:
         return outcome_of(recipe, network).plan
     except PlanError as error:
         raise PlanError(f"the recipe does not fit this {type(model).__name__}: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a result, without importing it."""
+
+    packages = {name: version(name) for name in ("kwsearch", "torch", "optuna", "numpy")}
+    return {"python": platform.python_version(), **packages}
+
+
+def check_replannable(recipe: Recipe) -> None:
+    """Raise PlanError if planning anew would lose what only the recipe's plan says.
+
+    A method's sharing groups have no ratios of their own; a plan's can.
+    """
+    if recipe.plan is None or isinstance(recipe.method.sharing, str):
+        return
+    ratios = {group.ratio for group in recipe.plan.groups}
+    if len(ratios) > 1:
+        shown = ", ".join("solved" if r is None else f"{r:g}" for r in sorted(ratios, key=str))
+        raise PlanError(
+            f"the recipe's groups have ratios of their own ({shown}), which a plan made anew from "
+            "its method would lose: count it as it stands, or delete its plan section first"
+        )
 
 
 def method_dict(settings: Settings) -> dict[str, Any]:

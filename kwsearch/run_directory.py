@@ -5,7 +5,7 @@ study.journal is Optuna's journal, recipe.yaml the recipe with its overrides, be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ class SearchError(ValueError):
     """A search that cannot start or go on, for a reason that the user can mend."""
 
 
-def prepare(directory: Path, recipe: Recipe, resume: bool) -> None:
-    """Write the recipe down, or check that the study that is there is its own."""
+def prepare(directory: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+    """Check that a study that is there is the recipe's; its provenance, None if there is none."""
     path = directory / RECIPE
     if (directory / JOURNAL).exists():
         if not resume:
@@ -30,12 +30,20 @@ def prepare(directory: Path, recipe: Recipe, resume: bool) -> None:
                 f"{directory} holds a study already: --resume to go on with it, or --run-dir for "
                 "another place"
             )
-        if path.exists() and (changed := _changes(load_recipe(path), recipe)):
+        begun = load_recipe(path)
+        if changed := _changes(begun, recipe):
             raise SearchError(
                 f"{directory} holds a study of another recipe ({', '.join(changed)} differ): "
                 "only search.trials and search.timeout may change; use another --run-dir"
             )
-    write_recipe(recipe, path, ["The recipe of this study, overrides applied."])
+        return dict(begun.provenance)
+    return None
+
+
+def write_down(directory: Path, recipe: Recipe, provenance: Mapping[str, Any]) -> None:
+    """Keep the recipe of the study, with where it comes from."""
+    noted = recipe.model_copy(update={"provenance": dict(provenance)})
+    write_recipe(noted, directory / RECIPE, ["The recipe of this study, overrides applied."])
 
 
 def _changes(before: Recipe, now: Recipe) -> list[str]:

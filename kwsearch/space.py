@@ -1,7 +1,7 @@
 """The search space: shapes of warehouses and a split of the budget, always on the budget.
 
-A sample is a choice of cell ratio, sharing, reduction and basis, and one weight per warehouse:
-its ratio relative to the common one. Projection solves for the common ratio, so that every
+A sample is a choice of cell ratio, sharing, reduction and basis, and for each warehouse its
+ratio relative to the common one. Projection solves for the common ratio, so that every
 sample is a plan at or under the budget that cannot take one more cell.
 """
 
@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import random
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,10 @@ DIMENSIONS = ("cell_ratio", "sharing", "reduction", "basis_ratio")
 
 @dataclass(frozen=True)
 class Sample:
-    """A point of the space. weights: by warehouse name, 1 for the common ratio."""
+    """A point of the space. relative: each warehouse's ratio over the common one, by name."""
 
     settings: Settings
-    weights: dict[str, float]
+    relative: dict[str, float]
 
 
 class Space:
@@ -62,73 +63,67 @@ class Space:
             others = [value for value in getattr(section, name) if value != own]
             self.choices[name] = [own, *others]
 
-    @property
-    def combinations(self) -> int:
-        """How many shapes there are, before the split."""
-        total = 1
-        for values in self.choices.values():
-            total *= len(values)
-        return total
-
     def start(self) -> dict[str, Any]:
-        """The parameters of the uniform plan: the recipe's own settings, all weights 1."""
+        """The trial of the uniform plan: the recipe's own settings, all ratios equal."""
         start: dict[str, Any] = {
             name: _label(values[0]) for name, values in self.choices.items() if len(values) > 1
         }
         if self.split > 1:
-            for group in self._layout(self.settings).groups:
-                start[self._weight_name(self.settings, group.name)] = 1.0
+            for name in self._even(self.settings):
+                start[self._ratio_name(self.settings, name)] = 1.0
         return start
 
     def sample(self, trial: optuna.trial.BaseTrial) -> Sample:
         """Ask `trial` for a point. A shape that cannot meet the budget becomes its neighbour."""
         chosen = {}
         for name, values in self.choices.items():
-            labels: dict[Any, Any] = {_label(value): value for value in values}
-            chosen[name] = (
-                labels[trial.suggest_categorical(name, list(labels))]
-                if len(values) > 1
-                else values[0]
-            )
+            if len(values) > 1:
+                labels: dict[Any, Any] = {_label(value): value for value in values}
+                chosen[name] = labels[trial.suggest_categorical(name, list(labels))]
         settings = self._reachable(dataclasses.replace(self.settings, **chosen))
-        weights = {group.name: 1.0 for group in self._layout(settings).groups}
+        relative = self._even(settings)
         if self.split > 1:
-            for name in weights:
-                weights[name] = trial.suggest_float(
-                    self._weight_name(settings, name), 1 / self.split, self.split, log=True
+            for name in relative:
+                relative[name] = trial.suggest_float(
+                    self._ratio_name(settings, name), 1 / self.split, self.split, log=True
                 )
-        return Sample(settings, weights)
+        return Sample(settings, relative)
 
-    def nudge(self, sample: Sample, seed: int) -> Sample:
-        """A neighbour of `sample`, for when its plan is already known."""
+    def neighbours(self, sample: Sample, seed: int) -> Iterator[Sample]:
+        """Other points, the nearest first, for when the plan of `sample` is already known."""
         rng = random.Random(seed)
-        settings = sample.settings
-        if self.split == 1:
-            settings = self._reachable(
-                dataclasses.replace(
-                    settings, **{name: rng.choice(self.choices[name]) for name in DIMENSIONS}
-                )
-            )
-            return Sample(settings, {g.name: 1.0 for g in self._layout(settings).groups})
-        weights = {
-            name: min(max(weight * rng.uniform(0.8, 1.25), 1 / self.split), self.split)
-            for name, weight in sample.weights.items()
-        }
-        return Sample(settings, weights)
+        if self.split > 1:
+            for reach in (1.1, 1.3, 2.0, self.split):
+                for _ in range(20):
+                    moved = {
+                        name: min(max(r * reach ** rng.uniform(-1, 1), 1 / self.split), self.split)
+                        for name, r in sample.relative.items()
+                    }
+                    yield Sample(sample.settings, moved)
+        shapes = [self._reachable(shape) for shape in self._by_distance(sample.settings)]
+        for shape in shapes:
+            yield Sample(shape, self._even(shape))
+        if self.split > 1:
+            for shape in shapes * 20:
+                relative = {name: self.split ** rng.uniform(-1, 1) for name in self._even(shape)}
+                yield Sample(shape, relative)
+
+    def _even(self, settings: Settings) -> dict[str, float]:
+        return {group.name: 1.0 for group in self._layout(settings).groups}
 
     def project(self, sample: Sample) -> Plan:
         """The plan of a sample: at most `allowed` parameters, and no room for one more cell."""
-        if sample.settings == self.settings and set(sample.weights.values()) == {1.0}:
+        if sample.settings == self.settings and set(sample.relative.values()) == {1.0}:
             return self.uniform
         layout = self._layout(sample.settings)
-        weights = [sample.weights[group.name] for group in layout.groups]
-        solutions = solve(layout.variables(weights), self.allowed - layout.static_params)
+        relative = [sample.relative[group.name] for group in layout.groups]
+        solutions = solve(layout.variables(relative), self.allowed - layout.static_params)
         # Trials are compared at equal parameters: of the roundings, the one that leaves least.
         return layout.plan(max(solutions, key=lambda s: (s.params, -s.spread)))
 
-    def _weight_name(self, settings: Settings, warehouse: str) -> str:
+    def _ratio_name(self, settings: Settings, warehouse: str) -> str:
         sharing = settings.sharing if isinstance(settings.sharing, str) else "groups"
-        return f"weight/{sharing}/{warehouse}"
+        return f"relative_ratio/{sharing}/{warehouse}"
 
     def _layout(self, settings: Settings) -> Layout:
         return self._known[settings]
@@ -179,6 +174,8 @@ def fingerprint(plan: Plan) -> str:
 
 def _label(value: Any) -> str | float:
     """What the study shows for a choice."""
+    if isinstance(value, Mapping):
+        return "groups"
     if isinstance(value, tuple):
         return ",".join(f"{part:g}" for part in value)
     return value if isinstance(value, str) else float(value)

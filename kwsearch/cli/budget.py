@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,8 @@ def command(
 
     request = _Request(model, input_size, classes, Target(ratio, params, total_ratio))
     request.apply({k: v for k, v in plan_settings.items() if v is not None})
+    if output:
+        _check_output(output)
     network = request.network()
     if not request.target and not request.has_plan:
         if output or check:
@@ -76,6 +79,7 @@ def command(
         _show_settings(request, network, as_json)
         return
     outcome = request.outcome(network)
+    _note_published(request)
     if as_json:
         _print_json(request, outcome, by)
     else:
@@ -90,7 +94,9 @@ class _Request:
     """The model, its input and the target, from the command line and perhaps a recipe."""
 
     def __init__(self, model: str, input_size: Any, classes: int | None, target: Target) -> None:
+        # recipe: the one that says the plan or its budget. source: where -o takes the rest from.
         self.recipe: Recipe | None = None
+        self.source: Recipe | None = None
         self.model, self.input_size, self.classes, self.target = model, input_size, classes, target
         self.settings: Settings | None = None
         if is_recipe(model):
@@ -98,14 +104,15 @@ class _Request:
 
     def _read(self, path: str) -> None:
         from kwsearch.recipe import load_recipe
-        from kwsearch.resolve import settings_of, target_of
+        from kwsearch.resolve import check_replannable, settings_of, target_of
 
-        self.recipe = load_recipe(path)
+        self.source = self.recipe = load_recipe(path)
         self.model = self.recipe.model.name
         self.input_size = self.input_size or self.recipe.input
         self.classes = self.classes or self.recipe.model.num_classes
         self.settings = settings_of(self.recipe)
         if self.target:
+            check_replannable(self.recipe)
             self.recipe = None
         else:
             self.target = target_of(self.recipe)
@@ -126,6 +133,14 @@ class _Request:
 
         assert set(options) <= set(PLAN_OPTIONS)
         self.settings = replace(self.settings or Settings(), **options)
+
+    @property
+    def as_published(self) -> bool:
+        """Whether a published accuracy speaks of this network."""
+        from kwsearch import zoo
+
+        size = self.input_size or zoo.get(self.model).input_size
+        return self.classes is None and tuple(size) == zoo.get(self.model).input_size
 
     @property
     def has_plan(self) -> bool:
@@ -167,15 +182,28 @@ def _how(request: _Request, outcome: Outcome) -> str:
     """The plan's origin, in words."""
     if outcome.published is not None:
         entry = outcome.published
-        return f"published setting {entry.name} ({entry.top1:.2f} % ImageNet top-1)"
+        accuracy = f" ({entry.top1:.2f} % ImageNet top-1)" if request.as_published else ""
+        return f"published setting {entry.name}{accuracy}"
     if request.has_plan:
         return f"the recipe's plan, b = {outcome.ratio:.4g} overall"
     if outcome.target.ratio is not None:
         return f"KernelWarehouse at b = {outcome.target.ratio:g}"
     allowed = outcome.target.params_of(outcome.plan.network)
     unused = allowed - outcome.plan.cost().params.total
-    solved = outcome.candidates[0].solution.ratio
-    return f"at most {allowed:,} parameters: b = {solved:.4g}, {unused:,} parameters unused"
+    return f"at most {allowed:,} parameters: b = {outcome.ratio:.4g} overall, {unused:,} unused"
+
+
+def _note_published(request: _Request) -> None:
+    """A plan option replaces all of a published setting: say so."""
+    from kwsearch import published
+
+    if request.settings is None or request.target.ratio is None or request.source is not None:
+        return
+    entry = published.find(request.model, request.target.ratio)
+    if entry is not None:
+        click.echo(
+            f"note: options given, so the published setting {entry.name} is not used", err=True
+        )
 
 
 def _print_json(request: _Request, outcome: Outcome, by: str) -> None:
@@ -263,16 +291,29 @@ def _print_check(request: _Request, outcome: Outcome, as_json: bool) -> None:
         raise click.ClickException("a count differs without an explanation; please report this")
 
 
+def _check_output(output: str) -> None:
+    """Before the work: a place that cannot be written, a name that is no recipe's."""
+    folder = os.path.dirname(output) or "."
+    if not os.path.isdir(folder):
+        raise click.UsageError(f"-o {output}: there is no folder {folder}")
+    if not output.endswith((".yaml", ".yml")):
+        raise click.UsageError(f"-o {output}: a recipe's name ends in .yaml")
+
+
 def _write(request: _Request, outcome: Outcome, output: str) -> None:
-    from kwsearch import __version__
     from kwsearch.published import PAPER
     from kwsearch.recipe import write_recipe
-    from kwsearch.resolve import recipe_of
+    from kwsearch.resolve import recipe_of, versions
 
     command_line = shlex.join(["kwsearch", *sys.argv[1:]])
     sections: dict[str, Any] = {
-        "provenance": {"command": command_line, "kwsearch": __version__},
+        "provenance": {"command": command_line, "versions": versions()},
     }
+    if request.source is not None:
+        kept = request.source.to_dict()
+        sections |= {k: kept[k] for k in ("search", "proxy", "training") if k in kept}
+        if request.has_plan and "budget" in kept:
+            sections["budget"] = kept["budget"]
     title = f"{request.model}: {_how(request, outcome)}."
     if (entry := outcome.published) is not None:
         title = (

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kwsearch.cli import INTERRUPTED
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from optuna.trial import FrozenTrial
 
     from kwlayers.plan import Plan
@@ -65,8 +69,9 @@ def command(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     command_line = shlex.join(["kwsearch", *sys.argv[1:]])
-    with _Progress(loaded.search.trials if loaded.search else 40) as progress:
+    with _Progress() as progress:
         study = Study(loaded, directory, resume=resume, watcher=progress, command=command_line)
+        progress.bar.update(progress.task, total=study.search.trials)
         progress.say(
             f"{loaded.model.name} on {study.proxy.data}: {study.search.trials} trials, "
             f"study in {directory}"
@@ -75,14 +80,19 @@ def command(
             result = study.run()
         except KeyboardInterrupt:
             progress.say(f"interrupted; nothing is lost: add --resume to go on with {directory}")
-            raise
-    _print_json(result) if as_json else _print(result)
+            raise click.exceptions.Exit(INTERRUPTED) from None
+    if as_json:
+        _print_json(result)
+    else:
+        _print(result)
+    if result.best is None:
+        raise click.exceptions.Exit(1)
 
 
 class _Progress:
     """A bar on a terminal, plain lines elsewhere; both on stderr."""
 
-    def __init__(self, trials: int) -> None:
+    def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -104,7 +114,7 @@ class _Progress:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("starting", total=trials)
+        self.task = self.bar.add_task("starting", total=None)
 
     def __enter__(self) -> _Progress:
         self.bar.start()
@@ -112,6 +122,12 @@ class _Progress:
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
+
+    def known(self, trials: Sequence[FrozenTrial]) -> None:
+        from kwsearch.optimize import best_of
+
+        if (best := best_of(trials)) is not None:
+            self.best = (best.values[0], best.number)
 
     def start(self, number: int, finished: int, plan: Plan) -> None:
         self._describe(number, "…", finished)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -98,4 +99,4 @@ PLAN_OPTIONS = (
 
 def is_recipe(argument: str) -> bool:
     """Whether a MODEL|RECIPE argument means a file."""
-    return argument.endswith((".yaml", ".yml"))
+    return argument.endswith((".yaml", ".yml")) or "/" in argument or os.path.exists(argument)

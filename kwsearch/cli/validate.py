@@ -26,7 +26,27 @@ def command(ctx: click.Context, recipe: str, overrides: tuple[str, ...]) -> None
     except RecipeError as error:
         click.echo(str(error), err=True)
         ctx.exit(2)
+    _resolve(recipe, loaded)
     click.echo(f"{recipe}: ok ({', '.join(_summary(loaded))})")
+
+
+def _resolve(path: str, recipe: Recipe) -> None:
+    """What only the model can tell: its name, the plan's layers, whether a plan fits."""
+    from kwlayers.plan import PlanError
+    from kwsearch import zoo
+    from kwsearch.resolve import network_of, outcome_of, target_of
+
+    try:
+        zoo.get(recipe.model.name)
+        if recipe.plan is not None and not recipe.plan.groups:
+            raise PlanError("plan: it has no groups; delete the section to plan by the budget")
+        network = network_of(recipe)
+        total = outcome_of(recipe, network).plan.cost().params.total
+        target = target_of(recipe)
+        if target and target.ratio is None and total > (allowed := target.params_of(network)):
+            raise PlanError(f"plan: {total:,} parameters, over the budget of {allowed:,}")
+    except (zoo.UnknownModelError, PlanError) as error:
+        raise PlanError(f"{path}: {error}") from None
 
 
 def _summary(recipe: Recipe) -> list[str]:

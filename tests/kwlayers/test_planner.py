@@ -197,8 +197,9 @@ def test_exactly_one_budget_is_given(budget: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("ratio", [0, -1.0, math.nan, math.inf])
 def test_a_ratio_is_a_number_above_0(ratio: float) -> None:
-    message = f"ratio {ratio}: it must be a number above 0"
-    assert refusal(unknown_network(), Settings(sharing="layer"), ratio=ratio) == message
+    message = f"ratio {ratio}: it must be a number above 0, at most 1,000"
+    refused = refusal(unknown_network(), Settings(sharing="layer"), ratio=ratio)
+    assert refused == message
     with pytest.raises(PlanError) as error:
         Share(["body.a"], ratio=ratio)
     assert str(error.value) == message

@@ -398,7 +398,7 @@ def test_a_wrong_input_size_is_an_error_with_the_size_and_the_reason() -> None:
 def test_sizes_are_positive_and_without_batch(size: tuple[int, ...]) -> None:
     with pytest.raises(PlanError) as error:
         trace(nn.Sequential(nn.Linear(3, 3)), size)
-    assert str(error.value) == f"input_size {size}: positive sizes (C, H, W) without batch"
+    assert str(error.value) == f"input_size {size}: positive sizes (C, H, W), without batch"
 
 
 def test_a_failed_trace_leaves_the_model_as_it_was() -> None:

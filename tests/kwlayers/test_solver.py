@@ -16,8 +16,8 @@ from kwlayers.solver import Solution, Variable, floor_params, solve
 few = settings(max_examples=200, deadline=None, derandomize=True)
 
 
-def linear(mixtures: int, base: int, step: int, weight: float = 1.0, mixing: int = 0) -> Variable:
-    return Variable(mixtures, lambda n: base + step * n, mixing, weight)
+def linear(mixtures: int, base: int, step: int, relative: float = 1.0, mixing: int = 0) -> Variable:
+    return Variable(mixtures, lambda n: base + step * n, mixing, relative)
 
 
 def quadratic(mixtures: int, base: int, step: int, curve: int) -> Variable:
@@ -54,7 +54,7 @@ def common_ratio(variables: Sequence[Variable], target: int) -> float:
     def at(ratio: float) -> float:
         whole = 0.0
         for v in variables:
-            share = max(ratio * v.weight * v.mixtures, 1.0)
+            share = max(ratio * v.relative * v.mixtures, 1.0)
             n = int(share)
             whole += v.params(n) + (share - n) * (v.params(n + 1) - v.params(n))
         return whole
@@ -67,11 +67,11 @@ def common_ratio(variables: Sequence[Variable], target: int) -> float:
 
 
 def spread(variables: Sequence[Variable], cells: Sequence[int], ratio: float) -> float:
-    """Root mean square distance from the common ratio, of ratios over their weights."""
+    """Root mean square distance from the common ratio, over their relative ones."""
     squares = 0.0
     for v, n in zip(variables, cells, strict=True):
-        even = max(ratio * v.weight * v.mixtures, 1.0)
-        squares += ((n - even) / (v.mixtures * v.weight)) ** 2
+        even = max(ratio * v.relative * v.mixtures, 1.0)
+        squares += ((n - even) / (v.mixtures * v.relative)) ** 2
     return (squares / len(variables)) ** 0.5
 
 
@@ -91,7 +91,7 @@ tiny = st.builds(
     mixtures=st.integers(1, 12),
     base=st.integers(0, 50),
     step=st.integers(1, 40),
-    weight=st.sampled_from([0.25, 0.5, 1.0, 1.0, 2.0]),
+    relative=st.sampled_from([0.25, 0.5, 1.0, 1.0, 2.0]),
 )
 curved = st.builds(
     quadratic,
@@ -125,9 +125,9 @@ def test_a_target_that_a_common_ratio_meets_exactly_is_met_exactly() -> None:
     assert best.spread == pytest.approx(0, abs=1e-9)
 
 
-def test_a_weight_scales_the_ratio_of_its_warehouse() -> None:
+def test_a_relative_ratio_scales_the_ratio_of_its_warehouse() -> None:
     # Ratios 2 and 1/2 of 10 mixtures each: 20 and 5 cells.
-    variables = [linear(10, 0, 1, weight=2.0), linear(10, 0, 1, weight=0.5)]
+    variables = [linear(10, 0, 1, relative=2.0), linear(10, 0, 1, relative=0.5)]
     assert solve(variables, 25)[0].num_cells == (20, 5)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kwsearch import cli
+from kwsearch.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +59,14 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_the_import_check_can_fail() -> None:
     assert "pydantic" in modules_after("from kwsearch import cli; cli.run(['schema'])") & HEAVY
+
+
+def test_a_budget_needs_neither_torchs_compiler_nor_the_search() -> None:
+    loaded = modules_after(
+        "from kwsearch import cli; cli.run(['budget', 'resnet50', '--ratio', '0.5'])"
+    )
+    assert not {"torch._dynamo", "sympy", "optuna", "pydantic"} & loaded
+    assert "torch" in loaded
 
 
 def test_help_lists_every_command_with_its_own_help(run) -> None:
@@ -195,6 +204,41 @@ def test_a_target_plans_a_recipe_anew(run) -> None:
     assert 0.995 * 6_000_000 < data["params"]["total"] <= 6_000_000
 
 
+def test_writing_a_recipe_anew_keeps_its_other_sections(run, tmp_path: Path) -> None:
+    out = tmp_path / "out.yaml"
+    run("budget", str(ROOT / "recipes/quickstart.yaml"), "--params", "100k", "-o", str(out))
+    before, after = (load_recipe(p) for p in (ROOT / "recipes/quickstart.yaml", out))
+    assert (after.search, after.proxy) == (before.search, before.proxy)
+    assert after.budget is not None
+    assert after.budget.params == 100_000
+    assert after.plan is not None
+
+
+def test_a_plan_with_ratios_of_its_own_is_not_planned_anew(run) -> None:
+    recipe = str(ROOT / "recipes/kw_mobilenetv2_100_0.5x.yaml")
+    counted = json.loads(run("budget", recipe, "--json").out)
+    assert counted["params"]["total"] == 2_654_396
+    cells = sum(w["num_cells"] for w in counted["warehouses"])
+    # 9 + 36 + 18 + 27 + 36 + 27 + 27 mixtures at ratio 1, and twice 6, 40 and 20 cells.
+    assert counted["ratio"] == pytest.approx(cells / (180 + 2 * (6 + 40 + 20)), rel=0.02)
+    ran = run("budget", recipe, "--params", "2M")
+    assert ran.code == 2
+    assert "ratios of their own (0.5, 1)" in ran.err
+
+
+def test_an_accuracy_is_claimed_only_for_the_network_that_had_it(run) -> None:
+    assert "(73.33 % ImageNet top-1)" in run("budget", "resnet18", "--ratio", "0.5").out
+    for changed in (("--classes", "10"), ("--input", "3x64x64")):
+        shown = run("budget", "resnet18", "--ratio", "0.5", *changed).out
+        assert "published setting ResNet18 1/2x" in shown
+        assert "top-1" not in shown
+
+
+def test_options_that_replace_a_published_setting_say_so(run) -> None:
+    ran = run("budget", "resnet18", "--ratio", "0.5", "--norm", "auto")
+    assert "published setting ResNet18 1/2x is not used" in ran.err
+
+
 def test_the_check_explains_every_difference(run) -> None:
     ran = run("budget", "resnet20", "--ratio", "0.5", "--check")
     assert ran.code == 0
@@ -220,7 +264,11 @@ WRONG = [
     (("budget", "resnet18", "--check"), 2, "need a target"),
     (("budget", "missing.yaml"), 2, "missing.yaml"),
     (("budget", str(ROOT / "recipes/kw_resnet18_1x.yaml"), "--sharing", "layer"), 2, "has a plan"),
-    (("budget", "resnet18", "--ratio", "1", "-o", "/nowhere/r.yaml"), 1, "/nowhere"),
+    (("budget", "resnet18", "--ratio", "1", "-o", "/nowhere/r.yaml"), 2, "no folder /nowhere"),
+    (("budget", "resnet18", "--ratio", "1", "-o", "r.txt"), 2, "a recipe's name ends in .yaml"),
+    (("budget", "resnet18", "--params", "1e30"), 2, "over 1,000 times the static model's"),
+    (("budget", "resnet18", "--ratio", "1e6"), 2, "at most 1,000"),
+    (("budget", "recipes/missing"), 2, "recipes/missing"),
     (("budgt",), 2, "budgt"),
     (("optimize", "missing.yaml"), 2, "missing.yaml"),
     (("optimize", str(ROOT / "recipes/quickstart.yaml"), "proxy.epoch=1"), 2, "did you mean"),

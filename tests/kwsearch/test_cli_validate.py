@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from kwlayers.plan import PlanError
 from kwsearch.cli import schema, validate
 from kwsearch.recipe import json_schema
 
@@ -19,8 +20,8 @@ model: resnet50
 budget: {ratio: 0.5}
 plan:
   groups:
-    - {name: a, cell: [1, 1, 1], num_cells: 1, layers: [x]}
-    - {name: b, cell: [1, 1, 1], num_cells: 1, layers: [y]}
+    - {name: a, cell: [64, 64, 1, 1], num_cells: 1, layers: [layer1.0.conv2]}
+    - {name: b, cell: [64, 64, 3, 3], num_cells: 1, layers: [layer1.1.conv2]}
 """
 
 
@@ -48,10 +49,9 @@ def test_a_right_recipe_is_summed_up_on_stdout(recipe: str) -> None:
     ("overrides", "summary"),
     [
         (["budget={params: 12.8M}", "plan=null"], "resnet50, params 12,800,000"),
-        (["budget={total_ratio: 0.5x}", "model=m"], "m, total_ratio 0.5, 2 groups"),
-        (["budget=null", "plan.groups=[]"], "resnet50, 0 groups"),
+        (["budget={total_ratio: 2x}", "model=resnet101"], "resnet101, total_ratio 2, 2 groups"),
         (
-            ["plan.groups=[{name: a, cell: [1, 1, 1], num_cells: 1, layers: [x]}]"],
+            ["plan.groups=[{name: a, cell: [4, 4, 1, 1], num_cells: 1, layers: [layer3.*]}]"],
             "resnet50, ratio 0.5, 1 group",
         ),
     ],
@@ -59,6 +59,22 @@ def test_a_right_recipe_is_summed_up_on_stdout(recipe: str) -> None:
 def test_overrides_count_in_the_summary(recipe: str, overrides: list[str], summary: str) -> None:
     result = run(recipe, *overrides)
     assert (result.exit_code, result.stdout) == (0, f"recipe.yaml: ok ({summary})\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model=resnet[50]", "recipe.yaml: unknown model 'resnet[50]': did you mean resnet50"),
+        ("plan.groups.0.layers=[layer1.0.conv9]", "did you mean 'layer1.0.conv3'?"),
+        ("plan.groups.0.cell=[5, 5, 1, 1]", "do not tile a kernel of shape (64, 64, 3, 3)"),
+        ("plan.groups=[]", "recipe.yaml: plan: it has no groups"),
+        ("budget={params: 1M}", "parameters, over the budget of 1,000,000"),
+    ],
+)
+def test_what_only_the_model_can_tell_is_told(recipe: str, override: str, message: str) -> None:
+    result = run(recipe, override)
+    assert isinstance(result.exception, PlanError)
+    assert message in str(result.exception)
 
 
 def test_every_problem_goes_to_stderr_and_the_exit_code_is_2(recipe: str) -> None:

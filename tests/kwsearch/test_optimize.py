@@ -18,7 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from kwlayers.plan import Plan
+from kwlayers.plan import Plan, PlanError
 from kwsearch import optimize
 from kwsearch.recipe import Recipe, load_recipe, parse_recipe
 from kwsearch.space import fingerprint
@@ -48,6 +48,8 @@ class Quiet:
 
     def say(self, message: str) -> None:
         self.said.append(message)
+
+    def known(self, trials: list[FrozenTrial]) -> None: ...
 
 
 def score(plan: Plan, report: Callable[[int, float], None]) -> float:
@@ -196,7 +198,10 @@ def test_a_space_without_more_plans_stops_the_study(tmp_path: Path) -> None:
     search, watcher = study(tmp_path, "search.space={split: 1, sharing: [stage, layer]}")
     trials = search.run(score).trials
     assert len([t for t in trials if t.state == TrialState.COMPLETE]) == 2
-    assert any("the space has no more" in message for message in watcher.said)
+    assert any("2 plans are trained and no other was found" in said for said in watcher.said)
+    # Asked again, it says so again, and records nothing.
+    search, _ = study(tmp_path, "search.space={split: 1, sharing: [stage, layer]}", resume=True)
+    assert len(search.run(score).trials) == 2
 
 
 def test_a_run_directory_is_not_overwritten(tmp_path: Path) -> None:
@@ -213,11 +218,104 @@ def test_a_study_is_not_resumed_with_another_recipe(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_share_a_run_directory(tmp_path: Path) -> None:
     def nested(plan: Plan, report: Callable[[int, float], None]) -> float:
+        before = (tmp_path / "recipe.yaml").read_text()
         with pytest.raises(optimize.SearchError, match="another process is running the study"):
-            study(tmp_path, resume=True)[0].run(score)
+            study(tmp_path, "budget.total_ratio=0.9", resume=True)[0].run(score)
+        assert (tmp_path / "recipe.yaml").read_text() == before
         return score(plan, report)
 
     study(tmp_path, "search.trials=1")[0].run(nested)
+
+
+def test_a_resumed_study_draws_what_an_uninterrupted_one_would(tmp_path: Path) -> None:
+    straight = study(tmp_path / "a")[0].run(score)
+    study(tmp_path / "b", "search.trials=3")[0].run(score)
+    resumed = study(tmp_path / "b", resume=True)[0].run(score)
+    assert [t.params for t in resumed.trials] == [t.params for t in straight.trials]
+
+
+def test_a_score_that_is_no_number_is_a_failure_with_its_reason(tmp_path: Path) -> None:
+    def sometimes(plan: Plan, report: Callable[[int, float], None]) -> float:
+        return float("nan") if int(fingerprint(plan), 16) % 2 else score(plan, report)
+
+    trials = study(tmp_path)[0].run(sometimes).trials
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+    assert failed
+    assert {trial.user_attrs["reason"] for trial in failed} == {"ArithmeticError: the score is nan"}
+
+
+def test_hyperband_prunes_and_finishes(tmp_path: Path) -> None:
+    search, _ = study(tmp_path, "search.pruner=hyperband", "search.trials=20", "proxy.epochs=9")
+
+    def nine(plan: Plan, report: Callable[[int, float], None]) -> float:
+        value = int(fingerprint(plan), 16) / 2**64
+        for epoch in range(1, 10):
+            report(epoch, value)
+        return value
+
+    trials = search.run(nine).trials
+    assert len(trials) == 20
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+def test_a_recipe_whose_groups_have_ratios_of_their_own_is_not_searched(tmp_path: Path) -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes/kw_mobilenetv2_050_0.5x.yaml")
+    with pytest.raises(PlanError, match=r"ratios of their own \(0\.5, 1\)"):
+        optimize.Study(recipe, tmp_path, resume=False, watcher=Quiet())
+
+
+def test_the_command_searches_interrupts_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kwsearch import cli, proxy
+
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(
+        "format: 1\nmodel: resnet20\nbudget: {params: 60k}\nsearch: {trials: 2}\n"
+        "proxy: {resolution: 8, epochs: 1, subset: 60, batch_size: 24, lr: 0.05, threads: 1}\n"
+    )
+    assert cli.run(["optimize", "tiny.yaml", "--trials", "1"]) == 0
+    first = capsys.readouterr()
+    assert "0 (uniform)" in first.out
+    assert "the uniform plan: no other trial did better" in first.out
+    assert "trial 0: " in first.err
+    assert cli.run(["optimize", "tiny.yaml"]) == 2
+    assert "--resume to go on" in capsys.readouterr().err
+
+    train = proxy.train
+
+    def interrupted(*args: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(proxy, "train", interrupted)
+    assert cli.run(["optimize", "tiny.yaml", "--resume"]) == 130
+    assert "nothing is lost: add --resume" in capsys.readouterr().err
+    monkeypatch.setattr(proxy, "train", train)
+    assert cli.run(["optimize", "tiny.yaml", "--resume", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [(t["number"], t["state"]) for t in result["trials"]] == [
+        (0, "complete"),
+        (1, "complete"),
+    ]
+    recipe = load_recipe("runs/tiny/best.yaml")
+    assert str(recipe.provenance["data"]).startswith("digits ")
+    assert load_recipe("runs/tiny/recipe.yaml").provenance["seed"] == 0
+
+
+def test_a_search_in_which_nothing_finishes_exits_with_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kwsearch import cli
+
+    monkeypatch.chdir(tmp_path)
+    Path("wild.yaml").write_text(
+        "format: 1\nmodel: resnet20\nbudget: {params: 60k}\nsearch: {trials: 2}\n"
+        "proxy: {resolution: 8, epochs: 1, subset: 60, batch_size: 16, lr: 1e30, threads: 1}\n"
+    )
+    assert cli.run(["optimize", "wild.yaml"]) == 1
+    shown = capsys.readouterr()
+    assert "no trial finished: nothing to choose" in shown.out
+    assert "Diverged: the loss became" in shown.out
 
 
 def test_a_torn_last_line_is_reported_and_survived(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import kwlayers
 from kwsearch.networks import build_model, trace_model
@@ -51,6 +52,16 @@ def test_a_recipe_builds_what_the_official_code_builds(entry: Published) -> None
     assert ours == Counter((tuple(w["cells"]), w["layers"]) for w in oracle["warehouses"])
     kwlayers.convert_(model, plan)
     assert sum(p.numel() for p in model.parameters()) == oracle["params"]
+
+
+@pytest.mark.parametrize("entry", PUBLISHED, ids=lambda entry: entry.slug)
+def test_torch_counts_the_official_macs_in_the_built_network(entry: Published) -> None:
+    with torch.device("meta"), torch.no_grad():
+        model = build_model(entry.model).eval()
+        kwlayers.convert_(model, entry.plan(trace_model(entry.model)))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, 224, 224))
+    assert counter.get_total_flops() == 2 * oracle_of(entry)["macs_224"]
 
 
 @pytest.mark.parametrize("entry", PUBLISHED, ids=lambda entry: entry.slug)

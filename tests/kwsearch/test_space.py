@@ -60,7 +60,7 @@ def test_a_ratio_budget_allows_what_its_uniform_plan_spends() -> None:
     assert [group.ratio for group in whole.uniform.groups] == [0.5] * 4
 
 
-def test_weights_move_the_budget_between_warehouses() -> None:
+def test_relative_ratios_move_the_budget_between_warehouses() -> None:
     whole = space("resnet18", Target(params=8_000_000))
     even = {"stage0_conv": 1.0, "stage1_conv": 1.0, "stage2_conv": 1.0, "stage3_conv": 1.0}
     late = whole.project(Sample(Settings(), even | {"stage3_conv": 2.0}))
@@ -86,12 +86,31 @@ def test_a_budget_below_the_floor_is_refused_before_the_search() -> None:
         space("resnet18", Target(params=500_000))
 
 
-def test_a_nudge_finds_another_plan_and_is_repeatable() -> None:
+def test_neighbours_are_other_plans_and_repeatable() -> None:
     whole = space("resnet18", Target(params=8_000_000))
     sample = Sample(Settings(), {f"stage{i}_conv": 1.0 for i in range(4)})
-    assert whole.nudge(sample, 1) == whole.nudge(sample, 1)
-    plans = {fingerprint(whole.project(whole.nudge(sample, seed))) for seed in range(10)}
-    assert len(plans) > 1
+    first = list(whole.neighbours(sample, 1))
+    assert first == list(whole.neighbours(sample, 1))
+    assert len({fingerprint(whole.project(other)) for other in first}) > 50
+    assert {other.settings.sharing for other in first} == {"stage", "position", "layer"}
+
+
+def test_without_a_split_the_neighbours_are_all_shapes() -> None:
+    section = WIDE.model_copy(update={"split": 1.0})
+    whole = space("resnet18", Target(params=8_000_000), section)
+    sample = Sample(Settings(), {f"stage{i}_conv": 1.0 for i in range(4)})
+    plans = {fingerprint(whole.project(other)) for other in whole.neighbours(sample, 0)}
+    # 3 cell ratios, 3 sharings, 2 reductions, 2 bases, and all of them are reachable.
+    assert len(plans) == 36
+
+
+def test_explicit_groups_can_be_searched() -> None:
+    settings = Settings(sharing={"early": ["layer[12].*conv*"], "late": ["layer[34].*conv*"]})
+    whole = Space(
+        trace_model("resnet18"), settings, Target(ratio=0.5), Section(cell_ratio=[1, 0.5])
+    )
+    trial = optuna.trial.FixedTrial(whole.start() | {"cell_ratio": "0.5,0.5"})
+    assert whole.project(whole.sample(trial)).cost().params.total <= whole.allowed
 
 
 def test_a_fingerprint_is_of_the_plan_and_not_of_its_names() -> None:
