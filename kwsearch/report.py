@@ -292,7 +292,9 @@ def recount_lines(checks: Sequence[Recount]) -> list[str]:
 def trials_table(trials: Sequence[FrozenTrial]) -> Table:
     """One line per trial, the best first; trial 0 is the uniform plan."""
     table = _table(
-        ("trial", "result"), ("held-out accuracy", "parameters", "MACs", "s"), ("n of warehouses",)
+        ("trial", "result"),
+        ("held-out accuracy", "parameters", "MACs", "seconds"),
+        ("n of warehouses",),
     )
     for trial in sorted(trials, key=_by_result):
         attrs = trial.user_attrs

@@ -19,7 +19,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+    return [body for name, body in fenced if name == language]
 
 
 def test_it_opens_with_the_two_commands() -> None:
@@ -33,6 +34,16 @@ def test_every_command_shown_is_one_that_exists() -> None:
     shown = re.findall(r"^kwsearch (\w+)", README, re.M)
     assert len(shown) >= 6
     assert set(shown) <= set(cli.COMMANDS)
+
+
+def test_the_budget_commands_run_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^kwsearch (budget [\w.-]+(?: --?[\w-]+(?: [\w.]+)?)*)", README, re.M)
+    assert len(commands) >= 5
+    for command in commands:
+        assert cli.run(command.split()) == 0, command
 
 
 def test_every_option_named_is_one_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +112,16 @@ def test_the_planning_lines_run_as_they_stand(capsys: pytest.CaptureFixture[str]
     variables: dict[str, Any] = {"model": model, "kwlayers": kwlayers}
     exec(compile(code, "README.md", "exec"), variables)
     assert 11_900_000 < variables["plan"].cost().params.total <= 12_000_000
-    assert "stage0_conv" in capsys.readouterr().out
+    assert "('early', (64, 64, 1, 1), " in capsys.readouterr().out
+
+
+def test_the_standalone_lines_run_as_they_stand() -> None:
+    import kwlayers
+
+    code = next(block for block in blocks("python") if "KWConv2d" in block)
+    variables: dict[str, Any] = {"kwlayers": kwlayers}
+    exec(compile(code, "README.md", "exec"), variables)
+    assert variables["conv"](torch.randn(2, 64, 8, 8)).shape == (2, 128, 4, 4)
 
 
 def test_the_file_tree_is_the_one_that_is_there() -> None:
