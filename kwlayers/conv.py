@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,34 @@ from kwlayers.attention import Attention
 from kwlayers.ops import ConvGeometry, kw_conv, path
 from kwlayers.warehouse import Warehouse
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class LayerSettings(TypedDict, total=False):
+    """What every layer takes beside its warehouse.
+
+    reduction (1/16), basis_ratio (1), norm ("batch" or "layer"): its attention. assignment: its
+    cells at temperature 1, by default the next ones of the warehouse. ratio: b where one was given.
+    backend: a key of `kwlayers.ops.BACKENDS`, None for the best known. device, dtype: torch.nn's.
+    """
+
+    reduction: float
+    basis_ratio: float
+    norm: str
+    assignment: geometry.Assignment | None
+    ratio: float | None
+    backend: str | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class _KWLayer(nn.Module):
     """What convolutions and linear layers share: attention, bias, a borrowed warehouse.
 
-    attention settings: reduction, basis_ratio, norm. assignment: cells at temperature 1
-    (default: the next ones of the warehouse). ratio: b where one was given.
-    backend: a key of `kwlayers.ops.BACKENDS`, None for the best known.
+    Keyword arguments as in `LayerSettings`.
     """
 
     def __init__(
@@ -31,14 +50,14 @@ class _KWLayer(nn.Module):
         bias: bool,
         warehouse: Warehouse,
         *,
-        reduction: float,
-        basis_ratio: float,
-        norm: str,
-        assignment: geometry.Assignment | None,
-        ratio: float | None,
-        backend: str | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        reduction: float = 1 / 16,
+        basis_ratio: float = 1.0,
+        norm: str = "batch",
+        assignment: geometry.Assignment | None = None,
+        ratio: float | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         path(backend)
@@ -92,14 +111,7 @@ class _KWConvNd(_KWLayer):
         padding_mode: str = "zeros",
         *,
         warehouse: Warehouse,
-        reduction: float = 1 / 16,
-        basis_ratio: float = 1.0,
-        norm: str = "batch",
-        assignment: geometry.Assignment | None = None,
-        ratio: float | None = None,
-        backend: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **settings: Unpack[LayerSettings],
     ) -> None:
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
@@ -114,20 +126,7 @@ class _KWConvNd(_KWLayer):
             padding = self._spread("padding", padding)
         sides = _sides(padding, **spread)
         kernel = (out_channels, in_channels // groups, *spread["kernel_size"])
-        super().__init__(
-            in_channels,
-            kernel,
-            bias,
-            warehouse,
-            reduction=reduction,
-            basis_ratio=basis_ratio,
-            norm=norm,
-            assignment=assignment,
-            ratio=ratio,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(in_channels, kernel, bias, warehouse, **settings)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = spread["kernel_size"]
@@ -213,7 +212,10 @@ class KWConv1d(_KWConvNd):
 
 
 class KWConv2d(_KWConvNd):
-    """`nn.Conv2d` with kernels mixed from `warehouse`, whose cells are (c_out, c_in, kh, kw)."""
+    """`nn.Conv2d` with kernels mixed from `warehouse`, whose cells are (c_out, c_in, kh, kw).
+
+    Further keyword arguments: `LayerSettings`.
+    """
 
     rank = 2
 
@@ -237,30 +239,10 @@ class KWLinear(_KWLayer):
         bias: bool = True,
         *,
         warehouse: Warehouse,
-        reduction: float = 1 / 16,
-        basis_ratio: float = 1.0,
-        norm: str = "batch",
-        assignment: geometry.Assignment | None = None,
-        ratio: float | None = None,
-        backend: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **settings: Unpack[LayerSettings],
     ) -> None:
         kernel = (out_features, in_features, 1)
-        super().__init__(
-            in_features,
-            kernel,
-            bias,
-            warehouse,
-            reduction=reduction,
-            basis_ratio=basis_ratio,
-            norm=norm,
-            assignment=assignment,
-            ratio=ratio,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(in_features, kernel, bias, warehouse, **settings)
         self.in_features = in_features
         self.out_features = out_features
         self.geometry = ConvGeometry(kernel, (1,), (0,), (1,), 1)

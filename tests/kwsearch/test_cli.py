@@ -204,6 +204,15 @@ def test_a_target_plans_a_recipe_anew(run) -> None:
     assert 0.995 * 6_000_000 < data["params"]["total"] <= 6_000_000
 
 
+def test_the_check_knows_what_fvcore_cannot_see(run) -> None:
+    ran = run("budget", "deit_tiny", "--ratio", "0.5", "--input", "3x32x32", "--check")
+    assert ran.code == 0
+    # 12 layers, queries by keys and weights by values, 5 x 5 tokens of 192 channels.
+    assert f"-{12 * 2 * 25 * 192:,} fused attention, which it cannot see" in ran.out
+    assert "layer norms, which it counts" in ran.out
+    assert "UNEXPLAINED" not in ran.out
+
+
 def test_writing_a_recipe_anew_keeps_its_other_sections(run, tmp_path: Path) -> None:
     out = tmp_path / "out.yaml"
     run("budget", str(ROOT / "recipes/quickstart.yaml"), "--params", "100k", "-o", str(out))
