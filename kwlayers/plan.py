@@ -77,6 +77,10 @@ class Network:
             raise PlanError(unknown_layer(name, self))
         return self._by_name[name]
 
+    def mixtures(self, group: Group) -> tuple[int, ...]:
+        """m of each layer of `group`."""
+        return tuple(geometry.num_mixtures(self[name].kernel, group.cell) for name in group.layers)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -119,9 +123,7 @@ class Plan:
 
     def mixtures(self, group: Group) -> tuple[int, ...]:
         """m of each layer of `group`."""
-        return tuple(
-            geometry.num_mixtures(self.network[name].kernel, group.cell) for name in group.layers
-        )
+        return self.network.mixtures(group)
 
     def cost(self) -> Cost:
         """Exact parameters and MACs (of one image), by part."""

@@ -140,7 +140,7 @@ def plan_network(
     if not isinstance(params, int) or isinstance(params, bool):
         raise PlanError(f"params {params!r}: a whole number such as 12_000_000")
     layout = lay_out(network, settings)
-    candidates = solve(layout.variables(), params - layout.static_params)
+    candidates = layout.solutions(params)
     if not candidates:
         raise out_of_reach(layout, params)
     return layout.plan(candidates[0])
@@ -153,7 +153,7 @@ def plan_ratio(network: Network, settings: Settings, ratio: float) -> Plan:
     groups = []
     for group, own in zip(layout.groups, layout.own_ratios, strict=True):
         b = own if own is not None else ratio
-        n = geometry.cells_for_ratio(sum(layout.mixtures(group)), b)
+        n = geometry.cells_for_ratio(sum(network.mixtures(group)), b)
         groups.append(replace(group, num_cells=n, ratio=b))
     return Plan(network, tuple(groups), layout.notes)
 
@@ -167,12 +167,6 @@ class Layout:
     own_ratios: tuple[float | None, ...]
     notes: tuple[str, ...]
 
-    def mixtures(self, group: Group) -> tuple[int, ...]:
-        """m of each layer of `group`."""
-        return tuple(
-            geometry.num_mixtures(self.network[name].kernel, group.cell) for name in group.layers
-        )
-
     @property
     def static_params(self) -> int:
         """Parameters outside the warehouses and their attention."""
@@ -183,6 +177,17 @@ class Layout:
         """What the solver sizes. relative: ratios over the common one (default equal)."""
         chosen = relative if relative is not None else [r or 1.0 for r in self.own_ratios]
         return [self._variable(group, w) for group, w in zip(self.groups, chosen, strict=True)]
+
+    def solutions(
+        self, params: int, relative: Sequence[float] | None = None
+    ) -> tuple[Solution, ...]:
+        """Cells for at most `params` parameters in all, the most even first; empty if none fit."""
+        if params > MAX_RATIO * self.network.params:
+            raise PlanError(
+                f"params {params:,}: over {MAX_RATIO:,} times the static model's "
+                f"{self.network.params:,}"
+            )
+        return solve(self.variables(relative), params - self.static_params)
 
     def _variable(self, group: Group, relative: float) -> Variable:
         sites = [self.network[name] for name in group.layers]
@@ -197,7 +202,7 @@ class Layout:
                 return base + (cells - 1) * step
 
         mixing = sum(site.samples * math.prod(site.kernel) for site in sites)
-        return Variable(sum(self.mixtures(group)), params, mixing, relative)
+        return Variable(sum(self.network.mixtures(group)), params, mixing, relative)
 
     def plan(self, solution: Solution) -> Plan:
         """The plan of a solution."""
@@ -338,14 +343,19 @@ def _default_static(sites: Sequence[Site]) -> dict[str, str]:
     }
 
 
+def named_groups(
+    sharing: Sequence[Patterns] | Mapping[str, Patterns | Share],
+) -> Mapping[str, Patterns | Share]:
+    """Explicit groups by name; a list's are group0, group1, …"""
+    if isinstance(sharing, Mapping):
+        return sharing
+    return {f"group{index}": patterns for index, patterns in enumerate(sharing)}
+
+
 def _explicit(
     network: Network, sharing: Sequence[Patterns] | Mapping[str, Patterns | Share]
 ) -> dict[str, Share]:
-    named = (
-        sharing
-        if isinstance(sharing, Mapping)
-        else {f"group{index}": patterns for index, patterns in enumerate(sharing)}
-    )
+    named = named_groups(sharing)
     shares: dict[str, Share] = {}
     owner: dict[str, str] = {}
     for name, given in named.items():

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 from kwlayers.plan import Network, Plan, PlanError
 from kwlayers.planner import BudgetError, Settings, lay_out, out_of_reach, plan_ratio
-from kwlayers.solver import Solution, solve
+from kwlayers.solver import Solution
 from kwsearch import published
 from kwsearch.published import Published
-
-LARGEST = 1000  # times the static model: beyond it a target is a slip of the pen
 
 
 @dataclass(frozen=True)
@@ -95,11 +93,7 @@ def meet(
     chosen = settings or Settings()
     layout = lay_out(network, chosen)
     allowed = target.params_of(network)
-    if allowed > LARGEST * network.params:
-        raise PlanError(
-            f"params {allowed:,}: over {LARGEST:,} times the static model's {network.params:,}"
-        )
-    solutions = solve(layout.variables(), allowed - layout.static_params)
+    solutions = layout.solutions(allowed)
     if not solutions:
         error = out_of_reach(layout, allowed)
         near = "\n".join(f"  {line}" for line in nearest(network, chosen, allowed))

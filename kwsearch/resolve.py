@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from kwlayers.plan import Network, Plan, PlanError
-from kwlayers.planner import Settings, Share
+from kwlayers.planner import Settings, Share, named_groups
 from kwsearch import zoo
 from kwsearch.budget import Outcome, Target, meet
 from kwsearch.networks import build_model, trace_model
@@ -77,7 +77,6 @@ def plan_for(recipe: Recipe, model: nn.Module) -> Plan:
 
 def versions() -> dict[str, str]:
     """Of what decides a result, without importing it."""
-
     packages = {name: version(name) for name in ("kwsearch", "torch", "optuna", "numpy")}
     return {"python": platform.python_version(), **packages}
 
@@ -102,13 +101,9 @@ def method_dict(settings: Settings) -> dict[str, Any]:
     """Settings as a recipe's method section."""
     sharing: Any = settings.sharing
     if not isinstance(sharing, str):
-        named = (
-            sharing.items()
-            if hasattr(sharing, "items")
-            else ((f"group{i}", patterns) for i, patterns in enumerate(sharing))
-        )
         sharing = {
-            name: list(given.layers if isinstance(given, Share) else given) for name, given in named
+            name: list(given.layers if isinstance(given, Share) else given)
+            for name, given in named_groups(sharing).items()
         }
     return {**vars(settings), "sharing": sharing, "cell_ratio": list(settings.cell_ratio)}
 

@@ -8,7 +8,6 @@ sample is a plan at or under the budget that cannot take one more cell.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kwlayers.plan import Network, Plan
 from kwlayers.planner import Layout, Settings, lay_out
-from kwlayers.solver import floor_params, solve
+from kwlayers.solver import floor_params
 from kwsearch.budget import Target, meet
 
 if TYPE_CHECKING:
@@ -50,6 +49,7 @@ class Space:
         self.network = network
         self.settings = settings
         self.split = section.split
+        self._layouts: dict[str, Layout] = {}
         self.uniform: Plan = meet(network, target, settings).plan
         # A ratio is met by its uniform plan; others may spend as many parameters.
         self.allowed = (
@@ -117,7 +117,7 @@ class Space:
             return self.uniform
         layout = self._layout(sample.settings)
         relative = [sample.relative[group.name] for group in layout.groups]
-        solutions = solve(layout.variables(relative), self.allowed - layout.static_params)
+        solutions = layout.solutions(self.allowed, relative)
         # Trials are compared at equal parameters: of the roundings, the one that leaves least.
         return layout.plan(max(solutions, key=lambda s: (s.params, -s.spread)))
 
@@ -126,11 +126,11 @@ class Space:
         return f"relative_ratio/{sharing}/{warehouse}"
 
     def _layout(self, settings: Settings) -> Layout:
-        return self._known[settings]
-
-    @functools.cached_property
-    def _known(self) -> _Layouts:
-        return _Layouts(self.network)
+        """Made once: by text, since explicit groups make settings unhashable."""
+        key = repr(settings)
+        if key not in self._layouts:
+            self._layouts[key] = lay_out(self.network, settings)
+        return self._layouts[key]
 
     def _reachable(self, settings: Settings) -> Settings:
         """`settings` if one cell per warehouse fits the budget, else the nearest that do."""
@@ -150,20 +150,6 @@ class Space:
             key=lambda c: sum(c[name] != getattr(settings, name) for name in DIMENSIONS)
         )
         return [dataclasses.replace(settings, **combination) for combination in combinations]
-
-
-class _Layouts:
-    """Layouts by settings, made once."""
-
-    def __init__(self, network: Network) -> None:
-        self.network = network
-        self.made: dict[str, Layout] = {}
-
-    def __getitem__(self, settings: Settings) -> Layout:
-        key = repr(settings)
-        if key not in self.made:
-            self.made[key] = lay_out(self.network, settings)
-        return self.made[key]
 
 
 def fingerprint(plan: Plan) -> str:

@@ -11,6 +11,7 @@ import click
 
 from kwsearch.cli.options import (
     PLAN_OPTIONS,
+    RECIPE_ENDINGS,
     SIZE,
     is_recipe,
     plan_options,
@@ -239,7 +240,8 @@ def _show_settings(request: _Request, network: Network, as_json: bool) -> None:
 
     entries = published.of_model(request.model) if request.settings is None else ()
     if entries:
-        rows = [(e.name, e.ratio, e.plan(network), f"{e.top1:.2f} %") for e in entries]
+        shown = "{:.2f} %" if request.as_published else ""
+        rows = [(e.name, e.ratio, e.plan(network), shown.format(e.top1)) for e in entries]
     else:
         settings = request.settings or Settings()
         rows = [
@@ -267,9 +269,7 @@ def _show_settings(request: _Request, network: Network, as_json: bool) -> None:
     out.print(f"[bold]{request.model}[/bold] at {size}: {what}")
     static = (network.params, network.macs)
     out.print(report.published_table([(n, plan, acc) for n, _, plan, acc in rows], static))
-    floor = _floor(request, network)
-    if floor:
-        out.print(floor)
+    out.print(_floor(request, network))
 
 
 def _floor(request: _Request, network: Network) -> str:
@@ -296,7 +296,7 @@ def _check_output(output: str) -> None:
     folder = os.path.dirname(output) or "."
     if not os.path.isdir(folder):
         raise click.UsageError(f"-o {output}: there is no folder {folder}")
-    if not output.endswith((".yaml", ".yml")):
+    if not output.endswith(RECIPE_ENDINGS):
         raise click.UsageError(f"-o {output}: a recipe's name ends in .yaml")
 
 
@@ -316,10 +316,11 @@ def _write(request: _Request, outcome: Outcome, output: str) -> None:
             sections["budget"] = kept["budget"]
     title = f"{request.model}: {_how(request, outcome)}."
     if (entry := outcome.published) is not None:
-        title = (
-            f"{entry.name}: KernelWarehouse at b = {entry.ratio:g}, as published "
-            f"({entry.top1:.2f} % ImageNet top-1; static {entry.static_top1:.2f} %)."
-        )
+        title = f"{entry.name}: KernelWarehouse at b = {entry.ratio:g}, as published"
+        if request.as_published:
+            top1, static = f"{entry.top1:.2f} % ImageNet top-1", f"{entry.static_top1:.2f} %"
+            title += f" ({top1}; static {static})"
+        title += "."
         sections["training"] = {
             "epochs": entry.epochs,
             "temperature_epochs": entry.temperature_epochs,

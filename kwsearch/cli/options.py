@@ -97,6 +97,9 @@ PLAN_OPTIONS = (
 )  # fmt: skip
 
 
+RECIPE_ENDINGS = (".yaml", ".yml")
+
+
 def is_recipe(argument: str) -> bool:
     """Whether a MODEL|RECIPE argument means a file."""
-    return argument.endswith((".yaml", ".yml")) or "/" in argument or os.path.exists(argument)
+    return argument.endswith(RECIPE_ENDINGS) or "/" in argument or os.path.exists(argument)

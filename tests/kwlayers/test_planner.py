@@ -205,6 +205,12 @@ def test_a_ratio_is_a_number_above_0(ratio: float) -> None:
     assert str(error.value) == message
 
 
+def test_a_target_beyond_reason_is_refused_and_not_filled() -> None:
+    network = unknown_network()
+    message = f"params {10**30:,}: over 1,000 times the static model's {network.params:,}"
+    assert refusal(network, Settings(sharing="layer"), params=10**30) == message
+
+
 # Settings
 
 

@@ -241,6 +241,8 @@ def test_an_accuracy_is_claimed_only_for_the_network_that_had_it(run) -> None:
         shown = run("budget", "resnet18", "--ratio", "0.5", *changed).out
         assert "published setting ResNet18 1/2x" in shown
         assert "top-1" not in shown
+        assert "73.33" not in run("budget", "resnet18", *changed).out
+    assert "73.33 %" in run("budget", "resnet18").out
 
 
 def test_options_that_replace_a_published_setting_say_so(run) -> None:
