@@ -9,6 +9,7 @@ from torch import nn
 
 from kwlayers import geometry
 from kwlayers.conv import like
+from kwlayers.ops import path
 from kwlayers.plan import Group, Plan, PlanError, Site
 from kwlayers.sites import CONVERTIBLE, candidates, refuse_wrapped
 from kwlayers.warehouse import Warehouse
@@ -40,14 +41,15 @@ class Warehouses(nn.ModuleDict):
         return f"{total} layers share {len(self.layers)} warehouses"
 
 
-def convert_(model: nn.Module, plan: Plan) -> nn.Module:
+def convert_(model: nn.Module, plan: Plan, *, backend: str | None = None) -> nn.Module:
     """Replace the layers that `plan` groups, in place, and return the model.
 
     Layers keep their names, their bias parameters, device, dtype and mode; a layer that
     several parents hold stays shared. The warehouses are registered once, as
     `model.kw_warehouses`, which says what was changed. The parameters of the result are
     `plan.cost().params.total`. Cells start as published (Kaiming-normal per layer): the static
-    weights are dropped.
+    weights are dropped. backend: a key of `kwlayers.ops.BACKENDS` for every layer; None for the best
+    known of each.
 
     Raises PlanError, before anything is changed, if the model does not fit the plan.
     """
@@ -71,6 +73,7 @@ def convert_(model: nn.Module, plan: Plan) -> nn.Module:
                 f"group {group.name!r}: a container of modules has an attribute of that name; "
                 "choose another"
             )
+    path(backend)
     params = sum(p.numel() for p in model.parameters())
     if params != plan.network.params:
         raise PlanError(
@@ -88,7 +91,7 @@ def convert_(model: nn.Module, plan: Plan) -> nn.Module:
         warehouses[group.name] = warehouse
         dealt = geometry.assign(group.num_cells, mixtures, group.ratio)
         for name, assignment in zip(group.layers, dealt, strict=True):
-            swaps[layers[name]] = _converted(layers[name], group, warehouse, assignment)
+            swaps[layers[name]] = _converted(layers[name], group, warehouse, assignment, backend)
         log.info(
             "%s: %d layers share %d cells of %s",
             group.name,
@@ -107,7 +110,11 @@ def convert_(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _converted(
-    layer: nn.Module, group: Group, warehouse: Warehouse, assignment: geometry.Assignment
+    layer: nn.Module,
+    group: Group,
+    warehouse: Warehouse,
+    assignment: geometry.Assignment,
+    backend: str | None,
 ) -> nn.Module:
     return like(
         layer,
@@ -117,6 +124,7 @@ def _converted(
         reduction=group.reduction,
         basis_ratio=group.basis_ratio,
         norm=group.norm,
+        backend=backend,
     )
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from torch import Tensor
 
 from kwlayers.ops.geometry import ConvGeometry
-from kwlayers.ops.grouped import kw_conv_grouped
+from kwlayers.ops.published import kw_conv_published
 from kwlayers.ops.reference import kw_conv_ref
 
 __all__ = ["BACKENDS", "ConvGeometry", "kw_conv", "path"]
 
 Path = Callable[[Tensor, Tensor, Tensor, ConvGeometry], Tensor]
 
-BACKENDS: dict[str, Path] = {"reference": kw_conv_ref, "grouped": kw_conv_grouped}
+BACKENDS: dict[str, Path] = {"reference": kw_conv_ref, "published": kw_conv_published}
 
 
 def kw_conv(
@@ -31,7 +31,7 @@ def kw_conv(
 def path(backend: str | None) -> Path:
     """The function of a backend. Raises ValueError for one that does not exist."""
     if backend is None:
-        backend = "grouped"
+        backend = "published"
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: allowed are {', '.join(BACKENDS)}")
     return BACKENDS[backend]

@@ -240,7 +240,7 @@ def test_linear_tokens_share_one_kernel_from_their_mean() -> None:
         torch.testing.assert_close(got[sample], expected, **EXACT)
 
 
-@pytest.mark.parametrize("backend", ["reference", "grouped"])
+@pytest.mark.parametrize("backend", ["reference", "published"])
 def test_a_layer_can_be_forced_to_a_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from kwlayers import ops
 
@@ -429,7 +429,7 @@ def test_bias_starts_at_zero_and_can_be_left_out() -> None:
             "padding_mode 'mirror': allowed are ('zeros', 'reflect', 'replicate', 'circular')",
         ),
         ({"norm": "group"}, "norm 'group': allowed are 'batch' and 'layer'"),
-        ({"backend": "cudnn"}, "backend 'cudnn': allowed are reference, grouped"),
+        ({"backend": "cudnn"}, "backend 'cudnn': allowed are reference, published"),
         ({"reduction": 0.0}, "reduction 0.0: it must be above 0"),
         ({"basis_ratio": -1.0}, "basis_ratio -1.0: it must be above 0"),
     ],

@@ -284,5 +284,5 @@ def test_the_default_backend_is_one_of_the_listed() -> None:
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     case = CASES["groups"]
-    with pytest.raises(ValueError, match=r"backend 'cudnn': allowed are reference, grouped"):
+    with pytest.raises(ValueError, match=r"backend 'cudnn': allowed are reference, published"):
         kw_conv(*case.tensors(), case.geometry, backend="cudnn")

@@ -8,7 +8,9 @@ from kwlayers.ops.geometry import ConvGeometry
 from kwlayers.ops.reference import CONV
 
 
-def kw_conv_grouped(x: Tensor, attention: Tensor, cells: Tensor, geometry: ConvGeometry) -> Tensor:
+def kw_conv_published(
+    x: Tensor, attention: Tensor, cells: Tensor, geometry: ConvGeometry
+) -> Tensor:
     """x: (B, C, *S)  attention: (B, m, n)  cells: (n, c_out, c_in, *k)  out: (B, C_out, *S')."""
     batch = x.shape[0]
     conv = CONV[x.dim() - 2]
