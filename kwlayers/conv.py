@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kwlayers import geometry
 from kwlayers.attention import Attention
-from kwlayers.ops import ConvGeometry, kw_conv, path
+from kwlayers.ops import ConvGeometry, check_backend, kw_conv
 from kwlayers.warehouse import Warehouse
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class LayerSettings(TypedDict, total=False):
 
     reduction (1/16), basis_ratio (1), norm ("batch" or "layer"): its attention. assignment: its
     cells at temperature 1, by default the next ones of the warehouse. ratio: b where one was given.
-    backend: a key of `kwlayers.ops.BACKENDS`, None for the best known. device, dtype: torch.nn's.
+    backend, workspace_mb: as `kwlayers.ops.kw_conv` takes them. device, dtype: torch.nn's.
     """
 
     reduction: float
@@ -33,6 +33,7 @@ class LayerSettings(TypedDict, total=False):
     assignment: geometry.Assignment | None
     ratio: float | None
     backend: str | None
+    workspace_mb: float | None
     device: torch.device | str | None
     dtype: torch.dtype | None
 
@@ -56,11 +57,12 @@ class _KWLayer(nn.Module):
         assignment: geometry.Assignment | None = None,
         ratio: float | None = None,
         backend: str | None = None,
+        workspace_mb: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        path(backend)
+        check_backend(backend)
         mixtures = geometry.num_mixtures(kernel, warehouse.cell)
         cells = warehouse.next_cells(mixtures) if assignment is None else assignment
         # In a tuple, so that the module does not register it: it has one home, the model's root.
@@ -84,6 +86,7 @@ class _KWLayer(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.backend = backend
+        self.workspace_mb = workspace_mb
         # Last, so that a layer which is refused takes nothing.
         if assignment is None:
             warehouse.hand_out(mixtures)
@@ -163,7 +166,9 @@ class _KWConvNd(_KWLayer):
         if self._pad:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self._pad, mode)
-        out = kw_conv(x, alpha, self.warehouse.cells, self.geometry, self.backend)
+        out = kw_conv(
+            x, alpha, self.warehouse.cells, self.geometry, self.backend, self.workspace_mb
+        )
         if self.bias is not None:
             out = out + self.bias.to(out.dtype).view(-1, *(1,) * self.rank)
         return out
@@ -259,7 +264,9 @@ class KWLinear(_KWLayer):
         tokens = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
         tokens = tokens.transpose(1, 2)
         alpha = self.attention(tokens)
-        out = kw_conv(tokens, alpha, self.warehouse.cells, self.geometry, self.backend)
+        out = kw_conv(
+            tokens, alpha, self.warehouse.cells, self.geometry, self.backend, self.workspace_mb
+        )
         out = out.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 

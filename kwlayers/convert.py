@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from kwlayers import geometry
 from kwlayers.conv import like
-from kwlayers.ops import path
+from kwlayers.ops import check_backend
 from kwlayers.plan import Group, Plan, PlanError, Site
 from kwlayers.sites import CONVERTIBLE, candidates, refuse_wrapped
 from kwlayers.warehouse import Warehouse
@@ -41,15 +41,21 @@ class Warehouses(nn.ModuleDict):
         return f"{total} layers share {len(self.layers)} warehouses"
 
 
-def convert_(model: nn.Module, plan: Plan, *, backend: str | None = None) -> nn.Module:
+def convert_(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    backend: str | None = None,
+    workspace_mb: float | None = None,
+) -> nn.Module:
     """Replace the layers that `plan` groups, in place, and return the model.
 
     Layers keep their names, their bias parameters, device, dtype and mode; a layer that
     several parents hold stays shared. The warehouses are registered once, as
     `model.kw_warehouses`, which says what was changed. The parameters of the result are
     `plan.cost().params.total`. Cells start as published (Kaiming-normal per layer): the static
-    weights are dropped. backend: a key of `kwlayers.ops.BACKENDS` for every layer; None for the best
-    known of each.
+    weights are dropped. backend, workspace_mb: of every layer, as `kwlayers.ops.kw_conv` takes
+    them; None for the fastest path of each layer.
 
     Raises PlanError, before anything is changed, if the model does not fit the plan.
     """
@@ -73,7 +79,7 @@ def convert_(model: nn.Module, plan: Plan, *, backend: str | None = None) -> nn.
                 f"group {group.name!r}: a container of modules has an attribute of that name; "
                 "choose another"
             )
-    path(backend)
+    check_backend(backend)
     params = sum(p.numel() for p in model.parameters())
     if params != plan.network.params:
         raise PlanError(
@@ -91,7 +97,14 @@ def convert_(model: nn.Module, plan: Plan, *, backend: str | None = None) -> nn.
         warehouses[group.name] = warehouse
         dealt = geometry.assign(group.num_cells, mixtures, group.ratio)
         for name, assignment in zip(group.layers, dealt, strict=True):
-            swaps[layers[name]] = _converted(layers[name], group, warehouse, assignment, backend)
+            swaps[layers[name]] = _converted(
+                layers[name],
+                group,
+                warehouse,
+                assignment=assignment,
+                backend=backend,
+                workspace_mb=workspace_mb,
+            )
         log.info(
             "%s: %d layers share %d cells of %s",
             group.name,
@@ -109,22 +122,15 @@ def convert_(model: nn.Module, plan: Plan, *, backend: str | None = None) -> nn.
     return model
 
 
-def _converted(
-    layer: nn.Module,
-    group: Group,
-    warehouse: Warehouse,
-    assignment: geometry.Assignment,
-    backend: str | None,
-) -> nn.Module:
+def _converted(layer: nn.Module, group: Group, warehouse: Warehouse, **settings: Any) -> nn.Module:
     return like(
         layer,
         warehouse,
-        assignment=assignment,
         ratio=group.ratio,
         reduction=group.reduction,
         basis_ratio=group.basis_ratio,
         norm=group.norm,
-        backend=backend,
+        **settings,
     )
 
 

@@ -3,35 +3,132 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
-from kwlayers.ops.geometry import ConvGeometry
+from kwlayers.ops.dispatch import Choice, choose
+from kwlayers.ops.geometry import Blocks, ConvGeometry
+from kwlayers.ops.lean import kw_conv_lean
+from kwlayers.ops.library import choose_for, kw_conv_op
+from kwlayers.ops.paths import PATHS, paths_of
 from kwlayers.ops.published import kw_conv_published
 from kwlayers.ops.reference import kw_conv_ref
+from kwlayers.ops.workspace import MEBIBYTE
 
-__all__ = ["BACKENDS", "ConvGeometry", "kw_conv", "path"]
+__all__ = ["BACKENDS", "Choice", "ConvGeometry", "check_backend", "choose", "kw_conv"]
 
-Path = Callable[[Tensor, Tensor, Tensor, ConvGeometry], Tensor]
-
-BACKENDS: dict[str, Path] = {"reference": kw_conv_ref, "published": kw_conv_published}
+# (x, attention, cells, geometry, workspace in bytes)
+Backend = Callable[[Tensor, Tensor, Tensor, ConvGeometry, int], Tensor]
+WORKSPACE_MB = {"cpu": 16, "cuda": 256}
 
 
 def kw_conv(
-    x: Tensor, attention: Tensor, cells: Tensor, geometry: ConvGeometry, backend: str | None = None
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    geometry: ConvGeometry,
+    backend: str | None = None,
+    workspace_mb: float | None = None,
 ) -> Tensor:
     """Mix one kernel per sample and convolve with it.
 
     x: (B, C, *S)  attention: (B, m, n)  cells: (n, c_out, c_in, *k)  out: (B, C_out, *S').
-    backend: a key of `BACKENDS`, or None for the best known.
+    backend: a key of `BACKENDS`, or None for the fastest (`choose`). workspace_mb: MiB for the
+    kernels that are mixed at a time, kept between calls; by default 16, on a GPU 256. Under
+    autocast the three are cast as for torch's own convolutions. The fast paths have first
+    derivatives only, "published" and "reference" any. Raises ValueError for sizes that do not
+    fit, and for a backend that does not exist or cannot do the layer.
     """
-    return path(backend)(x, attention, cells, geometry)
+    check_backend(backend)
+    _check(x, attention, cells, geometry)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, attention = x.to(dtype), attention.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return _run(x, attention, cells, geometry, backend, workspace_mb)
+    if not x.dtype == attention.dtype == cells.dtype:
+        raise ValueError(
+            f"x {x.dtype}, attention {attention.dtype}, cells {cells.dtype}: one dtype for all, or "
+            "autocast"
+        )
+    return _run(x, attention, cells, geometry, backend, workspace_mb)
 
 
-def path(backend: str | None) -> Path:
-    """The function of a backend. Raises ValueError for one that does not exist."""
+def _run(
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    geometry: ConvGeometry,
+    backend: str | None,
+    workspace_mb: float | None,
+) -> Tensor:
+    mebibytes = WORKSPACE_MB.get(x.device.type, 16) if workspace_mb is None else workspace_mb
+    nbytes = int(mebibytes * MEBIBYTE)
+    if x.shape[0] == 0 or (backend is None and _needs_plain(x)):
+        backend = "reference" if backend == "reference" else "published"
+    compiled = torch.compiler.is_compiling() or is_fake(x)
+    if compiled and backend not in ("reference", "published"):
+        return kw_conv_op(x, attention, cells.to(x.dtype), geometry, backend, nbytes)
     if backend is None:
-        backend = "published"
-    if backend not in BACKENDS:
+        choice = choose_for(x, cells, geometry)
+        if choice.forward != choice.backward:
+            paths = paths_of(choice, geometry, tuple(cells.shape[1:]))
+            return kw_conv_lean(x, attention, cells, geometry, paths, nbytes)
+        backend = choice.forward
+    return BACKENDS[backend](x, attention, cells, geometry, nbytes)
+
+
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError for a backend that does not exist."""
+    if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: allowed are {', '.join(BACKENDS)}")
-    return BACKENDS[backend]
+
+
+def _check(x: Tensor, attention: Tensor, cells: Tensor, geometry: ConvGeometry) -> None:
+    mixtures = Blocks.of(geometry.kernel, tuple(cells.shape[1:])).mixtures
+    expected = (x.shape[0], mixtures, cells.shape[0])
+    if tuple(attention.shape) != expected:
+        raise ValueError(
+            f"attention of shape {tuple(attention.shape)}: expected {expected} for {x.shape[0]} "
+            f"samples, {mixtures} mixtures in a kernel of {geometry.kernel} and {cells.shape[0]} "
+            "cells"
+        )
+
+
+def _needs_plain(x: Tensor) -> bool:
+    """Whether something looks through the operation that sees torch's own only."""
+    return torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _plain(
+    function: Callable[[Tensor, Tensor, Tensor, ConvGeometry], Tensor],
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    geometry: ConvGeometry,
+    nbytes: int,
+) -> Tensor:
+    return function(x, attention, cells.to(x.dtype), geometry)
+
+
+def _fast(
+    name: str,
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    geometry: ConvGeometry,
+    nbytes: int,
+) -> Tensor:
+    paths = paths_of(Choice(name, name), geometry, tuple(cells.shape[1:]))
+    return kw_conv_lean(x, attention, cells, geometry, paths, nbytes)
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": partial(_plain, kw_conv_ref),
+    "published": partial(_plain, kw_conv_published),
+    **{name: partial(_fast, name) for name in PATHS},
+}

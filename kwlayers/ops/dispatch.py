@@ -1,0 +1,93 @@
+"""Which path is fastest: a pure function of device, dtype and shape.
+
+The constants are fitted to measurements, which README.md beside this file sums up.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from kwlayers.ops.geometry import Blocks, ConvGeometry
+
+
+class Choice(NamedTuple):
+    """Names of paths; "published" stands for both, as torch's autograd differentiates it."""
+
+    forward: str
+    backward: str
+
+
+PUBLISHED = Choice("published", "published")
+
+# Below this, glibc serves a tensor from memory that was touched before: the published form
+# pays no page faults, and what it keeps for backward is small.
+_REUSED = 32 * 2**20
+# Kernels of a whole batch that are always worth keeping.
+_KEPT = 4 * 2**20
+# Samples whose maps fill a core's cache are convolved one by one.
+_LARGE_MAPS = 3 * 2**19
+# Writing and reading a mixed weight takes as long as this many multiply-adds.
+_WEIGHT_COST = 20
+# im2col beats the convolution of a library up to this many output positions.
+_FEW_POSITIONS = 100
+
+
+def choose(
+    device: str,
+    dtype: torch.dtype,
+    batch: int,
+    size: tuple[int, ...],
+    geometry: ConvGeometry,
+    cell: tuple[int, ...],
+    num_cells: int,
+) -> Choice:
+    """device: "cpu" or "cuda". size: of the input, without batch and channels.
+
+    cell: (c_out, c_in, *k).
+    """
+    if device not in ("cpu", "cuda") or batch == 0:
+        return PUBLISHED
+    blocks = Blocks.of(geometry.kernel, cell)
+    positions = math.prod(geometry.out_size(size))
+    itemsize = dtype.itemsize
+    kernels = batch * math.prod(geometry.kernel) * itemsize
+    in_maps = geometry.kernel[1] * geometry.groups * math.prod(size) * itemsize
+    maps = in_maps + geometry.kernel[0] * positions * itemsize
+    if geometry.groups == 1:
+        tiny = _tiny_maps(blocks, positions, num_cells)
+        if tiny is not None:
+            return Choice(tiny, tiny)
+    if device == "cuda":
+        return _on_gpu(geometry, blocks)
+    if kernels <= min(batch * maps, _REUSED) or kernels <= _KEPT:
+        return Choice("loop", "loop") if maps >= _LARGE_MAPS else PUBLISHED
+    if geometry.groups > 1:
+        return Choice("grouped", "grouped")
+    if geometry.pointwise or positions < _FEW_POSITIONS:
+        return Choice("gemm", "gemm")
+    return Choice("loop", "loop")
+
+
+def _on_gpu(geometry: ConvGeometry, blocks: Blocks) -> Choice:
+    if geometry.groups > 1:
+        return Choice("grouped", "grouped")
+    if geometry.pointwise:
+        return Choice("gemm", "gemm")
+    return Choice("grouped", "grouped")
+
+
+def _tiny_maps(blocks: Blocks, positions: int, num_cells: int) -> str | None:
+    """The cheaper way without kernels, where it beats mixing them; costs per sample."""
+    spatial = math.prod(blocks.spatial)
+    weights = blocks.mixtures * blocks.cell[0] * blocks.row
+    whole = num_cells * blocks.cell[0] * blocks.row * positions
+    costs = {
+        "kernels": weights * (num_cells + positions + _WEIGHT_COST),
+        "mix_inputs": whole * blocks.out,
+        "mix_outputs": whole * spatial * blocks.inn,
+    }
+    best = min(costs, key=costs.__getitem__)
+    return None if best == "kernels" else best

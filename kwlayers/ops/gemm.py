@@ -1,0 +1,121 @@
+"""Per-sample kernels as batched matrix products with the positions that each output sees."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from kwlayers.ops.geometry import ConvGeometry
+from kwlayers.ops.kernels import Convolution
+from kwlayers.ops.path import format_of
+
+
+class Gemm(Convolution):
+    """out (b, o, P) = kernels (b, o, K) source (b, K, P), for P output positions.
+
+    The source of a 1x1 kernel is x; of a larger one, what im2col makes of it, K = (*k, C_in).
+    """
+
+    @classmethod
+    def refuses(cls, geometry: ConvGeometry, cell: tuple[int, ...]) -> str | None:
+        return None if geometry.groups == 1 else f"it needs groups 1, not {geometry.groups}"
+
+    def format(self, x: Tensor) -> torch.memory_format:
+        return format_of(x) if self.geometry.pointwise else super().format(x)
+
+    def source_shape(self) -> tuple[int, ...] | None:
+        geometry = self.geometry
+        if geometry.pointwise:
+            strided = math.prod(geometry.stride) > 1
+            return (geometry.kernel[1], *self.out_size) if strided else None
+        return (*self.out_size, *geometry.kernel[2:], geometry.kernel[1])
+
+    def source(self, x: Tensor) -> Tensor:
+        shape = self.source_shape()
+        if shape is None:
+            return x
+        if self.geometry.pointwise:
+            return self.workspace.take(x.shape[0], *shape).copy_(x[self._strided()])
+        rank = len(self.size)
+        result = self.workspace.take(x.shape[0], *shape)
+        padded = _padded(x.movedim(1, -1), self.geometry.padding)
+        for tap in self._taps():
+            at = (slice(None),) * (1 + rank)
+            result[(*at, *tap)] = padded[(slice(None), *self._seen(tap))]
+        return result
+
+    def forward(self, source: Tensor, kernels: Tensor, out: Tensor) -> None:
+        torch.bmm(kernels.flatten(2), self._matrix(source), out=_as_matrix(out))
+
+    def source_grad(
+        self, source: Tensor, kernels: Tensor, grad: Tensor, out: Tensor, add: bool
+    ) -> None:
+        target = self._matrix(out)
+        weights = kernels.flatten(2).transpose(1, 2)
+        if add:
+            target.baddbmm_(weights, grad.flatten(2))
+        else:
+            torch.bmm(weights, grad.flatten(2), out=target)
+
+    def kernel_grad(self, source: Tensor, grad: Tensor, out: Tensor) -> None:
+        torch.bmm(grad.flatten(2), self._matrix(source).transpose(1, 2), out=_as_matrix(out))
+
+    def x_grad(self, source_grad: Tensor, out: Tensor) -> None:
+        if self.geometry.pointwise:
+            out.zero_()[self._strided()] = source_grad
+            return
+        rank = len(self.size)
+        at = (slice(None),) * (1 + rank)
+        padding = self.geometry.padding
+        if any(padding):
+            sizes = [length + 2 * pad for length, pad in zip(self.size, padding, strict=True)]
+            total = out.new_zeros(out.shape[0], *sizes, out.shape[1])
+        else:
+            total = out.zero_().movedim(1, -1)
+        for tap in self._taps():
+            total[(slice(None), *self._seen(tap))] += source_grad[(*at, *tap)]
+        if any(padding):
+            inside = tuple(
+                slice(pad, pad + length) for length, pad in zip(self.size, padding, strict=True)
+            )
+            out.copy_(total[(slice(None), *inside)].movedim(-1, 1))
+
+    def _matrix(self, source: Tensor) -> Tensor:
+        """The source as (b, K, P), which needs no copy."""
+        if self.geometry.pointwise:
+            return _as_matrix(source)
+        rank = len(self.size)
+        return source.flatten(1 + rank).flatten(1, rank).transpose(1, 2)
+
+    def _strided(self) -> tuple[slice, ...]:
+        """The positions of x that a 1x1 kernel sees."""
+        return (slice(None), slice(None), *(slice(None, None, s) for s in self.geometry.stride))
+
+    def _taps(self) -> itertools.product[tuple[int, ...]]:
+        return itertools.product(*map(range, self.geometry.kernel[2:]))
+
+    def _seen(self, tap: tuple[int, ...]) -> tuple[slice, ...]:
+        """The padded positions under one tap, for all output positions."""
+        geometry = self.geometry
+        return tuple(
+            slice(index * dilation, index * dilation + (length - 1) * stride + 1, stride)
+            for index, dilation, stride, length in zip(
+                tap, geometry.dilation, geometry.stride, self.out_size, strict=True
+            )
+        )
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    """(b, C, *S) as (b, C, P), without a copy in either memory format."""
+    return x.view(*x.shape[:2], -1)
+
+
+def _padded(x: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """Zeros around (b, *S, C)."""
+    if not any(padding):
+        return x
+    sides = [side for pad in reversed(padding) for side in (pad, pad)]
+    return torch.nn.functional.pad(x, [0, 0, *sides])
