@@ -98,11 +98,11 @@ class Attention(nn.Module):
         pooled = x.mean(dim=tuple(range(2, x.dim()))) if x.dim() > 2 else x
         hidden = F.relu(self.norm(self.fc1(pooled)))
         z = self._columns(self.fc2(hidden).unflatten(-1, (self.num_mixtures, -1)))
-        alpha = z / (z.abs().sum(dim=-1, keepdim=True) + 1e-3)
-        columns = torch.arange(self.num_cells + 1, device=z.device)
+        # The zero cell's own column is in the norm, but mixes nothing.
+        alpha = z[..., :-1] / (torch.linalg.vector_norm(z, 1, dim=-1, keepdim=True) + 1e-3)
+        columns = torch.arange(self.num_cells, device=z.device)
         beta = (self.assignment[:, None] == columns).to(alpha.dtype)
-        tau = self.temperature.to(alpha.dtype)
-        return ((1 - tau) * alpha + tau * beta)[..., :-1]
+        return torch.lerp(alpha, beta, self.temperature.to(alpha.dtype))
 
     def _columns(self, z: Tensor) -> Tensor:
         """Expand the basis to one column per cell, in warehouse order, the zero cell last."""

@@ -95,7 +95,7 @@ def _backward(
     )
     return (
         x.new_empty(0) if x_grad is None else x_grad,
-        x.new_empty(0) if attention_grad is None else attention_grad,
+        x.new_empty(0) if attention_grad is None else attention_grad.contiguous(),
         x.new_empty(0) if total is None else total.to(cells.dtype),
     )
 
