@@ -21,6 +21,10 @@ from kwlayers.ops.workspace import Workspace
 
 # With fewer output channels at a time convolutions slow down, with fewer rows mixing does.
 _CHANNELS, _ROWS = 32, 48
+# Numbers in the widest vectors of a CPU.
+_VECTOR = 16
+# Up to here a kernel is read about as often as it is written: smaller blocks, nearer caches.
+_FEW_POSITIONS = 100
 
 
 class Convolution(ABC):
@@ -115,15 +119,16 @@ class KernelPath(Path):
             workspace.release(start)
         else:
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=own)
-            for samples in mixing.samples():
-                source = conv.source(x[samples])
+            for samples, channels in mixing.sequence():
+                if channels.start == 0 or conv.source_shape() is None:
+                    workspace.release(start)
+                    source = conv.source(x[samples])
                 inner = workspace.mark()
-                for channels in mixing.channels():
-                    kernels = mixing.kernels(samples, channels)
-                    for cell, part in mixing.parts(out[samples], channels):
-                        conv.forward(source, kernels[:, cell], part)
-                    workspace.release(inner)
-                workspace.release(start)
+                kernels = mixing.kernels(samples, channels)
+                for cell, part in mixing.parts(out[samples], channels):
+                    conv.forward(source, kernels[:, cell], part)
+                workspace.release(inner)
+            workspace.release(start)
         return out.contiguous(memory_format=given)
 
     def backward(
@@ -146,30 +151,31 @@ class KernelPath(Path):
         attention_grad = mixing.attention_grad() if needs.attention else None
         source_shape = conv.source_shape()
         start = workspace.mark()
-        for samples in mixing.samples():
-            source = conv.source(x[samples])
-            target = None if x_grad is None else x_grad[samples]
-            if target is not None and source_shape is not None:
-                target = workspace.take(source.shape[0], *source_shape)
+        for samples, channels in mixing.sequence():
+            if channels.start == 0 or source_shape is None:
+                workspace.release(start)
+                source = conv.source(x[samples])
+                target = None if x_grad is None else x_grad[samples]
+                if target is not None and source_shape is not None:
+                    target = workspace.take(source.shape[0], *source_shape)
             inner = workspace.mark()
-            add = False
-            for channels in mixing.channels():
-                parts = mixing.parts(grad[samples], channels)
-                if target is not None:
-                    kernels = mixing.kernels(samples, channels)
-                    for cell, part in parts:
-                        conv.source_grad(source, kernels[:, cell], part, target, add)
-                        add = True
-                    workspace.release(inner)
-                if needs.attention or needs.cells:
-                    found = workspace.take(*mixing.shape(samples, channels))
-                    for cell, part in parts:
-                        conv.kernel_grad(source, part, found[:, cell])
-                    mixing.backward(found, samples, channels, attention_grad, cells_grad)
-                    workspace.release(inner)
-            if x_grad is not None and target is not None and source_shape is not None:
+            parts = mixing.parts(grad[samples], channels)
+            if target is not None:
+                kernels = mixing.kernels(samples, channels)
+                for number, (cell, part) in enumerate(parts):
+                    add = number > 0 or channels.start > 0
+                    conv.source_grad(source, kernels[:, cell], part, target, add)
+                workspace.release(inner)
+            if needs.attention or needs.cells:
+                found = workspace.take(*mixing.shape(samples, channels))
+                for cell, part in parts:
+                    conv.kernel_grad(source, part, found[:, cell])
+                mixing.backward(found, samples, channels, attention_grad, cells_grad)
+                workspace.release(inner)
+            whole = channels.stop == mixing.blocks.cell[0]
+            if x_grad is not None and target is not None and source_shape is not None and whole:
                 conv.x_grad(target, x_grad[samples])
-            workspace.release(start)
+        workspace.release(start)
         return (
             None if x_grad is None else x_grad.contiguous(memory_format=given),
             None if attention_grad is None else mixing.as_attention(attention_grad),
@@ -204,6 +210,7 @@ class _Mixing:
             self.batch,
             self.blocks,
             0 if shape is None else math.prod(shape),
+            math.prod(conv.out_size),
             self.workspace.nbytes // attention.element_size(),
             copied=not _stays(self._mixed_shape(slice(0, 2)), order),
             splits=conv.splits,
@@ -214,13 +221,17 @@ class _Mixing:
         """Whether all samples and channels go together."""
         return (self.step, self.width) == (self.batch, self.blocks.cell[0])
 
-    def samples(self) -> list[slice]:
-        """Samples of a block."""
-        return _slices(self.batch, self.step)
+    def sequence(self) -> list[tuple[slice, slice]]:
+        """Blocks: samples, and output channels within every cell.
 
-    def channels(self) -> list[slice]:
-        """Output channels of a block, within every cell."""
-        return _slices(self.blocks.cell[0], self.width)
+        All channels of a sample one after the other where a source is made for it; otherwise
+        all samples, so that a part of the cells is read once.
+        """
+        samples = _slices(self.batch, self.step)
+        channels = _slices(self.blocks.cell[0], self.width)
+        if self.conv.source_shape() is None:
+            return [(s, c) for c in channels for s in samples]
+        return [(s, c) for s in samples for c in channels]
 
     def shape(self, samples: slice, channels: slice) -> tuple[int, ...]:
         """Of the kernels of a block."""
@@ -307,14 +318,23 @@ class _Mixing:
 
 
 def block_size(
-    batch: int, blocks: Blocks, source: int, capacity: int, copied: bool, splits: bool
+    batch: int,
+    blocks: Blocks,
+    source: int,
+    positions: int,
+    capacity: int,
+    copied: bool,
+    splits: bool,
 ) -> tuple[int, int]:
     """Samples, and output channels within every cell, of a block.
 
-    source: numbers per sample that the convolution makes of x. capacity: of the workspace, in
-    numbers. copied: whether kernels are held twice. splits: whether channels may be split.
+    source: numbers per sample that the convolution makes of x. positions: of the output.
+    capacity: of the workspace, in numbers. copied: whether kernels are held twice. splits:
+    whether channels may be split.
     """
-    share = capacity // (4 if copied else 2)
+    share = capacity // (2 if copied else 1)
+    if source or positions < _FEW_POSITIONS:
+        share //= 2
     cell = blocks.cell[0]
     per_channel = blocks.mixtures * blocks.row
     most = min(batch, max(1, capacity // (2 * source))) if source else batch
@@ -325,8 +345,9 @@ def block_size(
     least = min(cell, _CHANNELS)
     samples = min(most, max(samples, share // (per_channel * least)))
     samples = _even(batch, samples)
-    width = share // (per_channel * samples) // 16 * 16
-    return samples, _even(cell, min(cell, max(width, min(least, 16))))
+    width = share // (per_channel * samples) // _VECTOR * _VECTOR
+    width = _even(cell, min(cell, max(width, min(least, _VECTOR))))
+    return samples, min(cell, -(-width // _VECTOR) * _VECTOR)
 
 
 def _even(length: int, step: int) -> int:

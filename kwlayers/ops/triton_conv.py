@@ -77,12 +77,7 @@ def conv_input_grad(
     turns = [
         _turns(*numbers)
         for numbers in zip(
-            size,
-            geometry.kernel[2:],
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            strict=True,
+            geometry.kernel[2:], geometry.stride, geometry.padding, geometry.dilation, strict=True
         )
     ]
     out = _empty(grad, geometry.kernel[1], size)
@@ -113,7 +108,6 @@ def conv_kernel_grad(
     channels = geometry.kernel[:2]
     sizes = tuple(grad.shape[2:])
     arguments = {
-        "BATCH": batch,
         "OUT": geometry.kernel[0],
         "IN": geometry.kernel[1],
         "OUT_CELL": out_cell,
@@ -157,10 +151,10 @@ class _Turn(NamedTuple):
     axis: _Axis
 
 
-def _turns(size: int, kernel: int, stride: int, padding: int, dilation: int) -> list[_Turn]:
+def _turns(kernel: int, stride: int, padding: int, dilation: int) -> list[_Turn]:
     """q = u * stride + phase is seen by tap t from (q + padding - t * dilation) / stride."""
     found = []
-    for phase in range(min(stride, size)):
+    for phase in range(stride):
         taps = [t for t in range(kernel) if (phase + padding - t * dilation) % stride == 0]
         first = taps[0] if taps else 0
         between = taps[1] - taps[0] if len(taps) > 1 else stride
@@ -182,13 +176,12 @@ def _product(source: Tensor, kernels: Tensor, out: Tensor, axes: Sequence[_Axis]
     out: (B, N, *U)
     """
     if not out.numel() or not kernels.numel():
-        return
+        return  # an empty batch, or a turn that no tap reaches
     source, out = _three_axes(source), _three_axes(out)
     _check_offsets(source, kernels, out)
     axes = [_Axis(1, 1, 0, 1)] * (3 - len(axes)) + list(axes)
     batch, *taps, out_blocks, in_blocks, out_cell, in_cell = kernels.shape
     arguments = {
-        "BATCH": batch,
         "N": out_blocks * out_cell,
         "N_CELL": out_cell,
         "K_BLOCKS": in_blocks,
@@ -229,9 +222,7 @@ def _product_kernel(
     source,
     kernels,
     out,
-    BATCH,
     N,
-    N_CELL,
     K_BLOCKS,
     U0,
     U1,
@@ -266,6 +257,7 @@ def _product_kernel(
     out_0,
     out_1,
     out_2,
+    N_CELL: tl.constexpr,
     K_CELL: tl.constexpr,
     T0: tl.constexpr,
     T1: tl.constexpr,
@@ -292,7 +284,9 @@ def _product_kernel(
     kernels += sample * kernels_b
     out += sample * out_b
 
-    u0, u1, u2 = p // (U1 * U2), p // U2 % U1, p % U2
+    row = p // U2
+    u0 = row // U1 if U0 != 1 else row * 0  # divisions are what programs of one tile wait for
+    u1, u2 = row - u0 * U1, p - row * U2
     at0 = u0 * STEP0 + START0
     at1 = u1 * STEP1 + START1
     at2 = u2 * STEP2 + START2
@@ -345,7 +339,6 @@ def _kernel_grad_kernel(
     x,
     grad,
     out,
-    BATCH,
     OUT,
     IN,
     OUT_CELL,
@@ -414,7 +407,9 @@ def _kernel_grad_kernel(
     total = tl.zeros((BLOCK_O, BLOCK_C), dtype=tl.float32)
     for first in range(0, P, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        u0, u1, u2 = p // (U1 * U2), p // U2 % U1, p % U2
+        row = p // U2
+        u0 = row // U1 if U0 != 1 else row * 0
+        u1, u2 = row - u0 * U1, p - row * U2
         s0, s1, s2 = u0 * STEP0 + at0, u1 * STEP1 + at1, u2 * STEP2 + at2
         inside = (s0 >= 0) & (s0 < S0) & (s1 >= 0) & (s1 < S1) & (s2 >= 0) & (s2 < S2)
         slopes = tl.load(
@@ -558,7 +553,8 @@ def launch(
     interpreted = type(kernel.fn).__name__ == "InterpretedFunction"
     device = tensors[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*tensors, **more, INTERPRETED=interpreted)
+        # Triton 3.9 warns that a later one will no longer fuse by itself.
+        kernel[grid](*tensors, **more, INTERPRETED=interpreted, enable_fp_fusion=True)
 
 
 # Shapes, strides and checks ----------------------------------------------------------
