@@ -45,7 +45,7 @@ def kw_conv(
     check_backend(backend)
     _check(x, attention, cells, geometry)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, attention = x.to(dtype), attention.to(dtype)
         with torch.autocast(device, enabled=False):
@@ -101,7 +101,10 @@ def _check(x: Tensor, attention: Tensor, cells: Tensor, geometry: ConvGeometry) 
 
 def _needs_plain(x: Tensor) -> bool:
     """Whether something looks through the operation that sees torch's own only."""
-    return torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _plain(

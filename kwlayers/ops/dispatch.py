@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from kwlayers.ops.geometry import Blocks, ConvGeometry
+from kwlayers.ops.geometry import FEW_POSITIONS, Blocks, ConvGeometry
 
 
 class Choice(NamedTuple):
@@ -31,8 +31,6 @@ _KEPT = 4 * 2**20
 _LARGE_MAPS = 3 * 2**19
 # Writing and reading a mixed weight takes as long as this many multiply-adds.
 _WEIGHT_COST = 20
-# im2col beats the convolution of a library up to this many output positions.
-_FEW_POSITIONS = 100
 
 
 def choose(
@@ -66,7 +64,7 @@ def choose(
         return Choice("loop", "loop") if maps >= _LARGE_MAPS else PUBLISHED
     if geometry.groups > 1:
         return Choice("grouped", "grouped")
-    if geometry.pointwise or positions < _FEW_POSITIONS:
+    if geometry.pointwise or positions < FEW_POSITIONS:
         return Choice("gemm", "gemm")
     return Choice("loop", "loop")
 

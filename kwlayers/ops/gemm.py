@@ -39,12 +39,10 @@ class Gemm(Convolution):
             return x
         if self.geometry.pointwise:
             return self.workspace.take(x.shape[0], *shape).copy_(x[self._strided()])
-        rank = len(self.size)
         result = self.workspace.take(x.shape[0], *shape)
         padded = _padded(x.movedim(1, -1), self.geometry.padding)
         for tap in self._taps():
-            at = (slice(None),) * (1 + rank)
-            result[(*at, *tap)] = padded[(slice(None), *self._seen(tap))]
+            result[self._place(tap)] = padded[self._seen(tap)]
         return result
 
     def forward(self, source: Tensor, kernels: Tensor, out: Tensor) -> None:
@@ -67,8 +65,6 @@ class Gemm(Convolution):
         if self.geometry.pointwise:
             out.zero_()[self._strided()] = source_grad
             return
-        rank = len(self.size)
-        at = (slice(None),) * (1 + rank)
         padding = self.geometry.padding
         if any(padding):
             sizes = [length + 2 * pad for length, pad in zip(self.size, padding, strict=True)]
@@ -76,12 +72,11 @@ class Gemm(Convolution):
         else:
             total = out.zero_().movedim(1, -1)
         for tap in self._taps():
-            total[(slice(None), *self._seen(tap))] += source_grad[(*at, *tap)]
+            total[self._seen(tap)] += source_grad[self._place(tap)]
         if any(padding):
-            inside = tuple(
-                slice(pad, pad + length) for length, pad in zip(self.size, padding, strict=True)
-            )
-            out.copy_(total[(slice(None), *inside)].movedim(-1, 1))
+            inside = [slice(pad, pad + n) for n, pad in zip(self.size, padding, strict=True)]
+            index = (slice(None), *inside)
+            out.copy_(total[index].movedim(-1, 1))
 
     def _matrix(self, source: Tensor) -> Tensor:
         """The source as (b, K, P), which needs no copy."""
@@ -98,14 +93,19 @@ class Gemm(Convolution):
         return itertools.product(*map(range, self.geometry.kernel[2:]))
 
     def _seen(self, tap: tuple[int, ...]) -> tuple[slice, ...]:
-        """The padded positions under one tap, for all output positions."""
+        """In (b, *S, C), padded: what one tap sees from all output positions."""
         geometry = self.geometry
-        return tuple(
+        positions = (
             slice(index * dilation, index * dilation + (length - 1) * stride + 1, stride)
             for index, dilation, stride, length in zip(
                 tap, geometry.dilation, geometry.stride, self.out_size, strict=True
             )
         )
+        return slice(None), *positions
+
+    def _place(self, tap: tuple[int, ...]) -> tuple[slice | int, ...]:
+        """In the source (b, *S', *k, C): that tap."""
+        return *(slice(None) for _ in range(1 + len(self.size))), *tap
 
 
 def _as_matrix(x: Tensor) -> Tensor:

@@ -67,15 +67,17 @@ class _Seen:
 
     def attention(self, attention: Tensor) -> Tensor:
         """attention: (b, m, n)  out: (b, s, g, i, n)."""
-        return attention.unflatten(1, (self.spatial, self.blocks.out, self.blocks.inn))
+        blocks = self.blocks
+        return attention.reshape(-1, self.spatial, blocks.out, blocks.inn, attention.shape[2])
 
     def outputs(self, y: Tensor) -> Tensor:
         """y: (b, C_out, *S')  out: (b, P, g, c_out)."""
-        return y.flatten(2).transpose(1, 2).unflatten(-1, (self.blocks.out, -1))
+        y = y.flatten(2).transpose(1, 2)
+        return y.reshape(-1, self.positions, self.blocks.out, self.blocks.cell[0])
 
     def result(self, y: Tensor) -> Tensor:
         """y: (b, P, g, c_out)  out: (b, C_out, *S')."""
-        return y.flatten(2).transpose(1, 2).unflatten(-1, self.gemm.out_size)
+        return y.flatten(2).transpose(1, 2).reshape(y.shape[0], -1, *self.gemm.out_size)
 
 
 def mix_inputs_forward(seen: _Seen, x: Tensor, attention: Tensor, cells: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from kwlayers.ops.geometry import Blocks, ConvGeometry
+from kwlayers.ops.geometry import FEW_POSITIONS, Blocks, ConvGeometry
 from kwlayers.ops.path import Needs, Path, add_product_, format_of, wide
 from kwlayers.ops.workspace import Workspace
 
@@ -23,8 +23,6 @@ from kwlayers.ops.workspace import Workspace
 _CHANNELS, _ROWS = 32, 48
 # Numbers in the widest vectors of a CPU.
 _VECTOR = 16
-# Up to here a kernel is read about as often as it is written: smaller blocks, nearer caches.
-_FEW_POSITIONS = 100
 
 
 class Convolution(ABC):
@@ -333,7 +331,7 @@ def block_size(
     whether channels may be split.
     """
     share = capacity // (2 if copied else 1)
-    if source or positions < _FEW_POSITIONS:
+    if source or positions < FEW_POSITIONS:
         share //= 2
     cell = blocks.cell[0]
     per_channel = blocks.mixtures * blocks.row

@@ -56,7 +56,7 @@ class _Token(torch.autograd.Function):
         return cells.new_zeros(())
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
         return ctx.total.take(), None
 
@@ -97,7 +97,7 @@ class _Lean(torch.autograd.Function):
         return paths[0].forward(geometry, x, attention, cells, Workspace(x, nbytes))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 5
         if grad is None:

@@ -52,9 +52,7 @@ def images(count: int = 3) -> Tensor:
 
 
 def gradients(net: nn.Module) -> dict[str, Tensor | None]:
-    return {
-        name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()
-    }
+    return {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
 
 
 def assert_same(got: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
@@ -256,9 +254,7 @@ def test_the_fast_paths_pass_gradcheck(backend: str) -> None:
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
         for shape in ((2, 4, 3, 2), (2, 12, 3), (3, 1, 2, 1, 1))
     ]
-    assert torch.autograd.gradcheck(
-        lambda *tensors: kw_conv(*tensors, geometry, backend), leaves
-    )
+    assert torch.autograd.gradcheck(lambda *tensors: kw_conv(*tensors, geometry, backend), leaves)
 
 
 # What is kept ------------------------------------------------------------------------
@@ -436,7 +432,7 @@ def test_torch_func_sees_through_the_layers() -> None:
 def test_a_traced_network_gives_the_same() -> None:
     net = Net(None).eval()
     with warnings.catch_warnings():
-        # Tracing is deprecated, and says of every check of a shape that it is traced as it came out.
+        # Tracing is deprecated, and warns that checks of shapes are traced as they came out.
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(net, images())
     other = images().flip(0)

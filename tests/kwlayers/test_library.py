@@ -75,9 +75,7 @@ def test_a_converted_network_compiles_into_one_graph_with_the_same_gradients(
             out.square().sum().backward()
             outputs.append(out)
         torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-12)
-        for (name, a), b in zip(
-            eager.named_parameters(), compiled.parameters(), strict=True
-        ):
+        for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
             torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-11, msg=name)
 
 
