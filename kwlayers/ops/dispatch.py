@@ -5,12 +5,15 @@ The constants are fitted to measurements, which README.md beside this file sums 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from typing import NamedTuple
 
 import torch
 
 from kwlayers.ops.geometry import FEW_POSITIONS, Blocks, ConvGeometry
+from kwlayers.ops.triton_conv import DTYPES as TRITON_DTYPES
 
 
 class Choice(NamedTuple):
@@ -27,6 +30,8 @@ PUBLISHED = Choice("published", "published")
 _REUSED = 32 * 2**20
 # Kernels of a whole batch that are always worth keeping.
 _KEPT = 4 * 2**20
+# Where x and the result outweigh the kernels by far, cuDNN's grouped convolution is kept.
+_MANY_POSITIONS = 1024
 # Samples whose maps fill a core's cache are convolved one by one.
 _LARGE_MAPS = 3 * 2**19
 # Writing and reading a mixed weight takes as long as this many multiply-adds.
@@ -59,7 +64,7 @@ def choose(
         if tiny is not None:
             return Choice(tiny, tiny)
     if device == "cuda":
-        return _on_gpu(geometry, blocks)
+        return _on_gpu(dtype, geometry, blocks, positions)
     if kernels <= min(batch * maps, _REUSED) or kernels <= _KEPT:
         return Choice("loop", "loop") if maps >= _LARGE_MAPS else PUBLISHED
     if geometry.groups > 1:
@@ -69,12 +74,22 @@ def choose(
     return Choice("loop", "loop")
 
 
-def _on_gpu(geometry: ConvGeometry, blocks: Blocks) -> Choice:
+def _on_gpu(dtype: torch.dtype, geometry: ConvGeometry, blocks: Blocks, positions: int) -> Choice:
+    # From the arithmetic of memory traffic, not from measurements: README.md beside this file.
     if geometry.groups > 1:
         return Choice("grouped", "grouped")
     if geometry.pointwise:
         return Choice("gemm", "gemm")
+    fits = dtype in TRITON_DTYPES and math.prod(blocks.cell[2:]) == 1 and triton_available()
+    if fits and positions < _MANY_POSITIONS:
+        return Choice("triton", "triton")
     return Choice("grouped", "grouped")
+
+
+@functools.cache
+def triton_available() -> bool:
+    """Whether Triton is installed; CUDA builds of torch bring it."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _tiny_maps(blocks: Blocks, positions: int, num_cells: int) -> str | None:

@@ -32,6 +32,8 @@ class Convolution(ABC):
     splits = True
     # Whether it makes its result itself: `forward` copies it.
     returns = False
+    # Whether it takes kernels as mixed: (b, T, out, in, c_out, c_in), for cells of one position.
+    mixed = False
 
     @classmethod
     def refuses(cls, geometry: ConvGeometry, cell: tuple[int, ...]) -> str | None:
@@ -49,6 +51,8 @@ class Convolution(ABC):
 
     def format(self, x: Tensor) -> torch.memory_format:
         """That it wants x (b, C, *S) in, and gives its results in."""
+        if self.mixed:
+            return format_of(x)
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         plain = torch.contiguous_format
         return formats.get(x.dim(), plain) if self.last else plain
@@ -200,7 +204,9 @@ class _Mixing:
         self.batch = attention.shape[0]
         self.attention = attention.contiguous().flatten(0, 1)  # (rows, n)
         self.cells = cells.contiguous().flatten(1)  # (n, columns)
-        order = _first(self.blocks) if not conv.last else _last(self.blocks)
+        order = _last(self.blocks) if conv.last else _first(self.blocks)
+        if conv.mixed:
+            order = list(range(len(order)))
         self.order = order
         self.back = sorted(range(len(order)), key=order.__getitem__)
         shape = conv.source_shape()
@@ -233,6 +239,10 @@ class _Mixing:
 
     def shape(self, samples: slice, channels: slice) -> tuple[int, ...]:
         """Of the kernels of a block."""
+        if self.conv.mixed:
+            blocks = self.blocks
+            taps = math.prod(blocks.spatial)
+            return (samples.stop - samples.start, taps, blocks.out, blocks.inn, *blocks.cell[:2])
         outputs = self.blocks.out * (channels.stop - channels.start)
         inputs, *spatial = self.conv.geometry.kernel[1:]
         inner = (*spatial, inputs) if self.conv.last else (inputs, *spatial)

@@ -9,11 +9,13 @@ from kwlayers.ops.geometry import ConvGeometry
 from kwlayers.ops.inputs import InputsPath
 from kwlayers.ops.kernels import KernelPath
 from kwlayers.ops.path import Path
+from kwlayers.ops.triton_path import Implicit
 
 PATHS: dict[str, Path] = {
     "loop": KernelPath(Loop, None),
     "grouped": KernelPath(Grouped, False),
     "gemm": KernelPath(Gemm, True),
+    "triton": KernelPath(Implicit, False),
     "mix_inputs": InputsPath(True),
     "mix_outputs": InputsPath(False),
 }

@@ -526,35 +526,42 @@ def _configs(name: str, blocks: tuple[str, ...]) -> list[Any]:
 
 def jit(
     kernel: Callable[..., Any],
-    configs: list[Any],
-    key: list[str],
+    configs: Sequence[Any] = (),
+    key: Sequence[str] = (),
     fitting: Callable[..., list[Any]] | None = None,
 ) -> Any:
-    """A function as a Triton kernel, tuned over `configs` for each value of `key`.
+    """A function as a Triton kernel, tuned over `configs`, if any, for each value of `key`.
 
     fitting: which configs to try. The interpreter takes the first: it has nothing to time.
     """
     triton = importlib.import_module("triton")
     kernel.__globals__["tl"] = importlib.import_module("triton.language")
     made = triton.jit(kernel)
+    if not configs:
+        return made
     options: dict[str, Any] = {"prune_configs_by": {"early_config_prune": fitting}}
-    if not isinstance(made, triton.JITFunction):
+    if _interpreted(made):
         configs, options = configs[:1], {}
     # Kept on disk between processes, where Triton knows how.
     if "cache_results" in inspect.signature(triton.autotune).parameters:
         options["cache_results"] = True
-    return triton.autotune(configs=configs, key=key, **options)(made)
+    return triton.autotune(configs=list(configs), key=list(key), **options)(made)
 
 
 def launch(
     kernel: Any, grid: Callable[[Mapping[str, int]], tuple[int]], *tensors: Tensor, **more: Any
 ) -> None:
     """Run what `jit` made, on the device of its tensors."""
-    interpreted = type(kernel.fn).__name__ == "InterpretedFunction"
+    if "INTERPRETED" in kernel.arg_names:
+        more["INTERPRETED"] = _interpreted(kernel.fn)
     device = tensors[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         # Triton 3.9 warns that a later one will no longer fuse by itself.
-        kernel[grid](*tensors, **more, INTERPRETED=interpreted, enable_fp_fusion=True)
+        kernel[grid](*tensors, **more, enable_fp_fusion=True)
+
+
+def _interpreted(kernel: Any) -> bool:
+    return type(kernel).__name__ == "InterpretedFunction"
 
 
 # Shapes, strides and checks ----------------------------------------------------------

@@ -14,7 +14,11 @@ from kwlayers.ops import ConvGeometry, kw_conv
 from kwlayers.ops.paths import PATHS
 
 GEOMETRY = ConvGeometry((8, 4, 3, 3), (2, 1), (1, 1), (1, 1), 1)
-DENSE = [name for name in PATHS if PATHS[name].refuses(GEOMETRY, (4, 2, 1, 1)) is None]
+DENSE = [
+    name
+    for name in PATHS
+    if name != "triton" and PATHS[name].refuses(GEOMETRY, (4, 2, 1, 1)) is None
+]
 
 
 def tensors() -> tuple[Tensor, Tensor, Tensor]:
