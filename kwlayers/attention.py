@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kwlayers import geometry
+from kwlayers.ops import triton_attention
+from kwlayers.ops.dispatch import triton_available
+from kwlayers.ops.triton_conv import DTYPES as TRITON_DTYPES
 
 
 class Attention(nn.Module):
@@ -95,9 +98,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, *S)  out: (B, m, n)."""
+        fused = _fuses(x)
+        plain = self.basis is None and x.dtype in TRITON_DTYPES
+        if fused and plain and not self.training and not torch.is_grad_enabled():
+            return triton_attention.attention_eval(self, x)
         pooled = x.mean(dim=tuple(range(2, x.dim()))) if x.dim() > 2 else x
         hidden = F.relu(self.norm(self.fc1(pooled)))
         z = self._columns(self.fc2(hidden).unflatten(-1, (self.num_mixtures, -1)))
+        if fused:
+            return triton_attention.normalise(z, self.temperature, self.assignment)
         # The zero cell's own column is in the norm, but mixes nothing.
         alpha = z[..., :-1] / (torch.linalg.vector_norm(z, 1, dim=-1, keepdim=True) + 1e-3)
         columns = torch.arange(self.num_cells, device=z.device)
@@ -117,6 +126,11 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, num_mixtures={self.num_mixtures}, num_cells={self.num_cells}"
+
+
+def _fuses(x: Tensor) -> bool:
+    """Whether Triton's kernels take over: on a GPU; a compiled graph is fused by its compiler."""
+    return x.is_cuda and triton_available() and not torch.compiler.is_compiling()
 
 
 class _BatchNorm1d(nn.BatchNorm1d):

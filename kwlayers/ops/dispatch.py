@@ -29,13 +29,13 @@ PUBLISHED = Choice("published", "published")
 # pays no page faults, and what it keeps for backward is small.
 _REUSED = 32 * 2**20
 # Kernels of a whole batch that are always worth keeping.
-_KEPT = 4 * 2**20
+_KEPT = 8 * 2**20
 # Where x and the result outweigh the kernels by far, cuDNN's grouped convolution is kept.
 _MANY_POSITIONS = 1024
 # Samples whose maps fill a core's cache are convolved one by one.
 _LARGE_MAPS = 3 * 2**19
-# Writing and reading a mixed weight takes as long as this many multiply-adds.
-_WEIGHT_COST = 20
+# Writing and reading a mixed number takes as long as this many multiply-adds.
+_MIXED_COST = 20
 
 
 def choose(
@@ -95,12 +95,12 @@ def triton_available() -> bool:
 def _tiny_maps(blocks: Blocks, positions: int, num_cells: int) -> str | None:
     """The cheaper way without kernels, where it beats mixing them; costs per sample."""
     spatial = math.prod(blocks.spatial)
-    weights = blocks.mixtures * blocks.cell[0] * blocks.row
-    whole = num_cells * blocks.cell[0] * blocks.row * positions
+    outputs, inputs = blocks.cell[0], blocks.row
+    rows = num_cells * positions
     costs = {
-        "kernels": weights * (num_cells + positions + _WEIGHT_COST),
-        "mix_inputs": whole * blocks.out,
-        "mix_outputs": whole * spatial * blocks.inn,
+        "kernels": blocks.mixtures * outputs * inputs * (num_cells + positions + _MIXED_COST),
+        "mix_inputs": rows * blocks.out * inputs * (outputs + _MIXED_COST),
+        "mix_outputs": rows * spatial * blocks.inn * outputs * (inputs + _MIXED_COST),
     }
     best = min(costs, key=costs.__getitem__)
     return None if best == "kernels" else best

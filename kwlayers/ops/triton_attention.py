@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import TYPE_CHECKING, Any, no_type_check
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kwlayers.attention import Attention
 from kwlayers.ops.triton_conv import DTYPES, jit, launch
+
+if TYPE_CHECKING:
+    from kwlayers.attention import Attention
 
 tl: Any = None  # triton.language, which `jit` puts here
 

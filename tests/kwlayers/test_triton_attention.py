@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kwlayers import attention
 from kwlayers.attention import Attention
-from kwlayers.geometry import Assignment
+from kwlayers.geometry import Assignment, even_assignment
 from kwlayers.ops import triton_attention
 
 CUDA = torch.cuda.is_available()
@@ -65,8 +66,7 @@ def make(
 ) -> Attention:
     """For evaluation; every parameter and running statistic random."""
     torch.manual_seed(0)
-    # A stride of 2: mixtures that share a cell, and the zero cell among them.
-    beta = tuple((2 * i + cells) % (cells + 1) for i in range(mixtures))
+    beta = tuple((3 * i + 1) % (cells + 1) for i in range(mixtures))
     attention = Attention(
         channels,
         mixtures,
@@ -88,8 +88,8 @@ def make(
 def assert_equal(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     assert got.shape == wanted.shape
     assert got.dtype == dtype
-    error = (got.double() - wanted).abs().max() / wanted.abs().max()
-    assert error <= TOLERANCE[dtype], f"{error:.1e}"
+    error, largest = (got.double() - wanted).abs().max(), wanted.abs().max()
+    assert error <= TOLERANCE[dtype] * largest, f"{error:.1e} of {largest:.1e}"
 
 
 def double(attention: Attention, x: Tensor) -> Tensor:
@@ -178,8 +178,8 @@ def test_inference_reads_the_temperature_at_every_call() -> None:
     triton_attention.attention_eval(attention, x)
     attention.temperature.fill_(1.0)
     got = triton_attention.attention_eval(attention, x)
-    # Cells (2 i + 3) % 4 of 3: the zero cell, the second, and again.
-    wanted = [[0.0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 1, 0]]
+    # Cells (3 i + 1) % 4: 1, 0, the zero cell and 2.
+    wanted = [[0.0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 1]]
     assert got.tolist() == [wanted, wanted]
 
 
@@ -197,12 +197,119 @@ def test_float64_is_refused_for_inference() -> None:
 # Training ----------------------------------------------------------------------------
 
 
-def ends(attention: Attention, z: Tensor) -> Tensor:
-    """What the module makes of z, which takes the place of fc2's result."""
+class Gives(nn.Module):
+    """In the place of fc2."""
+
+    def __init__(self, z: Tensor) -> None:
+        super().__init__()
+        self.z = z
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.z.flatten(1)
+
+
+def by_module(attention: Attention, z: Tensor) -> Tensor:
+    """What the module makes of z, whatever its input."""
     attention = copy.deepcopy(attention).to(z.dtype)
-    attention.fc2 = nn.Identity()
-    attention.fc1 = nn.Identity()
-    attention.norm = nn.Identity()
-    positive, negative = attention(z.relu().flatten(1)), None
-    del positive, negative
-    raise NotImplementedError
+    attention.fc2 = Gives(z)  # type: ignore[assignment]
+    out: Tensor = attention(torch.zeros(z.shape[0], 6, dtype=z.dtype, device=z.device))
+    return out
+
+
+def with_zeros(batch: int, attention: Attention) -> Tensor:
+    """A float64 z with zeros in it: where the absolute value has no derivative, torch says 0."""
+    shape = (batch, attention.num_mixtures, attention.num_cells + 1)
+    z = torch.randn(shape, dtype=torch.float64)
+    z[-1, -1, 0] = 0
+    if attention.num_mixtures > 1:
+        z[0, 0] = 0
+    return z.to(DEVICE)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("mixtures", "cells"), [(1, 1), (1, 4), (9, 1), (5, 7), (9, 150)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_end_and_its_gradient_equal_those_of_the_module(
+    mixtures: int, cells: int, batch: int, temperature: float, dtype: torch.dtype
+) -> None:
+    attention = make(6, mixtures, cells, temperature=temperature, dtype=dtype)
+    z = with_zeros(batch, attention).to(dtype)
+    slope = torch.randn(batch, mixtures, cells, dtype=torch.float64).to(DEVICE)
+    leaves = [z.clone().requires_grad_(), z.double().requires_grad_()]
+    got = triton_attention.normalise(leaves[0], attention.temperature, attention.assignment)
+    exact = attention.double()
+    wanted = by_module(exact, leaves[1])
+    assert_equal(got.detach(), wanted.detach(), dtype)
+    (got_grad,) = torch.autograd.grad(got, leaves[0], slope.to(dtype))
+    (wanted_grad,) = torch.autograd.grad(wanted, leaves[1], slope.to(dtype).double())
+    assert_equal(got_grad, wanted_grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_end_in_half_the_bits_equals_the_module_up_to_rounding(dtype: torch.dtype) -> None:
+    attention = make(6, 5, 7)
+    z = with_zeros(3, attention).to(dtype)
+    leaves = [z.clone().requires_grad_(), z.double().requires_grad_()]
+    got = triton_attention.normalise(leaves[0], attention.temperature, attention.assignment)
+    wanted = by_module(attention.double(), leaves[1])
+    assert_equal(got.detach(), wanted.detach(), dtype)
+    slope = torch.randn(wanted.shape).to(DEVICE, dtype)
+    (got_grad,) = torch.autograd.grad(got, leaves[0], slope)
+    (wanted_grad,) = torch.autograd.grad(wanted, leaves[1], slope.double())
+    assert_equal(got_grad, wanted_grad, dtype)
+
+
+def test_the_end_takes_any_strides_of_z_and_of_its_gradient() -> None:
+    attention = make(6, 5, 7, dtype=torch.float64)
+    z = with_zeros(3, attention)
+    view = z.permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()
+    leaf = z.clone().requires_grad_()
+    got = triton_attention.normalise(view, attention.temperature, attention.assignment)
+    wanted = by_module(attention, leaf)
+    assert_equal(got.detach(), wanted.detach(), torch.float64)
+    slope = torch.randn(7, dtype=torch.float64).to(DEVICE).expand(3, 5, 7)
+    (got_grad,) = torch.autograd.grad(got, view, slope)
+    (wanted_grad,) = torch.autograd.grad(wanted, leaf, slope)
+    assert_equal(got_grad, wanted_grad, torch.float64)
+
+
+def test_the_end_of_an_empty_batch_is_empty_and_has_an_empty_gradient() -> None:
+    attention = make(6, 5, 7)
+    z = torch.empty(0, 5, 8, device=DEVICE, requires_grad=True)
+    out = triton_attention.normalise(z, attention.temperature, attention.assignment)
+    assert out.shape == (0, 5, 7)
+    out.sum().backward()
+    assert z.grad is not None
+    assert z.grad.shape == z.shape
+
+
+def test_a_second_derivative_of_the_end_is_refused() -> None:
+    attention = make(6, 2, 3)
+    z = torch.randn(1, 2, 4, device=DEVICE, requires_grad=True)
+    out = triton_attention.normalise(z, attention.temperature, attention.assignment)
+    (grad,) = torch.autograd.grad(out.square().sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# In the module -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("basis_ratio", [1, 0.5])
+def test_the_module_gives_the_same_where_it_takes_the_fused_kernels(
+    basis_ratio: float, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    assignment = even_assignment(6, 12, 0, 4)
+    module = Attention(32, 4, 6, assignment, total_mixtures=12, basis_ratio=basis_ratio)
+    module = module.to(DEVICE).train(training)
+    module.temperature.fill_(0.3)
+    x = torch.randn(3, 32, 5, 4, device=DEVICE)
+    with torch.no_grad():
+        monkeypatch.setattr(attention, "_fuses", lambda _: False)
+        expected = module.eval()(x) if not training else module(x)
+        monkeypatch.setattr(attention, "_fuses", lambda _: True)
+        found = module(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
