@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kwlayers import geometry
 from kwlayers.attention import Attention
-from kwlayers.ops import ConvGeometry, check_backend, kw_conv
+from kwlayers.ops import ConvGeometry, check_settings, kw_conv
 from kwlayers.warehouse import Warehouse
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class _KWLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_backend(backend)
+        check_settings(backend, workspace_mb)
         mixtures = geometry.num_mixtures(kernel, warehouse.cell)
         cells = warehouse.next_cells(mixtures) if assignment is None else assignment
         # In a tuple, so that the module does not register it: it has one home, the model's root.

@@ -9,7 +9,7 @@ from torch import nn
 
 from kwlayers import geometry
 from kwlayers.conv import like
-from kwlayers.ops import check_backend
+from kwlayers.ops import check_settings
 from kwlayers.plan import Group, Plan, PlanError, Site
 from kwlayers.sites import CONVERTIBLE, candidates, refuse_wrapped
 from kwlayers.warehouse import Warehouse
@@ -79,7 +79,7 @@ def convert_(
                 f"group {group.name!r}: a container of modules has an attribute of that name; "
                 "choose another"
             )
-    check_backend(backend)
+    check_settings(backend, workspace_mb)
     params = sum(p.numel() for p in model.parameters())
     if params != plan.network.params:
         raise PlanError(

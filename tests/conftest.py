@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,18 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+
+def _interpret_triton() -> None:
+    """Import Triton with its interpreter on, before torch imports it without."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+            importlib.import_module("triton")
+
+
+_interpret_triton()
 
 # A torch.library.Library withdraws its definitions when it is collected.
 _kept_libraries: list[Any] = []

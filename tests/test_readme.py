@@ -126,17 +126,17 @@ def test_the_standalone_lines_run_as_they_stand() -> None:
 
 def test_the_file_tree_is_the_one_that_is_there() -> None:
     tree = next(block for block in blocks("") if block.startswith("kwlayers/"))
-    folder, listed = "", set()
+    folders: list[str] = []
+    listed = set()
     for line in tree.splitlines():
         indented, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
-        if not indented:
-            folder = name
-        listed.add(name if not indented else folder + name)
+        folders[len(indented) // 2 :] = [name]
+        listed.add("".join(folders))
     for path in listed:
         assert (ROOT / path).exists(), path
     present = {
         f"{package}/{path.name}{'/' if path.is_dir() else ''}"
-        for package in ("kwlayers", "kwsearch")
+        for package in ("kwlayers", "kwlayers/ops", "kwsearch")
         for path in (ROOT / package).iterdir()
         if not path.name.startswith("__") and path.suffix in ("", ".py")
     }

@@ -18,7 +18,7 @@ from kwlayers.ops.published import kw_conv_published
 from kwlayers.ops.reference import kw_conv_ref
 from kwlayers.ops.workspace import MEBIBYTE
 
-__all__ = ["BACKENDS", "Choice", "ConvGeometry", "check_backend", "choose", "kw_conv"]
+__all__ = ["BACKENDS", "Choice", "ConvGeometry", "check_settings", "choose", "kw_conv"]
 
 # (x, attention, cells, geometry, workspace in bytes)
 Backend = Callable[[Tensor, Tensor, Tensor, ConvGeometry, int], Tensor]
@@ -42,7 +42,7 @@ def kw_conv(
     derivatives only, "published" and "reference" any. Raises ValueError for sizes that do not
     fit, and for a backend that does not exist or cannot do the layer.
     """
-    check_backend(backend)
+    check_settings(backend, workspace_mb)
     _check(x, attention, cells, geometry)
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -82,10 +82,12 @@ def _run(
     return BACKENDS[backend](x, attention, cells, geometry, nbytes)
 
 
-def check_backend(backend: str | None) -> None:
-    """Raise ValueError for a backend that does not exist."""
+def check_settings(backend: str | None, workspace_mb: float | None) -> None:
+    """Raise ValueError for a backend that does not exist, or no workspace."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: allowed are {', '.join(BACKENDS)}")
+    if workspace_mb is not None and not workspace_mb > 0:
+        raise ValueError(f"workspace_mb {workspace_mb}: it must be above 0")
 
 
 def _check(x: Tensor, attention: Tensor, cells: Tensor, geometry: ConvGeometry) -> None:

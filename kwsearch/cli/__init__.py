@@ -10,6 +10,7 @@ import click
 
 # name -> the line that `kwsearch --help` shows; the module has the same name.
 COMMANDS = {
+    "bench": "Time ours against the published form and the static network.",
     "budget": "Exact parameters and MACs of a model under a budget.",
     "models": "The models that kwsearch knows by name.",
     "optimize": "Search n, cells and sharing under the recipe's budget.",

@@ -619,3 +619,16 @@ def test_training_fits_a_batch() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] / 4
+
+
+def test_backend_and_workspace_are_those_of_every_layer() -> None:
+    model = Net()
+    plan = plan_model(model, (3, 8, 6), ratio=1, sharing="layer")
+    with pytest.raises(ValueError, match="backend 'cudnn': allowed are"):
+        convert_(model, plan, backend="cudnn")
+    with pytest.raises(ValueError, match="workspace_mb -1: it must be above 0"):
+        convert_(model, plan, workspace_mb=-1)
+    convert_(model, plan, backend="published", workspace_mb=2)
+    layers = [m for m in model.modules() if hasattr(m, "workspace_mb")]
+    assert len(layers) == sum(len(group.layers) for group in plan.groups)
+    assert {(m.backend, m.workspace_mb) for m in layers} == {("published", 2)}

@@ -307,6 +307,12 @@ def test_the_default_backend_is_one_of_the_listed() -> None:
     )
 
 
+def test_a_workspace_of_nothing_is_refused() -> None:
+    case = CASES["groups"]
+    with pytest.raises(ValueError, match="workspace_mb 0: it must be above 0"):
+        kw_conv(*case.tensors(), case.geometry, workspace_mb=0)
+
+
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     case = CASES["groups"]
     with pytest.raises(
