@@ -38,8 +38,6 @@ def _third_party_import(package: str) -> Iterator[None]:
 
 def _declare_torchvision_operators() -> None:
     """Give the two operators that importing torchvision asks for a schema, without a kernel."""
-    import torch
-
     library = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

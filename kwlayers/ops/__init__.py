@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -91,7 +92,11 @@ def check_settings(backend: str | None, workspace_mb: float | None) -> None:
 
 
 def _check(x: Tensor, attention: Tensor, cells: Tensor, geometry: ConvGeometry) -> None:
-    mixtures = Blocks.of(geometry.kernel, tuple(cells.shape[1:])).mixtures
+    cell = tuple(cells.shape[1:])
+    if torch.compiler.is_compiling():
+        mixtures = Blocks.of(geometry.kernel, cell).mixtures
+    else:
+        mixtures = _mixtures(geometry.kernel, cell)
     expected = (x.shape[0], mixtures, cells.shape[0])
     if tuple(attention.shape) != expected:
         raise ValueError(
@@ -99,6 +104,11 @@ def _check(x: Tensor, attention: Tensor, cells: Tensor, geometry: ConvGeometry) 
             f"samples, {mixtures} mixtures in a kernel of {geometry.kernel} and {cells.shape[0]} "
             "cells"
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _mixtures(kernel: tuple[int, ...], cell: tuple[int, ...]) -> int:
+    return Blocks.of(kernel, cell).mixtures
 
 
 def _needs_plain(x: Tensor) -> bool:

@@ -38,6 +38,7 @@ _LARGE_MAPS = 3 * 2**19
 _MIXED_COST = 20
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(
     device: str,
     dtype: torch.dtype,
