@@ -20,7 +20,7 @@ from kwlayers.ops.path import Needs, Path, add_product_, format_of, wide
 from kwlayers.ops.workspace import Workspace
 
 # With fewer output channels at a time convolutions slow down, with fewer rows mixing does.
-_CHANNELS, _ROWS = 32, 48
+_CHANNELS, _ROWS = 64, 32
 # Numbers in the widest vectors of a CPU.
 _VECTOR = 16
 
@@ -351,10 +351,9 @@ def block_size(
         return _even(batch, samples), cell
     # Few rows make mixing slow: rather more samples, and fewer channels.
     least = min(cell, _CHANNELS)
-    samples = min(most, max(samples, share // (per_channel * least)))
+    samples = min(most, max(samples, -(-share // (per_channel * least))))
     samples = _even(batch, samples)
-    width = share // (per_channel * samples) // _VECTOR * _VECTOR
-    width = _even(cell, min(cell, max(width, min(least, _VECTOR))))
+    width = _even(cell, min(cell, -(-share // (per_channel * samples))))
     return samples, min(cell, -(-width // _VECTOR) * _VECTOR)
 
 
