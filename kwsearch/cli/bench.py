@@ -101,6 +101,9 @@ def command(
     Shown are medians and quartiles, and the peak memory of one step. `layers` times every
     backend on each distinct layer instead, and says whether the best one is chosen.
 
+    For figures worth keeping give one case per run: memory that earlier cases freed spares the
+    published form most of its page faults (measured: 1.35 instead of 1.89 times ours).
+
     \b
     kwsearch bench --model resnet18,resnet50 --ratio 1 --train
     kwsearch bench --model resnet18 --batch 1,16 --size 32,224 --json -o bench.json
