@@ -12,15 +12,20 @@ import torch
 from torch import Tensor
 
 from kwlayers.ops import ConvGeometry, choose, kw_conv, triton_conv
-from tests.kwlayers.test_triton_conv import DEVICE, INTERPRET, pytestmark, set_interpreter
 
-__all__ = ["pytestmark"]
+# conftest.py has imported it already, with its interpreter where there is no GPU.
+pytest.importorskip("triton", reason="Triton is not installed")
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [pytest.mark.gpu] if CUDA else []
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        set_interpreter(patch)
+        if not CUDA:
+            patch.setenv("TRITON_INTERPRET", "1")
         yield
 
 
@@ -73,7 +78,7 @@ def test_it_says_what_it_cannot_do() -> None:
         kw_conv(*(t.double() for t in inputs), geometry, "triton")
 
 
-@pytest.mark.skipif(not INTERPRET, reason="about a machine without a GPU")
+@pytest.mark.skipif(CUDA, reason="about a machine without a GPU")
 def test_without_a_gpu_or_the_interpreter_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     geometry = ConvGeometry((4, 4, 3, 3), (1, 1), (1, 1), (1, 1), 1)
