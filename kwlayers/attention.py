@@ -102,8 +102,7 @@ class Attention(nn.Module):
         plain = self.basis is None and x.dtype in TRITON_DTYPES
         if fused and plain and not self.training and not torch.is_grad_enabled():
             return triton_attention.attention_eval(self, x)
-        pooled = x.mean(dim=tuple(range(2, x.dim()))) if x.dim() > 2 else x
-        hidden = F.relu(self.norm(self.fc1(pooled)))
+        hidden = F.relu(self.norm(self.fc1(_pooled(x))))
         z = self._columns(self.fc2(hidden).unflatten(-1, (self.num_mixtures, -1)))
         if fused:
             return triton_attention.normalise(z, self.temperature, self.assignment)
@@ -126,6 +125,17 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, num_mixtures={self.num_mixtures}, num_cells={self.num_cells}"
+
+
+def _pooled(x: Tensor) -> Tensor:
+    """(B, C, *S) -> (B, C): the mean over positions."""
+    if x.dim() == 2:
+        return x
+    positions = tuple(range(2, x.dim()))
+    if x.element_size() < 4:
+        return x.mean(positions)  # a sum may leave the range of float16
+    # The gradient of a mean is as large as x; that of a sum is a view.
+    return x.sum(positions) / x.shape[2:].numel()
 
 
 def _fuses(x: Tensor) -> bool:

@@ -66,13 +66,13 @@ def choose(
             return Choice(tiny, tiny)
     if device == "cuda":
         return _on_gpu(dtype, geometry, blocks, positions)
+    product = geometry.groups == 1 and (geometry.pointwise or positions < FEW_POSITIONS)
+    by_sample = "gemm" if product else "loop"
     if kernels <= min(batch * maps, _REUSED) or kernels <= _KEPT:
-        return Choice("loop", "loop") if maps >= _LARGE_MAPS else PUBLISHED
+        return Choice(by_sample, by_sample) if maps >= _LARGE_MAPS else PUBLISHED
     if geometry.groups > 1:
         return Choice("grouped", "grouped")
-    if geometry.pointwise or positions < FEW_POSITIONS:
-        return Choice("gemm", "gemm")
-    return Choice("loop", "loop")
+    return Choice(by_sample, by_sample)
 
 
 def _on_gpu(dtype: torch.dtype, geometry: ConvGeometry, blocks: Blocks, positions: int) -> Choice:

@@ -20,7 +20,8 @@ from kwlayers.ops.path import Needs, Path, add_product_, format_of, wide
 from kwlayers.ops.workspace import Workspace
 
 # With fewer output channels at a time convolutions slow down, with fewer rows mixing does.
-_CHANNELS, _ROWS = 64, 32
+# Matrix products, which read x from a nearer cache, bear fewer.
+_CHANNELS, _FEW_CHANNELS, _ROWS = 64, 32, 64
 # Numbers in the widest vectors of a CPU.
 _VECTOR = 16
 
@@ -341,7 +342,8 @@ def block_size(
     whether channels may be split.
     """
     share = capacity // (2 if copied else 1)
-    if source or positions < FEW_POSITIONS:
+    near = source > 0 or positions < FEW_POSITIONS
+    if near:
         share //= 2
     cell = blocks.cell[0]
     per_channel = blocks.mixtures * blocks.row
@@ -350,9 +352,10 @@ def block_size(
     if not splits or samples == batch or samples * blocks.mixtures >= _ROWS:
         return _even(batch, samples), cell
     # Few rows make mixing slow: rather more samples, and fewer channels.
-    least = min(cell, _CHANNELS)
+    least = min(cell, _FEW_CHANNELS if near else _CHANNELS)
     samples = min(most, max(samples, -(-share // (per_channel * least))))
-    samples = _even(batch, samples)
+    # A few samples more than fit beat another turn.
+    samples = batch if samples < batch <= 1.2 * samples <= 1.2 * most else _even(batch, samples)
     width = _even(cell, min(cell, -(-share // (per_channel * samples))))
     return samples, min(cell, -(-width // _VECTOR) * _VECTOR)
 
