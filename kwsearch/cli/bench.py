@@ -97,12 +97,10 @@ def command(
     """Time the static network, the published form and ours, once they are known to be equal.
 
     First ours is compared with the published form in float64, outputs and every gradient. Then
-    every round runs one step of each, in turns, in one process; warm-up rounds are not counted.
+    every round runs one step of each, in turns; warm-up rounds are not counted. Every case has a
+    fresh process: memory that earlier ones freed would spare the published form its page faults.
     Shown are medians and quartiles, and the peak memory of one step. `layers` times every
-    backend on each distinct layer instead, and says whether the best one is chosen.
-
-    For figures worth keeping give one case per run: memory that earlier cases freed spares the
-    published form most of its page faults (measured: 1.35 instead of 1.89 times ours).
+    backend on each distinct layer instead, in one process, and says whether the best is chosen.
 
     \b
     kwsearch bench --model resnet18,resnet50 --ratio 1 --train
@@ -218,7 +216,8 @@ class _Results:
 def _bench_models(
     cases: Sequence[Case], results: _Results, seconds: float, rounds: int | None
 ) -> None:
-    from kwsearch.bench import measure
+    from kwsearch import timing
+    from kwsearch.bench import BenchFailed, measure
     from kwsearch.bench_equality import check
 
     equal = {}
@@ -229,7 +228,10 @@ def _bench_models(
             click.echo(f"    {found}", err=True)
     for number, case in enumerate(cases, 1):
         click.echo(f"timing {number}/{len(cases)}: {case}", err=True)
-        row = measure(case, seconds, rounds)
+        try:
+            row = timing.apart(measure, case, seconds, rounds)
+        except ChildProcessError as error:
+            raise BenchFailed(f"{case}: {error}") from None
         results.add({**row, "equality": [vars(found) for found in equal[case]]})
 
 

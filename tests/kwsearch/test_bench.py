@@ -34,6 +34,15 @@ class Ran:
         self.code, self.out, self.err = code, out, err
 
 
+APART = timing.apart
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases are measured here, where a test can change what they call."""
+    monkeypatch.setattr(timing, "apart", lambda function, *arguments: function(*arguments))
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     monkeypatch.setenv("COLUMNS", "200")
@@ -91,6 +100,37 @@ def test_rounds_are_counted_without_the_warm_up() -> None:
 def test_without_a_number_there_are_at_least_five_rounds() -> None:
     times = timing.interleave({"one": lambda: None, "other": lambda: None}, seconds=1e-9)
     assert len(times["one"].wall) == timing.LEAST_ROUNDS == 5
+
+
+def test_apart_is_another_process_with_the_same_threads() -> None:
+    assert APART(os.getpid) != os.getpid()
+    assert APART(torch.get_num_threads) == 1
+
+
+def test_apart_passes_errors_on_and_notices_a_death() -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        APART(int, "seven")
+    with pytest.raises(ChildProcessError, match="ended with 3"):
+        APART(os._exit, 3)
+
+
+def test_every_case_has_a_process_of_its_own(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    calls = []
+
+    def noted(function: Any, *arguments: Any) -> Any:
+        calls.append((function, arguments[0].step))
+        return function(*arguments)
+
+    monkeypatch.setattr(timing, "apart", noted)
+    assert run(*TINY, "--train").code == 0
+    assert calls == [(bench.measure, "forward"), (bench.measure, "train")]
+
+
+def test_a_case_that_dies_is_one_message(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(timing, "apart", lambda *_: APART(os._exit, 137))
+    ran = run(*TINY)
+    assert ran.code == 1
+    assert "ended with 137; was there enough memory?" in ran.err
 
 
 def test_quartiles_are_those_of_a_hand_made_list() -> None:
