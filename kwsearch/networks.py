@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kwlayers.plan import Network, PlanError
 from kwsearch import zoo
@@ -14,15 +14,21 @@ InputSize = tuple[int, ...]
 
 
 def build_model(
-    name: str, input_size: InputSize | None = None, num_classes: int | None = None
+    name: str,
+    input_size: InputSize | None = None,
+    num_classes: int | None = None,
+    width: float | None = None,
 ) -> nn.Module:
     """The model `name` on the current device, its stem for the channels of `input_size`.
 
-    Defaults are the zoo's. Raises `zoo.UnknownModelError` and PlanError.
+    width: scales its channels. Defaults are the zoo's. Raises `zoo.UnknownModelError` and
+    PlanError.
     """
     entry = zoo.get(name)
     size = input_size or entry.input_size
-    options = {"in_channels": size[0]}
+    options: dict[str, Any] = {"in_channels": size[0]}
+    if width is not None:
+        options["width"] = width
     if num_classes is not None:
         options["num_classes"] = num_classes
     if "img_size" in entry.options:

@@ -1,16 +1,19 @@
-"""The study: ask, train, tell. One journal file in a run directory; nothing is lost.
+"""The study: what is proposed, how it is trained, and what came of it. Nothing is lost.
 
-Trial 0 is the uniform plan. A trial that a killed run left behind is trained again under its
-own number, so that none is lost and none doubled.
+Trial 0 is the uniform plan, trial 1 a static network of as many parameters: the baselines, which
+always finish. The driver decides, an executor trains, the journal in the run
+directory remembers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,48 +24,51 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from kwlayers.plan import Network, Plan
+from kwsearch import zoo
+from kwsearch.driver import Driver, Rules, SpaceExhausted, StudyFailed
+from kwsearch.driver import Watcher as DriverWatcher
+from kwsearch.events import EventLog
+from kwsearch.executors import Executor, Job
+from kwsearch.executors.local import LocalExecutor
 from kwsearch.recipe import Proxy, Recipe, RecipePlan, Search, write_recipe
-from kwsearch.resolve import check_replannable, network_of, settings_of, target_of, versions
+from kwsearch.resolve import (
+    check_replannable,
+    input_of,
+    network_of,
+    settings_of,
+    target_of,
+    versions,
+)
 from kwsearch.run_directory import (
     BEST,
+    CHECKPOINTS,
+    EVENTS,
     JOURNAL,
     SearchError,
     mend,
     prepare,
     sole_driver,
     write_down,
+    write_trials,
 )
+from kwsearch.rungs import Rung, as_rungs, geometric, phase_of
+from kwsearch.rungs import check as check_rungs
 from kwsearch.space import Sample, Space, fingerprint
+from kwsearch.static_twin import NoTwin, Twin, static_twin
+from kwsearch.trials import KIND, LEASE, STATIC, TWIN, UNIFORM, baseline, is_static
 
 if TYPE_CHECKING:
     from kwsearch.proxy import ProxyData
 
+__all__ = ["STUDY", "Result", "SearchError", "SpaceExhausted", "Study", "StudyFailed", "best_of"]
+
 STUDY = "kwsearch"
-_SAME_ERROR = 3
+GENERATION = 8
+TRAINING = "kwsearch.trial:train_trial"
 
 
-class StudyFailed(SearchError):
-    """A search that has started and cannot go on."""
-
-
-class SpaceExhausted(ValueError):
-    """No plan is left that has not been trained."""
-
-
-class Watcher(Protocol):
+class Watcher(DriverWatcher, Protocol):
     """Who is told how it goes."""
-
-    def start(self, number: int, finished: int, plan: Plan) -> None:
-        """A trial starts to train."""
-
-    def epoch(self, number: int, epoch: int, accuracy: float) -> None:
-        """A trial has trained another epoch."""
-
-    def done(self, trial: FrozenTrial) -> None:
-        """A trial is finished."""
-
-    def say(self, message: str) -> None:
-        """Something that the user should know."""
 
     def known(self, trials: Sequence[FrozenTrial]) -> None:
         """The trials that a resumed study has already."""
@@ -79,28 +85,38 @@ class Result:
 
     @property
     def best(self) -> FrozenTrial | None:
-        """The completed trial with the highest accuracy; the earliest if several have it."""
+        """The completed plan with the highest accuracy; the earliest if several have it."""
         return best_of(self.trials)
+
+    def trial(self, number: int) -> FrozenTrial | None:
+        """A finished trial by its number."""
+        return next((trial for trial in self.trials if trial.number == number), None)
 
 
 def best_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
     """See `Result.best`."""
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    complete = [t for t in trials if t.state == TrialState.COMPLETE and not is_static(t)]
     return max(complete, key=lambda t: (t.values[0], -t.number), default=None)
-
-
-Objective = Callable[[Plan, Callable[[int, float], None]], float]
 
 
 class Study:
     """A search in a run directory.
+
+    watcher is told how it goes; echo takes every event as a line of JSON, too.
 
     Raises SearchError for what a user can mend: a directory with another recipe's study, one
     that another process is using, a recipe without a budget.
     """
 
     def __init__(
-        self, recipe: Recipe, directory: Path, *, resume: bool, watcher: Watcher, command: str = ""
+        self,
+        recipe: Recipe,
+        directory: Path,
+        *,
+        resume: bool,
+        watcher: Watcher,
+        command: str = "",
+        echo: Callable[[str], object] | None = None,
     ) -> None:
         self.recipe = recipe
         self.search = recipe.search or Search()
@@ -108,34 +124,67 @@ class Study:
         self.directory = directory
         self.watcher = watcher
         self.command = command
+        self.echo = echo
         if not target_of(recipe):
             raise SearchError("the recipe has no budget to search under: add budget: {ratio: 0.5}")
         check_replannable(recipe)
+        if self.search.deterministic and self.search.pruner == "median":
+            raise SearchError(
+                "search.deterministic decides at rungs: set search.pruner to halving or none"
+            )
+        self.rungs = _rungs(self.search, self.proxy)
         self._resume = resume
-        self._errors: list[str] = []
 
-    def run(self, objective: Objective | None = None) -> Result:
+    def run(self, executor: Executor | None = None, function: str = TRAINING) -> Result:
         """Train until the study has its trials or its time is up.
 
-        objective: scores a plan instead of the proxy training (for tests and simulations).
+        executor: where, by default `search.workers` processes here. function: what trains, as
+        `kwsearch.trial.train_trial` (for simulations).
         """
-        with sole_driver(self.directory):
+        with sole_driver(self.directory), contextlib.ExitStack() as stack:
             self._note_provenance()
-            network = network_of(self.recipe)
+            log = EventLog(self.directory / EVENTS, self.watcher, self.echo)
+            self.watcher = stack.enter_context(log)
+            self.network = network_of(self.recipe)
             settings, target = settings_of(self.recipe), target_of(self.recipe)
-            self.space = Space(network, settings, target, self.search.space)
+            self.space = Space(self.network, settings, target, self.search.space)
+            self.twin = self._twin()
             held_out = 0
-            if objective is None:
-                images = self._images()
-                held_out = len(images.valid.y)
-                objective = self._proxy_objective(images)
-            study = self._open()
+            if function == TRAINING:
+                held_out = self._check_images()
+            self.study = study = self._open()
+            if executor is None:
+                executor = LocalExecutor(self.search.workers, self.proxy.threads)
+                stack.callback(executor.close)
+            self._function = function
+            driver = Driver(
+                study,
+                executor,
+                self._rules(),
+                self.watcher,
+                self._propose,
+                self._job,
+                keeps,
+                self._forget,
+            )
             try:
-                self._train_all(study, objective)
+                driver.run()
             finally:
                 trials = tuple(_finished(study))
-                best = self._write_best(network, trials)
+                best = self._write_best(self.network, trials)
+            if time.monotonic() >= driver.rules.deadline and len(trials) < self.search.trials:
+                self.watcher.say("time is up; --resume goes on")
             return Result(self.recipe, trials, held_out, best)
+
+    def _twin(self) -> Twin | None:
+        size = input_of(self.recipe)
+        name = self.recipe.model.name
+        classes = self.recipe.model.num_classes or zoo.get(name).num_classes
+        try:
+            return static_twin(name, self.space.allowed, size, classes)
+        except NoTwin as reason:
+            self.watcher.say(f"no static network to compare with: {reason}")
+            return None
 
     def _note_provenance(self) -> None:
         """Write the recipe down, with the command that started the study."""
@@ -147,36 +196,18 @@ class Study:
         self._provenance = {**self.recipe.provenance, **begun}
         write_down(self.directory, self.recipe, self._provenance)
 
-    def _train_all(self, study: optuna.Study, objective: Objective) -> None:
-        deadline = time.monotonic() + (self.search.timeout or float("inf"))
-        for trial in self._to_run(study):
-            try:
-                self._train(study, trial, objective)
-            except SpaceExhausted as error:
-                # The trial stays unfinished: it is no result, and a wider space can use it.
-                self.watcher.say(f"stopped early: {error}")
-                return
-            if time.monotonic() >= deadline and len(_finished(study)) < self.search.trials:
-                self.watcher.say("time is up; --resume goes on")
-                return
-
-    def _images(self) -> ProxyData:
-        import torch
-
+    def _check_images(self) -> int:
+        """Before the first trial: there are images, and they fit; how many are held out."""
         from kwsearch import proxy
         from kwsearch.data import fingerprint as fingerprint_images
-        from kwsearch.resolve import input_of
 
-        if self.proxy.threads is not None:
-            torch.set_num_threads(self.proxy.threads)
         if self.recipe.proxy is None:
             self.watcher.say("the recipe has no proxy section: trials train on digits by default")
         proxy.device_of(self.proxy)
-        size = input_of(self.recipe)
-        images = proxy.load(self.proxy, size)
+        images = proxy.load(self.proxy, input_of(self.recipe))
         self._check_fit(images)
         self._provenance["data"] = f"{images.train.name} {fingerprint_images(images.train)}"
-        return images
+        return len(images.valid.y)
 
     def _check_fit(self, images: ProxyData) -> None:
         """Before the first trial: the model takes these images and has their classes."""
@@ -197,22 +228,6 @@ class Study:
                 f"num_classes: {images.train.num_classes}}}"
             )
 
-    def _proxy_objective(self, images: ProxyData) -> Objective:
-        from kwsearch.proxy import train
-        from kwsearch.resolve import create_model
-
-        def objective(plan: Plan, report: Callable[[int, float], None]) -> float:
-            return train(
-                lambda: create_model(self.recipe),
-                plan,
-                images,
-                self.proxy,
-                self.search.seed,
-                report,
-            )
-
-        return objective
-
     def _open(self) -> optuna.Study:
         journal = self.directory / JOURNAL
         if mend(journal):
@@ -222,101 +237,120 @@ class Study:
             study_name=STUDY,
             direction="maximize",
             load_if_exists=True,
-            pruner=_pruner(self.search.pruner, self.proxy),
+            pruner=self._pruner(),
         )
         self.watcher.known(_finished(study))
         if not study.get_trials(deepcopy=False):
             study.enqueue_trial(self.space.start())
         return study
 
-    def _to_run(self, study: optuna.Study) -> Iterator[Trial]:
-        """Trials that a killed run left, then new ones, until the study has enough."""
-        left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        while (count := len(_finished(study))) < self.search.trials:
-            if left:
-                frozen = left.pop(0)
-                self.watcher.say(f"trial {frozen.number} was interrupted: trained again")
-                self._seed_sampler(study, frozen.number)
-                yield Trial(study, frozen._trial_id)
-            else:
-                self._seed_sampler(study, count)
-                yield study.ask()
+    def _rules(self) -> Rules:
+        search = self.search
+        return Rules(
+            trials=search.trials,
+            rungs=self.rungs,
+            eta=search.eta,
+            calibration=search.calibration,
+            tau=search.rung_tau,
+            generation=GENERATION if search.deterministic else 0,
+            deadline=time.monotonic() + (search.timeout or math.inf),
+        )
 
-    def _seed_sampler(self, study: optuna.Study, number: int) -> None:
-        """By trial, so that a resumed study draws what an uninterrupted one would."""
-        study.sampler = _sampler(self.search.sampler, self.search.seed * 1_000_003 + number)
+    @property
+    def _settled(self) -> int:
+        """While the temperature falls, accuracy falls with it and ranks nothing."""
+        return min(self.proxy.temperature_epochs + 1, self.proxy.epochs)
 
-    def _train(self, study: optuna.Study, trial: Trial, objective: Objective) -> None:
-        plan = self._new_plan(study, trial)
+    def _pruner(self) -> optuna.pruners.BasePruner:
+        if self.search.pruner == "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=self._settled)
+        return optuna.pruners.NopPruner()
+
+    def _propose(self, study: optuna.Study) -> FrozenTrial:
+        """Ask for a plan on the budget that has not been trained; a neighbour if it has."""
+        known = study.get_trials(deepcopy=False)
+        # One that was asked for and never begun comes first, under its number.
+        left = [t for t in known if t.state == TrialState.RUNNING and LEASE not in t.user_attrs]
+        number = left[0].number if left else sum(t.state != TrialState.WAITING for t in known)
+        # By trial, so that a resumed study draws what an uninterrupted one would.
+        seed = self.search.seed * 1_000_003 + number
+        study.sampler = _sampler(self.search, seed, number)
+        trial = Trial(study, left[0]._trial_id) if left else study.ask()
+        if number == TWIN and self.twin is not None:
+            facts = self._static_facts(self.twin)
+        else:
+            facts = self._plan_facts(trial, known, seed)
+        if "params" not in study.get_trials(deepcopy=False)[trial.number].constraints:
+            trial.set_constraint("params", float(facts["params"] - self.space.allowed))
+        for key, fact in facts.items():
+            trial.set_user_attr(key, fact)
+        return study.get_trials(deepcopy=False)[trial.number]
+
+    def _static_facts(self, twin: Twin) -> dict[str, Any]:
+        return {
+            KIND: STATIC,
+            "fingerprint": f"static {twin.width:g}",
+            "width": twin.width,
+            "params": twin.params,
+            "macs": twin.macs,
+        }
+
+    def _plan_facts(self, trial: Trial, known: Sequence[FrozenTrial], seed: int) -> dict[str, Any]:
+        sample: Sample = self.space.sample(trial)
+        plans = {
+            t.user_attrs.get("fingerprint")
+            for t in known
+            if t.number != trial.number and not is_static(t)
+        }
+        others = self.space.neighbours(sample, seed)
+        for candidate in itertools.chain((sample,), others):
+            plan = self.space.project(candidate)
+            if fingerprint(plan) not in plans:
+                break
+        else:
+            raise SpaceExhausted(
+                f"{len(plans)} plans are trained and no other was found: widen search.space "
+                "(split, cell_ratio, sharing, …) or ask for fewer trials"
+            )
         cost = plan.cost()
-        left_over = study.get_trials(deepcopy=False)[trial.number]
-        if "params" not in left_over.constraints:
-            trial.set_constraint("params", float(cost.params.total - self.space.allowed))
-        facts = {
+        return {
             "fingerprint": fingerprint(plan),
             "groups": plan.groups_to_list(),
             "params": cost.params.total,
             "macs": cost.macs.total,
         }
-        for key, fact in facts.items():
-            trial.set_user_attr(key, fact)
-        self.watcher.start(trial.number, len(_finished(study)), plan)
-        started = time.monotonic()
-        # An interrupted trial has reported its first epochs already.
-        seen = left_over.intermediate_values.keys()
 
-        def report(epoch: int, accuracy: float) -> None:
-            self.watcher.epoch(trial.number, epoch, accuracy)
-            if epoch in seen:
-                return
-            trial.report(accuracy, epoch)
-            # The uniform plan is what the others are compared with: it always finishes.
-            if trial.number > 0 and trial.should_prune():
-                raise optuna.TrialPruned
+    def _job(self, trial: FrozenTrial, rung: int, attempt: int, splits: int) -> Job:
+        phase = phase_of(self.rungs, rung)
+        changes: dict[str, Any] = {"epochs": phase.epochs}
+        if phase.subset is not None:
+            changes["subset"] = phase.subset
+        if phase.resolution is not None:
+            changes["resolution"] = phase.resolution
+        proxy = self.proxy.model_copy(update=changes)
+        arguments = {
+            "recipe": self.recipe.model_copy(update={"plan": None}).model_dump_json(),
+            "groups": trial.user_attrs.get("groups"),
+            "width": trial.user_attrs.get("width"),
+            "proxy": proxy.model_dump_json(),
+            "seed": seed_of(self.search.seed, trial.user_attrs["fingerprint"]),
+            "first": phase.first,
+            "until": self.rungs[rung].epochs,
+            "checkpoint": str(self._checkpoint(trial.number, phase.first)),
+            "splits": splits,
+        }
+        return Job(trial.number, attempt, self._function, arguments, self.proxy.threads)
 
-        try:
-            value = objective(plan, report)
-            if not math.isfinite(value):
-                raise ArithmeticError(f"the score is {value}")
-        except optuna.TrialPruned:
-            epochs = study.get_trials(deepcopy=False)[trial.number].last_step
-            trial.set_user_attr("reason", f"pruned after epoch {epochs}")
-            told = study.tell(trial, state=TrialState.PRUNED)
-        except Exception as error:  # whatever it is, the study goes on and says what it was
-            told = self._failed(study, trial, error)
-        else:
-            trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
-            told = study.tell(trial, value)
-            self._errors.clear()
-        self.watcher.done(told)
+    def _checkpoint(self, number: int, first: int) -> Path:
+        folder = self.directory / CHECKPOINTS
+        folder.mkdir(exist_ok=True)
+        return folder / f"{number}-{first}.pt"
 
-    def _failed(self, study: optuna.Study, trial: Trial, error: Exception) -> FrozenTrial:
-        """Record why; the same error three times in a row is not the plans' fault."""
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        trial.set_user_attr("reason", reason)
-        told = study.tell(trial, state=TrialState.FAIL)
-        if isinstance(error, ArithmeticError):  # a plan that diverges says nothing of the others
-            return told
-        self._errors.append(reason)
-        if self._errors[-_SAME_ERROR:] == [reason] * _SAME_ERROR:
-            self.watcher.done(told)
-            raise StudyFailed(f"{_SAME_ERROR} trials in a row failed with the same error: {reason}")
-        return told
-
-    def _new_plan(self, study: optuna.Study, trial: Trial) -> Plan:
-        """The trial's plan on the budget; a neighbour if it has been trained already."""
-        sample: Sample = self.space.sample(trial)
-        plan = self.space.project(sample)
-        known = {t.user_attrs.get("fingerprint") for t in _finished(study)}
-        seed = self.search.seed * 1_000_003 + trial.number
-        others = (self.space.project(s) for s in self.space.neighbours(sample, seed))
-        for candidate in itertools.chain((plan,), others):
-            if fingerprint(candidate) not in known:
-                return candidate
-        raise SpaceExhausted(
-            f"{len(known)} plans are trained and no other was found: widen search.space (split, "
-            "cell_ratio, sharing, …) or ask for fewer trials"
-        )
+    def _forget(self, number: int) -> None:
+        """A trial is told: it is in the table, and needs no checkpoint."""
+        write_trials(self.directory, _finished(self.study))
+        for path in (self.directory / CHECKPOINTS).glob(f"{number}-*.pt"):
+            path.unlink(missing_ok=True)
 
     def _write_best(self, network: Network, trials: Sequence[FrozenTrial]) -> Path | None:
         """best.yaml: this recipe with the best trial's plan and where it comes from."""
@@ -326,7 +360,7 @@ class Study:
         plan = Plan.from_groups(network, best.user_attrs["groups"])
         recipe = best_recipe(self.recipe, plan, best, trials, self._provenance)
         path = self.directory / BEST
-        uniform = trials[0].values[0] if trials[0].values else None
+        uniform = _score(trials, UNIFORM)
         header = [
             f"The best of {len(trials)} trials: {best.values[0]:.2%} on held-out images"
             + (f" (uniform plan {uniform:.2%})." if uniform is not None else "."),
@@ -335,6 +369,14 @@ class Study:
         ]
         write_recipe(recipe, path, header)
         return path
+
+
+def recipe_of_trial(recipe: Recipe, trial: FrozenTrial) -> Recipe:
+    """The recipe with a trial's plan. Raises SearchError for a trial that has none."""
+    if "groups" not in trial.user_attrs:
+        raise SearchError(f"trial {trial.number} has no plan: {baseline(trial) or 'not begun'}")
+    groups = trial.user_attrs["groups"]
+    return recipe.model_copy(update={"plan": RecipePlan.model_validate({"groups": groups})})
 
 
 def best_recipe(
@@ -353,7 +395,7 @@ def best_recipe(
                 "trial": best.number,
                 "trials": len(trials),
                 "score": best.values[0],
-                "uniform_score": trials[0].values[0] if trials[0].values else None,
+                "uniform_score": _score(trials, UNIFORM),
                 "params": best.user_attrs["params"],
                 "macs": best.user_attrs["macs"],
             },
@@ -361,23 +403,67 @@ def best_recipe(
     )
 
 
+def _score(trials: Sequence[FrozenTrial], number: int) -> float | None:
+    found = next((t for t in trials if t.number == number), None)
+    return found.values[0] if found is not None and found.values else None
+
+
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
 
 
-def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    if name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
+def keeps(number: int) -> bool:
+    """Whether a trial always finishes: the baselines, which the others are compared with."""
+    return number in (UNIFORM, TWIN)
+
+
+def seed_of(study_seed: int, plan: str) -> int:
+    """The seed of a trial's training, by what it trains."""
+    digest = hashlib.sha256(f"{study_seed} {plan}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def _rungs(search: Search, proxy: Proxy) -> tuple[Rung, ...]:
+    """Raises SearchError for rungs that do not end in the full trial."""
+    if search.pruner != "halving":
+        return as_rungs([(proxy.epochs, None, None)])
+    if not search.rungs:
+        least = min(proxy.temperature_epochs + 1, proxy.epochs)
+        epochs = geometric(proxy.epochs, search.eta, least)
+        return as_rungs([(count, None, None) for count in epochs])
+    stops = [(stop.epochs, stop.subset, stop.resolution) for stop in search.rungs]
+    problem = check_rungs(stops, proxy.epochs)
+    if problem is not None:
+        raise SearchError(f"search.rungs: {problem}")
+    return as_rungs(stops)
+
+
+def _sampler(search: Search, seed: int, number: int) -> optuna.samplers.BaseSampler:
+    """The sampler of one trial."""
+    samplers = optuna.samplers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
-
-
-def _pruner(name: str, proxy: Proxy) -> optuna.pruners.BasePruner:
-    # While the temperature falls, accuracy falls with it and ranks nothing.
-    settled = min(proxy.temperature_epochs + 1, proxy.epochs)
-    if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=settled)
-    if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=settled, max_resource=proxy.epochs)
-    return optuna.pruners.NopPruner()
+        if search.sampler == "random":
+            return samplers.RandomSampler(seed=seed)
+        if number < search.startup:
+            # One sequence for the study: its own seed, and a place that the study counts.
+            return samplers.QMCSampler(
+                seed=search.seed,
+                scramble=True,
+                independent_sampler=samplers.RandomSampler(seed=seed),
+                warn_asynchronous_seeding=False,
+                warn_independent_sampling=False,
+            )
+        if search.sampler == "gp":
+            return samplers.GPSampler(
+                seed=seed, n_startup_trials=0, warn_independent_sampling=False
+            )
+        if search.sampler == "nsgaii":
+            return samplers.NSGAIISampler(seed=seed, population_size=GENERATION)
+        return samplers.TPESampler(
+            seed=seed,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            n_startup_trials=0,
+        )

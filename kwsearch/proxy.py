@@ -1,10 +1,14 @@
-"""The short training that scores a plan: seeded, on held-out images."""
+"""The short training that scores a plan: seeded, on held-out images, resumable."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from kwlayers.convert import convert_
 from kwlayers.plan import Plan
 from kwlayers.schedule import TemperatureSchedule
+from kwsearch import checkpoint as checkpoints
 from kwsearch import data
 from kwsearch.recipe import Proxy
 
@@ -73,41 +78,132 @@ def device_of(proxy: Proxy) -> torch.device:
 
 def train(
     make_model: Callable[[], nn.Module],
-    plan: Plan,
+    plan: Plan | None,
     images: ProxyData,
     proxy: Proxy,
     seed: int,
     report: Callable[[int, float], None],
+    *,
+    until: int | None = None,
+    checkpoint: Path | None = None,
+    splits: int = 1,
 ) -> float:
-    """Train the converted network and return its accuracy (0 to 1) on the held-out images.
+    """Train a network and return its accuracy (0 to 1) on the held-out images.
 
+    plan: what the network is converted by; None trains it static, as it is.
     report(epoch, accuracy) is called after each epoch, counted from 1, and may raise to stop.
-    On the CPU and with as many threads, the same seed gives the same run. Raises Diverged.
+    until: the last epoch, if not `proxy.epochs`; the schedules span `proxy.epochs` all the same.
+    checkpoint: written after each epoch, before its report; if the file exists, the run goes on
+    from it and the epochs it holds are not reported again. An unreadable file is overwritten.
+    splits: micro-batches per batch, to save memory. Their gradients add up to the batch's, except
+    that batch norms see a micro-batch.
+
+    On the CPU and with as many threads, the same seed gives the same run, whatever interrupts it
+    and wherever it stops. Raises Diverged, checkpoint.CheckpointError for a file of another run,
+    and OSError if the checkpoint cannot be written.
     """
+    last = proxy.epochs if until is None else until
+    assert 1 <= last <= proxy.epochs, (until, proxy.epochs)
     torch.manual_seed(seed)
     device = device_of(proxy)
-    model = convert_(make_model(), plan).to(device)
+    model = make_model()
+    if plan is not None:
+        convert_(model, plan)
     images = _to(images, device)
-    steps = len(_batch_sizes(images, proxy))
-    optimizer = _optimizer(model, proxy)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(proxy.epochs * steps))
-    temperature = TemperatureSchedule(model, proxy.temperature_epochs, steps)
-    order = torch.Generator().manual_seed(seed)
-    accuracy = 0.0
-    for epoch in range(1, proxy.epochs + 1):
-        model.train()
-        for x, y in _batches(images, proxy, order):
-            temperature.step()
-            loss = F.cross_entropy(model(x), y)
-            if not math.isfinite(loss.item()):
-                raise Diverged(f"the loss became {loss.item()} in epoch {epoch}")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            rates.step()
-        accuracy = evaluate(model, images, proxy.batch_size)
-        report(epoch, accuracy)
-    return accuracy
+    run = _Run(model.to(device), images, proxy, seed, dynamic=plan is not None)
+    key = _key(model, plan, proxy, seed)
+    if checkpoint is not None and (state := checkpoints.load(checkpoint, key)) is not None:
+        run.load_state_dict(state)
+    for epoch in range(len(run.accuracies) + 1, last + 1):
+        run.train_epoch(splits)
+        run.accuracies.append(evaluate(model, images, proxy.batch_size))
+        if checkpoint is not None:
+            checkpoints.save(checkpoint, key, run.state_dict())
+        report(epoch, run.accuracies[-1])
+    return run.accuracies[last - 1]
+
+
+class _Run:
+    """A network in training, with all that changes from epoch to epoch."""
+
+    def __init__(
+        self, model: nn.Module, images: ProxyData, proxy: Proxy, seed: int, *, dynamic: bool
+    ) -> None:
+        self.model = model
+        self.images = images
+        self.proxy = proxy
+        steps = len(_batch_sizes(images, proxy))
+        self.optimizer = _optimizer(model, proxy)
+        self.rates = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, _cosine(proxy.epochs * steps)
+        )
+        self.temperature = (
+            TemperatureSchedule(model, proxy.temperature_epochs, steps) if dynamic else None
+        )
+        self.order = torch.Generator().manual_seed(seed)
+        self.accuracies: list[float] = []
+
+    def train_epoch(self, splits: int) -> None:
+        """Raises Diverged."""
+        self.model.train()
+        for x, y in _batches(self.images, self.proxy, self.order):
+            if self.temperature is not None:
+                self.temperature.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            sizes = micro_batch_sizes(len(y), splits)
+            for part, labels in zip(torch.split(x, sizes), torch.split(y, sizes), strict=True):
+                loss = F.cross_entropy(self.model(part), labels) * (len(labels) / len(y))
+                if not math.isfinite(loss.item()):
+                    epoch = len(self.accuracies) + 1
+                    raise Diverged(f"the loss became {loss.item()} in epoch {epoch}")
+                loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.rates.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on bit for bit."""
+        cuda = self.images.mean.device.type == "cuda"
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rates": self.rates.state_dict(),
+            "temperature": None if self.temperature is None else self.temperature.state_dict(),
+            "order": self.order.get_state(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state() if cuda else None,
+            "accuracies": self.accuracies,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rates.load_state_dict(state["rates"])
+        if self.temperature is not None:
+            self.temperature.load_state_dict(state["temperature"])
+        self.order.set_state(state["order"])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["random_cuda"])
+        self.accuracies = state["accuracies"]
+
+
+def _key(model: nn.Module, plan: Plan | None, proxy: Proxy, seed: int) -> str:
+    """The same for runs that one checkpoint can serve. Threads and device only change rounding."""
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    groups = None if plan is None else plan.groups_to_list()
+    what = [shapes, groups, proxy.model_dump(exclude={"threads", "device"}), seed]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def micro_batch_sizes(batch: int, splits: int) -> list[int]:
+    """As even as can be; fewer than `splits` if one would hold a single image.
+
+    Batch norms cannot train on one.
+    """
+    parts = min(splits, max(batch // 2, 1))
+    size, larger = divmod(batch, parts)
+    return [size + 1] * larger + [size] * (parts - larger)
 
 
 @torch.no_grad()

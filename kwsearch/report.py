@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kwlayers.cost import LayerCost, warehouse_params
 from kwlayers.families import recognise
 from kwlayers.plan import Group, Plan
+from kwsearch.trials import REASON, TWIN, UNIFORM, baseline, is_static
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -290,7 +291,7 @@ def recount_lines(checks: Sequence[Recount]) -> list[str]:
 
 
 def trials_table(trials: Sequence[FrozenTrial]) -> Table:
-    """One line per trial, the best first; trial 0 is the uniform plan."""
+    """One line per trial, the best first."""
     table = _table(
         ("trial", "result"),
         ("held-out accuracy", "parameters", "MACs", "seconds"),
@@ -301,8 +302,8 @@ def trials_table(trials: Sequence[FrozenTrial]) -> Table:
         cells = [str(group["num_cells"]) for group in attrs.get("groups", ())]
         shown = " ".join(cells) if len(cells) <= 8 else f"{' '.join(cells[:6])} … {cells[-1]}"
         table.add_row(
-            f"{trial.number} (uniform)" if trial.number == 0 else str(trial.number),
-            attrs.get("reason", trial.state.name.lower()),
+            str(trial.number) if (name := baseline(trial)) is None else f"{trial.number} ({name})",
+            _result(trial),
             f"{trial.values[0]:.2%}" if trial.values else "",
             f"{attrs['params']:,}" if "params" in attrs else "",
             f"{attrs['macs']:,}" if "macs" in attrs else "",
@@ -325,20 +326,23 @@ def verdict_lines(result: Result) -> list[str]:
         return ["no trial finished: nothing to choose"]
     score, images = best.values[0], result.held_out
     lines = [f"best: trial {best.number}, {score:.2%} on {images} held-out images"]
-    uniform = result.trials[0]
-    if best.number == 0:
-        lines.append("    the uniform plan: no other trial did better")
-    elif uniform.values:
-        gap = score - uniform.values[0]
-        error = (
-            (score * (1 - score) + uniform.values[0] * (1 - uniform.values[0])) / images
-        ) ** 0.5
-        verdict = "within" if gap < 2 * error else "beyond"
+    if best.number == UNIFORM:
+        lines.append("    the uniform plan: no other plan did better")
+    for number, name in ((UNIFORM, "uniform plan"), (TWIN, "static network of as many parameters")):
+        other = result.trial(number)
+        if other is None or not other.values or number == best.number:
+            continue
+        if number == TWIN and not is_static(other):
+            continue
+        gap = score - other.values[0]
+        error = ((score * (1 - score) + other.values[0] * (1 - other.values[0])) / images) ** 0.5
+        verdict = "within" if abs(gap) < 2 * error else "beyond"
         lines.append(
-            f"    {gap * 100:+.2f} points over the uniform plan; {verdict} two standard errors "
-            f"({2 * error * 100:.2f} points) of so few images and one seed, and the best of "
-            f"{len(result.trials)} trials is in part the luckiest"
+            f"    {gap * 100:+.2f} points against the {name}; {verdict} two standard errors "
+            f"({2 * error * 100:.2f} points) of so few images and one seed"
         )
+    if len(result.trials) > 2:
+        lines.append(f"    the best of {len(result.trials)} trials is in part the luckiest")
     if result.best_path is not None:
         lines.append(f"wrote {result.best_path}")
     return lines
@@ -351,17 +355,51 @@ def result_json(result: Result) -> dict[str, Any]:
         "best": best.number if best else None,
         "best_recipe": str(result.best_path) if result.best_path else None,
         "held_out": result.held_out,
-        "trials": [
-            {
-                "number": trial.number,
-                "state": trial.state.name.lower(),
-                "score": trial.values[0] if trial.values else None,
-                "epochs": trial.intermediate_values,
-                **trial.user_attrs,
-            }
-            for trial in result.trials
-        ],
+        "trials": [trial_json(trial) for trial in result.trials],
     }
+
+
+def trial_json(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial for `--json`."""
+    return {
+        "number": trial.number,
+        "state": trial.state.name.lower(),
+        "score": trial.values[0] if trial.values else None,
+        "epochs": trial.intermediate_values,
+        "choices": trial.params,
+        **trial.user_attrs,
+    }
+
+
+def trial_lines(trial: FrozenTrial) -> list[str]:
+    """What one trial is, how it went and what was chosen for it."""
+    attrs = trial.user_attrs
+    name = baseline(trial)
+    lines = [f"trial {trial.number}{f' ({name})' if name else ''}: {_result(trial)}"]
+    if trial.values:
+        lines[0] += f", {trial.values[0]:.2%}"
+    if "params" in attrs:
+        lines.append(f"{attrs['params']:,} parameters, {attrs['macs']:,} MACs")
+    if "seconds" in attrs:
+        lines.append(f"{attrs['seconds']:,.1f} s, attempt {attrs['lease']['attempt']}")
+    if trial.intermediate_values:
+        values = (f"{step}: {value:.2%}" for step, value in trial.intermediate_values.items())
+        lines.append(f"accuracy by epoch  {'  '.join(values)}")
+    for key, value in trial.params.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        lines.append(f"    {key} = {shown}")
+    for group in attrs.get("groups", ()):
+        cell = "x".join(map(str, group["cell"]))
+        layers = len(group["layers"])
+        lines.append(
+            f"    {group['name']}: n = {group['num_cells']} cells of {cell}, {layers} layers"
+        )
+    return lines
+
+
+def _result(trial: FrozenTrial) -> str:
+    found: str = trial.user_attrs.get(REASON, trial.state.name.lower())
+    return found
 
 
 def plain(text: str) -> str:

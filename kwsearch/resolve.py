@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def create_model(recipe: Recipe) -> nn.Module:
-    """The recipe's static model, on the current device."""
-    return build_model(recipe.model.name, recipe.input, recipe.model.num_classes)
+def create_model(recipe: Recipe, width: float | None = None) -> nn.Module:
+    """The recipe's static model, on the current device; scaled to `width` if given."""
+    return build_model(recipe.model.name, recipe.input, recipe.model.num_classes, width)
 
 
 def network_of(recipe: Recipe) -> Network:

@@ -1,20 +1,28 @@
 """The folder of a study: its files, whose it is, and one process at a time.
 
-study.journal is Optuna's journal, recipe.yaml the recipe with its overrides, best.yaml the result.
+study.journal is Optuna's journal, recipe.lock.yaml the recipe with overrides and defaults filled
+in, trials.csv a table, events.ndjson what happened, best.yaml the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
 from kwsearch.recipe import Proxy, Recipe, Search, load_recipe, write_recipe
+from kwsearch.trials import REASON, SECONDS, baseline
 
-JOURNAL, RECIPE, BEST = "study.journal", "recipe.yaml", "best.yaml"
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+JOURNAL, RECIPE, BEST = "study.journal", "recipe.lock.yaml", "best.yaml"
+CHECKPOINTS, TRIALS, EVENTS, LOCK = "checkpoints", "trials.csv", "events.ndjson", "driver.lock"
 
 
 class SearchError(ValueError):
@@ -34,7 +42,8 @@ def prepare(directory: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | N
         if changed := _changes(begun, recipe):
             raise SearchError(
                 f"{directory} holds a study of another recipe ({', '.join(changed)} differ): "
-                "only search.trials and search.timeout may change; use another --run-dir"
+                "only search.trials, search.timeout and search.workers may change; use another "
+                "--run-dir"
             )
         return dict(begun.provenance)
     return None
@@ -42,8 +51,40 @@ def prepare(directory: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | N
 
 def write_down(directory: Path, recipe: Recipe, provenance: Mapping[str, Any]) -> None:
     """Keep the recipe of the study, with where it comes from."""
-    noted = recipe.model_copy(update={"provenance": dict(provenance)})
-    write_recipe(noted, directory / RECIPE, ["The recipe of this study, overrides applied."])
+    filled = {
+        "search": (recipe.search or Search()).model_dump(),
+        "proxy": (recipe.proxy or Proxy()).model_dump(),
+        "provenance": dict(provenance),
+    }
+    locked = Recipe.model_validate({**recipe.to_dict(), **filled})
+    write_recipe(
+        locked, directory / RECIPE, ["The recipe of this study: overrides and defaults filled in."]
+    )
+
+
+def write_trials(directory: Path, trials: Sequence[FrozenTrial]) -> None:
+    """trials.csv: a line per finished trial, the columns of the search space last."""
+    chosen = sorted({key for trial in trials for key in trial.params})
+    facts = ["params", "macs", SECONDS, "fingerprint", REASON]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["trial", "kind", "state", "accuracy", "epochs", *facts, *chosen])
+    for trial in trials:
+        writer.writerow(
+            [
+                trial.number,
+                baseline(trial) or "",
+                trial.state.name.lower(),
+                trial.values[0] if trial.values else "",
+                trial.last_step or 0,
+                *(trial.user_attrs.get(fact, "") for fact in facts),
+                *(trial.params.get(key, "") for key in chosen),
+            ]
+        )
+    path = directory / TRIALS
+    partial = path.with_suffix(".partial")
+    partial.write_text(text.getvalue(), encoding="utf-8")
+    partial.replace(path)
 
 
 def _changes(before: Recipe, now: Recipe) -> list[str]:
@@ -52,7 +93,7 @@ def _changes(before: Recipe, now: Recipe) -> list[str]:
     def essence(recipe: Recipe) -> dict[str, Any]:
         search = recipe.search or Search()
         data = recipe.model_dump(exclude={"provenance", "training", "plan"})
-        data["search"] = search.model_dump(exclude={"trials", "timeout"})
+        data["search"] = search.model_dump(exclude={"trials", "timeout", "workers"})
         data["proxy"] = (recipe.proxy or Proxy()).model_dump()
         return data
 
@@ -64,7 +105,7 @@ def _changes(before: Recipe, now: Recipe) -> list[str]:
 def sole_driver(directory: Path) -> Iterator[None]:
     """Refuse a second process on the same study."""
     directory.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(directory / "driver.lock")
+    lock = filelock.FileLock(directory / LOCK)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:

@@ -14,6 +14,9 @@ COMMANDS = {
     "budget": "Exact parameters and MACs of a model under a budget.",
     "models": "The models that kwsearch knows by name.",
     "optimize": "Search n, cells and sharing under the recipe's budget.",
+    "show": "One trial of a study, and its recipe.",
+    "status": "How far a study is, also while it runs.",
+    "trials": "The table of a study's trials.",
     "schema": "Print the JSON Schema of a recipe.",
     "validate": "Check a recipe and list every problem.",
 }

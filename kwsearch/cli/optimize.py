@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from optuna.trial import FrozenTrial
 
-    from kwlayers.plan import Plan
     from kwsearch.optimize import Result
 
 
@@ -27,20 +26,30 @@ if TYPE_CHECKING:
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds; no new trial after."
 )
+@click.option("--workers", type=click.IntRange(min=1), help="Trials at a time.")
+@click.option(
+    "--deterministic", is_flag=True, help="The same trials and the same best with any --workers."
+)
 @click.option("--resume", is_flag=True, help="Go on with the study in the run directory.")
 @click.option(
     "--run-dir",
     type=click.Path(file_okay=False, path_type=Path),
     help="Where the study lives.  [default: runs/RECIPE]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress; only the result.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print events as lines of JSON, the result last."
+)
 def command(
     recipe: str,
     overrides: tuple[str, ...],
     trials: int | None,
     timeout: float | None,
+    workers: int | None,
+    deterministic: bool,
     resume: bool,
     run_dir: Path | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Search n, cells, sharing and split under the budget of RECIPE.
@@ -60,6 +69,10 @@ def command(
         settings.append(f"search.trials={trials}")
     if timeout is not None:
         settings.append(f"search.timeout={timeout}")
+    if workers is not None:
+        settings.append(f"search.workers={workers}")
+    if deterministic:
+        settings.append("search.deterministic=true")
     loaded = load_recipe(recipe, settings)
     directory = run_dir or Path("runs") / Path(recipe).stem
 
@@ -69,8 +82,11 @@ def command(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     command_line = shlex.join(["kwsearch", *sys.argv[1:]])
-    with _Progress() as progress:
-        study = Study(loaded, directory, resume=resume, watcher=progress, command=command_line)
+    echo = click.echo if as_json else None
+    with _Progress(quiet) as progress:
+        study = Study(
+            loaded, directory, resume=resume, watcher=progress, command=command_line, echo=echo
+        )
         progress.bar.update(progress.task, total=study.search.trials)
         progress.say(
             f"{loaded.model.name} on {study.proxy.data}: {study.search.trials} trials, "
@@ -92,7 +108,7 @@ def command(
 class _Progress:
     """A bar on a terminal, plain lines elsewhere; both on stderr."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -103,7 +119,7 @@ class _Progress:
             TimeRemainingColumn,
         )
 
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
         self.best: tuple[float, int] | None = None
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -128,9 +144,13 @@ class _Progress:
 
         if (best := best_of(trials)) is not None:
             self.best = (best.values[0], best.number)
+        self.bar.update(self.task, completed=len(trials))
 
-    def start(self, number: int, finished: int, plan: Plan) -> None:
-        self._describe(number, "…", finished)
+    def start(self, trial: FrozenTrial, attempt: int, until: int) -> None:
+        self._describe(trial.number, "…")
+
+    def pause(self, number: int, step: int, accuracy: float) -> None:
+        self.say(f"trial {number}: {accuracy:.2%} after epoch {step}, waits")
 
     def epoch(self, number: int, epoch: int, accuracy: float) -> None:
         self._describe(number, f"epoch {epoch} {accuracy:.1%}")
@@ -138,24 +158,26 @@ class _Progress:
     def done(self, trial: FrozenTrial) -> None:
         from optuna.trial import TrialState
 
+        from kwsearch.trials import baseline, is_static
+
         if trial.state == TrialState.COMPLETE:
             accuracy = trial.values[0]
             text = f"{accuracy:.2%}"
-            if self.best is None or accuracy > self.best[0]:
+            if not is_static(trial) and (self.best is None or accuracy > self.best[0]):
                 self.best = (accuracy, trial.number)
                 text += "  best so far"
         else:
             text = trial.user_attrs.get("reason", trial.state.name.lower())
-        self.say(f"trial {trial.number}: {text}")
+        name = baseline(trial)
+        self.say(f"trial {trial.number}{f' ({name})' if name else ''}: {text}")
         self.bar.advance(self.task)
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False)
 
-    def _describe(self, number: int, text: str, finished: int | None = None) -> None:
+    def _describe(self, number: int, text: str) -> None:
         best = f", best {self.best[0]:.1%} (trial {self.best[1]})" if self.best else ""
-        changes: dict[str, Any] = {} if finished is None else {"completed": finished}
-        self.bar.update(self.task, description=f"trial {number} {text}{best}", **changes)
+        self.bar.update(self.task, description=f"trial {number} {text}{best}")
 
 
 def _print(result: Result) -> None:
@@ -172,4 +194,4 @@ def _print_json(result: Result) -> None:
 
     from kwsearch import report
 
-    click.echo(json.dumps(report.result_json(result), indent=2))
+    click.echo(json.dumps({"event": "result", **report.result_json(result)}))

@@ -197,6 +197,12 @@ class RecipePlan(_Section):
         return groups
 
 
+class Limits(_Section):
+    """What no plan of the search may exceed, besides the budget."""
+
+    macs: Count | None = Field(default=None, description="MACs of one image, e.g. 1.8G")
+
+
 class Space(_Section):
     """What the search may vary. An empty list keeps the method's value."""
 
@@ -205,17 +211,46 @@ class Space(_Section):
         description="how far a warehouse's ratio may be from the common one, as a factor "
         "either way; 1 is the same everywhere",
     )
+    tolerance: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, lt=1)] = Field(
+        default=0.01,
+        description="how far below the budget a plan's parameters may be, as a part of it",
+    )
     cell_ratio: Annotated[tuple[CellRatio, ...], UNIQUE, DISTINCT] = Field(
         default=(), description="cell ratios to try"
     )
     sharing: Annotated[tuple[SharingRule, ...], UNIQUE, DISTINCT] = Field(
         default=(), description="sharing rules to try"
     )
+    sharing_by_stage: Bool = Field(
+        default=False, description="choose among the sharing rules for each stage on its own"
+    )
     reduction: Annotated[tuple[Portion, ...], UNIQUE, DISTINCT] = Field(
         default=(), description="reductions to try"
     )
     basis_ratio: Annotated[tuple[Portion, ...], UNIQUE, DISTINCT] = Field(
         default=(), description="basis ratios to try"
+    )
+    spatial_partition: Annotated[tuple[Bool, ...], UNIQUE, DISTINCT] = Field(
+        default=(), description="ways to cut kernels to try: into 1x1 cells (true) or not"
+    )
+    keep_static: Annotated[tuple[tuple[Text, ...], ...], UNIQUE, DISTINCT] = Field(
+        default=(),
+        description="layers to try as static: lists of glob patterns over layer names; none "
+        "is always tried",
+    )
+    temperature_epochs: Annotated[tuple[NotNegative, ...], UNIQUE, DISTINCT] = Field(
+        default=(), description="epochs of falling temperature to try, besides the proxy's"
+    )
+    limits: Limits = Field(default=Limits(), description="what no plan may exceed")
+
+
+class RungStop(_Section):
+    """Where trials stop: after so many epochs on these images. The last is the full trial."""
+
+    epochs: AtLeast1 = Field(description="epochs; on other images than the rung before, anew")
+    subset: AtLeast1 | None = Field(default=None, description="examples; null is the proxy's")
+    resolution: AtLeast4 | None = Field(
+        default=None, description="side of the images; null is the proxy's"
     )
 
 
@@ -229,9 +264,37 @@ class Search(_Section):
     seed: Annotated[int, Field(strict=True, ge=0, le=2**32 - 1), WHOLE] = Field(
         default=0, description="seed of the sampler"
     )
-    sampler: Literal["tpe", "random"] = Field(default="tpe", description="how trials are proposed")
-    pruner: Literal["median", "hyperband", "none"] = Field(
-        default="median", description="how hopeless trials are stopped"
+    sampler: Literal["tpe", "gp", "nsgaii", "random"] = Field(
+        default="tpe", description="how trials are proposed"
+    )
+    startup: NotNegative = Field(
+        default=8, description="trials spread evenly over the space before the sampler takes over"
+    )
+    pruner: Literal["halving", "median", "none"] = Field(
+        default="halving",
+        description="how hopeless trials are stopped: at rungs, from which the best go on; or "
+        "for good, below the median of the others",
+    )
+    eta: Annotated[int, Field(strict=True, ge=2), WHOLE] = Field(
+        default=3, description="1/eta of the trials at a rung go on"
+    )
+    rungs: tuple[RungStop, ...] = Field(
+        default=(),
+        description="where trials stop, in order; empty is the proxy's epochs divided by eta, "
+        "and again while the temperature is at 0",
+    )
+    calibration: NotNegative = Field(
+        default=6, description="first trials that are never stopped: they show how rungs rank"
+    )
+    rung_tau: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1, le=1)] = Field(
+        default=0.3,
+        description="Kendall's tau to the full length from which on a rung may stop trials",
+    )
+    workers: AtLeast1 = Field(default=1, description="trials at a time, each its own process")
+    deterministic: bool = Field(
+        default=False,
+        description="the same trials whatever the number of workers: asked for in generations of "
+        "8, rungs decided when a generation has arrived",
     )
     space: Space = Field(default=Space(), description="what the search may vary")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,14 +68,15 @@ def get(name: str) -> ZooModel:
     raise UnknownModelError(f"unknown model {name!r}: {hint}the zoo has {', '.join(MODELS)}")
 
 
-def create(name: str, **kwargs: int) -> torch.nn.Module:
+def create(name: str, *, width: float = 1.0, **kwargs: int) -> torch.nn.Module:
     """Build the model ``name`` with fresh weights.
 
     ``num_classes`` and ``in_channels`` are accepted everywhere, ``img_size`` (the side of the
-    square input) by deit_tiny. Under ``torch.device("meta")`` only the structure is built.
+    square input) by deit_tiny. ``width`` scales every model's channels, each to a whole number
+    of at least 1. Under ``torch.device("meta")`` only the structure is built.
 
     Raises `UnknownModelError`, `TypeError` for an option the model does not have, and
-    `ValueError` for a value that is not a positive integer.
+    `ValueError` for a value that is not a positive integer (``width``: a positive number).
     """
     entry = get(name)
     unknown = [option for option in kwargs if option not in entry.options]
@@ -86,8 +88,10 @@ def create(name: str, **kwargs: int) -> torch.nn.Module:
     for option, value in kwargs.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: {option} must be a positive integer, not {value!r}")
+    if not 0 < width < math.inf:
+        raise ValueError(f"{name}: width must be a positive number, not {width!r}")
     build = getattr(importlib.import_module(entry.module), name)
-    model: torch.nn.Module = build(**kwargs)
+    model: torch.nn.Module = build(**kwargs, width=width)
     return model
 
 

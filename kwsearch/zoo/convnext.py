@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kwsearch.zoo.width import scaled
+
 __all__ = ["ConvNeXt", "convnext_tiny"]
 
 _EPS = 1e-6
@@ -123,5 +125,6 @@ class ConvNeXt(nn.Module):
         return out
 
 
-def convnext_tiny(num_classes: int = 1000, in_channels: int = 3) -> ConvNeXt:
-    return ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768), num_classes, in_channels)
+def convnext_tiny(num_classes: int = 1000, in_channels: int = 3, width: float = 1.0) -> ConvNeXt:
+    widths = tuple(scaled(channels, width) for channels in (96, 192, 384, 768))
+    return ConvNeXt((3, 3, 9, 3), widths, num_classes, in_channels)

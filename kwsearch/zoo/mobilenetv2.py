@@ -1,7 +1,7 @@
 """MobileNetV2: Sandler et al., "Inverted Residuals and Linear Bottlenecks", arXiv:1801.04381.
 
 Module names are timm's, so that its weights load. The 1280 channels of the head do not shrink
-with the width, as the paper asks for widths below 1.
+with the width, as the paper asks for multipliers below 1; above 1 they grow.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kwsearch.zoo.width import scaled
 
 __all__ = ["MobileNetV2", "mobilenetv2_050", "mobilenetv2_100"]
 
@@ -89,17 +91,28 @@ def _init_weights(module: nn.Module) -> None:
 
 
 class MobileNetV2(nn.Module):
-    """x: (B, in_channels, H, W)  out: (B, num_classes)"""
+    """x: (B, in_channels, H, W)  out: (B, num_classes)
 
-    def __init__(self, width: float, num_classes: int = 1000, in_channels: int = 3) -> None:
+    ``multiplier`` is the paper's, in steps of eight channels; ``width`` scales the result, in
+    steps of one.
+    """
+
+    def __init__(
+        self,
+        multiplier: float,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        width: float = 1.0,
+    ) -> None:
         super().__init__()
-        stem = _make_divisible(32 * width)
-        channels = _make_divisible(16 * width)
+        stem = scaled(_make_divisible(32 * multiplier), width)
+        channels = scaled(_make_divisible(16 * multiplier), width)
+        head = scaled(_HEAD, max(multiplier * width, 1.0))
         self.conv_stem = nn.Conv2d(in_channels, stem, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         stages = [nn.Sequential(SeparableBlock(stem, channels))]
         for full_width, repeats, first_stride in _STAGES:
-            out_channels = _make_divisible(full_width * width)
+            out_channels = scaled(_make_divisible(full_width * multiplier), width)
             blocks = []
             for index in range(repeats):
                 stride = first_stride if index == 0 else 1
@@ -107,9 +120,9 @@ class MobileNetV2(nn.Module):
                 channels = out_channels
             stages.append(nn.Sequential(*blocks))
         self.blocks = nn.Sequential(*stages)
-        self.conv_head = _pointwise(channels, _HEAD)
-        self.bn2 = nn.BatchNorm2d(_HEAD)
-        self.classifier = nn.Linear(_HEAD, num_classes)
+        self.conv_head = _pointwise(channels, head)
+        self.bn2 = nn.BatchNorm2d(head)
+        self.classifier = nn.Linear(head, num_classes)
         self.apply(_init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,9 +133,13 @@ class MobileNetV2(nn.Module):
         return out
 
 
-def mobilenetv2_050(num_classes: int = 1000, in_channels: int = 3) -> MobileNetV2:
-    return MobileNetV2(0.5, num_classes, in_channels)
+def mobilenetv2_050(
+    num_classes: int = 1000, in_channels: int = 3, width: float = 1.0
+) -> MobileNetV2:
+    return MobileNetV2(0.5, num_classes, in_channels, width)
 
 
-def mobilenetv2_100(num_classes: int = 1000, in_channels: int = 3) -> MobileNetV2:
-    return MobileNetV2(1.0, num_classes, in_channels)
+def mobilenetv2_100(
+    num_classes: int = 1000, in_channels: int = 3, width: float = 1.0
+) -> MobileNetV2:
+    return MobileNetV2(1.0, num_classes, in_channels, width)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kwsearch.zoo.width import scaled
+
 __all__ = ["CifarResNet", "ResNet", "resnet18", "resnet20", "resnet34", "resnet50", "resnet101"]
 
 
@@ -101,16 +103,18 @@ class ResNet(nn.Module):
         depths: tuple[int, int, int, int],
         num_classes: int = 1000,
         in_channels: int = 3,
+        width: float = 1.0,
     ) -> None:
         super().__init__()
+        w1, w2, w3, w4 = (scaled(channels, width) for channels in (64, 128, 256, 512))
         wide = block.expansion
-        self.conv1 = _conv(in_channels, 64, 7, stride=2)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = _stage(block, 64, 64, depths[0], stride=1)
-        self.layer2 = _stage(block, 64 * wide, 128, depths[1], stride=2)
-        self.layer3 = _stage(block, 128 * wide, 256, depths[2], stride=2)
-        self.layer4 = _stage(block, 256 * wide, 512, depths[3], stride=2)
-        self.fc = nn.Linear(512 * wide, num_classes)
+        self.conv1 = _conv(in_channels, w1, 7, stride=2)
+        self.bn1 = nn.BatchNorm2d(w1)
+        self.layer1 = _stage(block, w1, w1, depths[0], stride=1)
+        self.layer2 = _stage(block, w1 * wide, w2, depths[1], stride=2)
+        self.layer3 = _stage(block, w2 * wide, w3, depths[2], stride=2)
+        self.layer4 = _stage(block, w3 * wide, w4, depths[3], stride=2)
+        self.fc = nn.Linear(w4 * wide, num_classes)
         self.apply(_init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,14 +132,17 @@ class CifarResNet(nn.Module):
     x: (B, in_channels, H, W)  out: (B, num_classes)
     """
 
-    def __init__(self, depth: int, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self, depth: int, num_classes: int = 10, in_channels: int = 3, width: float = 1.0
+    ) -> None:
         super().__init__()
-        self.conv1 = _conv(in_channels, 16, 3)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(BasicBlock, 16, 16, depth, stride=1)
-        self.layer2 = _stage(BasicBlock, 16, 32, depth, stride=2)
-        self.layer3 = _stage(BasicBlock, 32, 64, depth, stride=2)
-        self.fc = nn.Linear(64, num_classes)
+        w1, w2, w3 = (scaled(channels, width) for channels in (16, 32, 64))
+        self.conv1 = _conv(in_channels, w1, 3)
+        self.bn1 = nn.BatchNorm2d(w1)
+        self.layer1 = _stage(BasicBlock, w1, w1, depth, stride=1)
+        self.layer2 = _stage(BasicBlock, w1, w2, depth, stride=2)
+        self.layer3 = _stage(BasicBlock, w2, w3, depth, stride=2)
+        self.fc = nn.Linear(w3, num_classes)
         self.apply(_init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,21 +152,21 @@ class CifarResNet(nn.Module):
         return out
 
 
-def resnet18(num_classes: int = 1000, in_channels: int = 3) -> ResNet:
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_channels)
+def resnet18(num_classes: int = 1000, in_channels: int = 3, width: float = 1.0) -> ResNet:
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_channels, width)
 
 
-def resnet34(num_classes: int = 1000, in_channels: int = 3) -> ResNet:
-    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, in_channels)
+def resnet34(num_classes: int = 1000, in_channels: int = 3, width: float = 1.0) -> ResNet:
+    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, in_channels, width)
 
 
-def resnet50(num_classes: int = 1000, in_channels: int = 3) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_channels)
+def resnet50(num_classes: int = 1000, in_channels: int = 3, width: float = 1.0) -> ResNet:
+    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_channels, width)
 
 
-def resnet101(num_classes: int = 1000, in_channels: int = 3) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, in_channels)
+def resnet101(num_classes: int = 1000, in_channels: int = 3, width: float = 1.0) -> ResNet:
+    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, in_channels, width)
 
 
-def resnet20(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
-    return CifarResNet(3, num_classes, in_channels)
+def resnet20(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> CifarResNet:
+    return CifarResNet(3, num_classes, in_channels, width)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kwsearch.zoo.width import scaled
+
 __all__ = ["VisionTransformer", "deit_tiny"]
 
 _EPS = 1e-6
@@ -129,12 +131,13 @@ class VisionTransformer(nn.Module):
 
 
 def deit_tiny(
-    num_classes: int = 1000, in_channels: int = 3, img_size: int = 224
+    num_classes: int = 1000, in_channels: int = 3, img_size: int = 224, width: float = 1.0
 ) -> VisionTransformer:
+    num_heads = 3
     return VisionTransformer(
-        dim=192,
+        dim=num_heads * scaled(64, width),
         depth=12,
-        num_heads=3,
+        num_heads=num_heads,
         img_size=img_size,
         num_classes=num_classes,
         in_channels=in_channels,

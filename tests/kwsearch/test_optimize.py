@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -18,10 +19,14 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from kwlayers.plan import Plan, PlanError
+from kwlayers.plan import Network, Plan, PlanError
 from kwsearch import optimize
+from kwsearch.executors import Cancelled, Event, Failed, Finished, Job, Reported
+from kwsearch.executors.local import LocalExecutor
 from kwsearch.recipe import Recipe, load_recipe, parse_recipe
+from kwsearch.resolve import network_of
 from kwsearch.space import fingerprint
+from kwsearch.trials import is_static
 
 TEXT = """
 format: 1
@@ -39,9 +44,11 @@ class Quiet:
         self.said: list[str] = []
         self.finished: list[FrozenTrial] = []
 
-    def start(self, number: int, finished: int, plan: Plan) -> None: ...
+    def start(self, trial: FrozenTrial, attempt: int, until: int) -> None: ...
 
-    def epoch(self, number: int, epoch: int, accuracy: float) -> None: ...
+    def epoch(self, number: int, step: int, accuracy: float) -> None: ...
+
+    def pause(self, number: int, step: int, accuracy: float) -> None: ...
 
     def done(self, trial: FrozenTrial) -> None:
         self.finished.append(trial)
@@ -50,6 +57,75 @@ class Quiet:
         self.said.append(message)
 
     def known(self, trials: list[FrozenTrial]) -> None: ...
+
+
+Objective = Callable[[Plan, Callable[[int, float], None]], float]
+
+
+class Inline:
+    """Runs one job at a time, here, with an objective in place of the training."""
+
+    capacity = 1
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.job: Job | None = None
+        self.events: list[Event] = []
+        self.interrupt: KeyboardInterrupt | None = None
+
+    @property
+    def running(self) -> int:
+        return int(self.job is not None)
+
+    def submit(self, job: Job) -> None:
+        assert self.job is None
+        self.job = job
+
+    def wait(self, timeout: float | None) -> list[Event]:
+        assert self.job is not None
+        if not self.events and not self.interrupt:
+            self.run(self.job)
+        if self.interrupt and not self.events:
+            raise self.interrupt
+        event = self.events.pop(0)
+        if isinstance(event, (Finished, Failed, Cancelled)):
+            self.job = None
+        return [event]
+
+    def run(self, job: Job) -> None:
+        key = job.trial, job.attempt
+        groups = job.arguments["groups"]
+        if groups is None:  # the static twin
+            self.events = [Finished(*key, 0.4)]
+            return
+        plan = Plan.from_groups(network(job.arguments["recipe"]), groups)
+
+        def report(step: int, value: float) -> None:
+            if step <= job.arguments["until"]:
+                self.events.append(Reported(*key, step, value))
+
+        try:
+            self.events.append(Finished(*key, self.objective(plan, report)))
+        except KeyboardInterrupt as interrupt:
+            self.interrupt = interrupt
+        except Exception as error:
+            kind = "diverged" if isinstance(error, ArithmeticError) else "error"
+            self.events.append(Failed(*key, kind, f"{type(error).__name__}: {error}", ""))
+
+    def cancel(self, trial: int) -> None:
+        assert self.job is not None
+        self.events = [Cancelled(trial, self.job.attempt)]
+
+    def close(self) -> None: ...
+
+
+@functools.lru_cache
+def network(recipe: str) -> Network:
+    return network_of(Recipe.model_validate_json(recipe))
+
+
+def run(search: optimize.Study, objective: Objective) -> optimize.Result:
+    return search.run(Inline(objective), "nowhere:nothing")
 
 
 def score(plan: Plan, report: Callable[[int, float], None]) -> float:
@@ -79,7 +155,7 @@ def plans_of(trials: list[FrozenTrial]) -> list[str]:
 
 def test_every_trial_is_on_the_budget_and_no_plan_is_trained_twice(tmp_path: Path) -> None:
     search, watcher = study(tmp_path)
-    result = search.run(score)
+    result = run(search, score)
     assert [trial.number for trial in result.trials] == list(range(8))
     assert all(trial.state == TrialState.COMPLETE for trial in result.trials)
     # Half of the 272,474 parameters of the static network.
@@ -91,13 +167,13 @@ def test_every_trial_is_on_the_budget_and_no_plan_is_trained_twice(tmp_path: Pat
 
 def test_trial_zero_is_the_uniform_plan(tmp_path: Path) -> None:
     search, _ = study(tmp_path, "search.trials=1")
-    (trial,) = search.run(score).trials
+    (trial,) = run(search, score).trials
     assert trial.user_attrs["groups"] == search.space.uniform.groups_to_list()
 
 
 def test_best_yaml_is_the_recipe_with_the_plan_of_the_best_trial(tmp_path: Path) -> None:
     search, _ = study(tmp_path)
-    result = search.run(score)
+    result = run(search, score)
     best = max(result.trials, key=lambda trial: trial.values[0])
     assert result.best == best
     recipe = load_recipe(tmp_path / "best.yaml")
@@ -115,10 +191,10 @@ def test_best_yaml_is_the_recipe_with_the_plan_of_the_best_trial(tmp_path: Path)
 
 
 def test_a_resumed_study_goes_on_to_its_total_and_repeats_nothing(tmp_path: Path) -> None:
-    study(tmp_path, "search.trials=4")[0].run(score)
+    run(study(tmp_path, "search.trials=4")[0], score)
     before = stored(tmp_path)
     search, _ = study(tmp_path, "search.trials=9", resume=True)
-    result = search.run(score)
+    result = run(search, score)
     assert len(result.trials) == 9
     assert [t.params for t in result.trials[:4]] == [t.params for t in before]
     assert [t.datetime_complete for t in result.trials[:4]] == [t.datetime_complete for t in before]
@@ -131,23 +207,23 @@ def test_an_interrupted_trial_is_trained_again_under_its_number(tmp_path: Path) 
     def interrupted(plan: Plan, report: Callable[[int, float], None]) -> float:
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == 2:
             report(1, 0.5)
             raise KeyboardInterrupt
         return score(plan, report)
 
     search, _ = study(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        search.run(interrupted)
+        run(search, interrupted)
     left = stored(tmp_path)
     assert [trial.state for trial in left] == [TrialState.COMPLETE] * 2 + [TrialState.RUNNING]
     assert (tmp_path / "best.yaml").exists()
     search, watcher = study(tmp_path, resume=True)
-    result = search.run(score)
+    result = run(search, score)
     assert [trial.number for trial in result.trials] == list(range(8))
     assert all(trial.state == TrialState.COMPLETE for trial in result.trials)
     assert result.trials[2].params == left[2].params
-    assert "trial 2 was interrupted: trained again" in watcher.said
+    assert "trial 2 was interrupted after epoch 1: it goes on" in watcher.said
 
 
 def test_a_trial_that_fails_is_recorded_with_its_reason_and_the_study_goes_on(
@@ -159,7 +235,7 @@ def test_a_trial_that_fails_is_recorded_with_its_reason_and_the_study_goes_on(
         return score(plan, report)
 
     search, _ = study(tmp_path)
-    trials = search.run(sometimes).trials
+    trials = run(search, sometimes).trials
     failed = [trial for trial in trials if trial.state == TrialState.FAIL]
     assert 0 < len(failed) < len(trials) == 8
     assert all(t.user_attrs["reason"].startswith("RuntimeError: out of memory") for t in failed)
@@ -171,8 +247,9 @@ def test_the_same_failure_three_times_stops_the_study(tmp_path: Path) -> None:
 
     search, _ = study(tmp_path)
     with pytest.raises(optimize.StudyFailed, match=r"3 trials in a row .* no such device"):
-        search.run(broken)
-    assert len(stored(tmp_path)) == 3
+        run(search, broken)
+    # 0, then 2 to 4 after the static twin, which finished.
+    assert len(stored(tmp_path)) == 5
 
 
 def test_a_hopeless_trial_is_pruned_and_the_uniform_plan_never(tmp_path: Path) -> None:
@@ -185,7 +262,7 @@ def test_a_hopeless_trial_is_pruned_and_the_uniform_plan_never(tmp_path: Path) -
         return value
 
     search, _ = study(tmp_path, "search.pruner=median")
-    trials = search.run(worse_and_worse).trials
+    trials = run(search, worse_and_worse).trials
     assert trials[0].state == TrialState.COMPLETE
     pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
     assert pruned
@@ -196,56 +273,58 @@ def test_a_hopeless_trial_is_pruned_and_the_uniform_plan_never(tmp_path: Path) -
 
 def test_a_space_without_more_plans_stops_the_study(tmp_path: Path) -> None:
     search, watcher = study(tmp_path, "search.space={split: 1, sharing: [stage, layer]}")
-    trials = search.run(score).trials
-    assert len([t for t in trials if t.state == TrialState.COMPLETE]) == 2
+    trials = run(search, score).trials
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 3
+    assert [is_static(t) for t in trials] == [False, True, False]
     assert any("2 plans are trained and no other was found" in said for said in watcher.said)
     # Asked again, it says so again, and records nothing.
     search, _ = study(tmp_path, "search.space={split: 1, sharing: [stage, layer]}", resume=True)
-    assert len(search.run(score).trials) == 2
+    assert len(run(search, score).trials) == 3
 
 
 def test_a_run_directory_is_not_overwritten(tmp_path: Path) -> None:
-    study(tmp_path, "search.trials=1")[0].run(score)
+    run(study(tmp_path, "search.trials=1")[0], score)
     with pytest.raises(optimize.SearchError, match="holds a study already: --resume"):
-        study(tmp_path)[0].run(score)
+        run(study(tmp_path)[0], score)
 
 
 def test_a_study_is_not_resumed_with_another_recipe(tmp_path: Path) -> None:
-    study(tmp_path, "search.trials=1")[0].run(score)
+    run(study(tmp_path, "search.trials=1")[0], score)
     with pytest.raises(optimize.SearchError, match=r"another recipe \(budget, proxy differ\)"):
-        study(tmp_path, "proxy.epochs=4", "budget={ratio: 1}", resume=True)[0].run(score)
+        run(study(tmp_path, "proxy.epochs=4", "budget={ratio: 1}", resume=True)[0], score)
 
 
 def test_two_processes_do_not_share_a_run_directory(tmp_path: Path) -> None:
     def nested(plan: Plan, report: Callable[[int, float], None]) -> float:
-        before = (tmp_path / "recipe.yaml").read_text()
+        before = (tmp_path / "recipe.lock.yaml").read_text()
         with pytest.raises(optimize.SearchError, match="another process is running the study"):
-            study(tmp_path, "budget.total_ratio=0.9", resume=True)[0].run(score)
-        assert (tmp_path / "recipe.yaml").read_text() == before
+            run(study(tmp_path, "budget.total_ratio=0.9", resume=True)[0], score)
+        assert (tmp_path / "recipe.lock.yaml").read_text() == before
         return score(plan, report)
 
-    study(tmp_path, "search.trials=1")[0].run(nested)
+    run(study(tmp_path, "search.trials=1")[0], nested)
 
 
 def test_a_resumed_study_draws_what_an_uninterrupted_one_would(tmp_path: Path) -> None:
-    straight = study(tmp_path / "a")[0].run(score)
-    study(tmp_path / "b", "search.trials=3")[0].run(score)
-    resumed = study(tmp_path / "b", resume=True)[0].run(score)
+    straight = run(study(tmp_path / "a")[0], score)
+    run(study(tmp_path / "b", "search.trials=3")[0], score)
+    resumed = run(study(tmp_path / "b", resume=True)[0], score)
     assert [t.params for t in resumed.trials] == [t.params for t in straight.trials]
 
 
-def test_a_score_that_is_no_number_is_a_failure_with_its_reason(tmp_path: Path) -> None:
+def test_a_score_that_is_no_number_is_pruned_with_its_reason(tmp_path: Path) -> None:
     def sometimes(plan: Plan, report: Callable[[int, float], None]) -> float:
         return float("nan") if int(fingerprint(plan), 16) % 2 else score(plan, report)
 
-    trials = study(tmp_path)[0].run(sometimes).trials
-    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
-    assert failed
-    assert {trial.user_attrs["reason"] for trial in failed} == {"ArithmeticError: the score is nan"}
+    trials = run(study(tmp_path)[0], sometimes).trials
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
+    assert pruned
+    assert {trial.user_attrs["reason"] for trial in pruned} == {"the score is nan"}
 
 
-def test_hyperband_prunes_and_finishes(tmp_path: Path) -> None:
-    search, _ = study(tmp_path, "search.pruner=hyperband", "search.trials=20", "proxy.epochs=9")
+def test_halving_stops_at_rungs_once_they_are_known_to_rank(tmp_path: Path) -> None:
+    search, _ = study(tmp_path, "search.pruner=halving", "search.trials=20", "proxy.epochs=9")
+    assert [rung.step for rung in search.rungs] == [3, 9]
 
     def nine(plan: Plan, report: Callable[[int, float], None]) -> float:
         value = int(fingerprint(plan), 16) / 2**64
@@ -253,9 +332,29 @@ def test_hyperband_prunes_and_finishes(tmp_path: Path) -> None:
             report(epoch, value)
         return value
 
-    trials = search.run(nine).trials
+    trials = run(search, nine).trials
     assert len(trials) == 20
-    assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert all(trial.state == TrialState.COMPLETE for trial in trials[:6])
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
+    assert pruned
+    assert {trial.last_step for trial in pruned} == {3}
+
+
+def test_every_sampler_fills_a_study(tmp_path: Path) -> None:
+    for sampler in ("tpe", "gp", "nsgaii", "random"):
+        search, _ = study(tmp_path / sampler, f"search.sampler={sampler}", "search.startup=3")
+        trials = run(search, score).trials
+        assert len(set(plans_of(list(trials)))) == 8
+
+
+def test_a_deterministic_study_has_no_median(tmp_path: Path) -> None:
+    with pytest.raises(optimize.SearchError, match="decides at rungs"):
+        study(tmp_path, "search.pruner=median", "search.deterministic=true")
+
+
+def test_rungs_that_do_not_lead_to_the_full_trial_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(optimize.SearchError, match="the last rung must be the full trial"):
+        study(tmp_path, "search.pruner=halving", "search.rungs=[{epochs: 2}]")
 
 
 def test_a_recipe_whose_groups_have_ratios_of_their_own_is_not_searched(tmp_path: Path) -> None:
@@ -267,7 +366,7 @@ def test_a_recipe_whose_groups_have_ratios_of_their_own_is_not_searched(tmp_path
 def test_the_command_searches_interrupts_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kwsearch import cli, proxy
+    from kwsearch import cli
 
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(
@@ -277,29 +376,29 @@ def test_the_command_searches_interrupts_and_resumes(
     assert cli.run(["optimize", "tiny.yaml", "--trials", "1"]) == 0
     first = capsys.readouterr()
     assert "0 (uniform)" in first.out
-    assert "the uniform plan: no other trial did better" in first.out
-    assert "trial 0: " in first.err
+    assert "the uniform plan: no other plan did better" in first.out
+    assert "trial 0 (uniform): " in first.err
     assert cli.run(["optimize", "tiny.yaml"]) == 2
     assert "--resume to go on" in capsys.readouterr().err
 
-    train = proxy.train
+    wait = LocalExecutor.wait
 
-    def interrupted(*args: object) -> float:
+    def interrupted(*args: object) -> list[Event]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(proxy, "train", interrupted)
+    monkeypatch.setattr(LocalExecutor, "wait", interrupted)
     assert cli.run(["optimize", "tiny.yaml", "--resume"]) == 130
     assert "nothing is lost: add --resume" in capsys.readouterr().err
-    monkeypatch.setattr(proxy, "train", train)
+    monkeypatch.setattr(LocalExecutor, "wait", wait)
     assert cli.run(["optimize", "tiny.yaml", "--resume", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(t["number"], t["state"]) for t in result["trials"]] == [
         (0, "complete"),
         (1, "complete"),
     ]
     recipe = load_recipe("runs/tiny/best.yaml")
     assert str(recipe.provenance["data"]).startswith("digits ")
-    assert load_recipe("runs/tiny/recipe.yaml").provenance["seed"] == 0
+    assert load_recipe("runs/tiny/recipe.lock.yaml").provenance["seed"] == 0
 
 
 def test_a_search_in_which_nothing_finishes_exits_with_1(
@@ -315,15 +414,15 @@ def test_a_search_in_which_nothing_finishes_exits_with_1(
     assert cli.run(["optimize", "wild.yaml"]) == 1
     shown = capsys.readouterr()
     assert "no trial finished: nothing to choose" in shown.out
-    assert "Diverged: the loss became" in shown.out
+    assert "trial 0 (uniform): Diverged: the loss became nan in epoch 1" in shown.err
 
 
 def test_a_torn_last_line_is_reported_and_survived(tmp_path: Path) -> None:
-    study(tmp_path, "search.trials=3")[0].run(score)
+    run(study(tmp_path, "search.trials=3")[0], score)
     with open(tmp_path / optimize.JOURNAL, "ab") as journal:
         journal.write(b'{"op_code": 4, "wor')
     search, watcher = study(tmp_path, "search.trials=5", resume=True)
-    assert len(search.run(score).trials) == 5
+    assert len(run(search, score).trials) == 5
     assert "the last line of the journal was torn and is dropped" in watcher.said
 
 
@@ -347,9 +446,9 @@ def test_a_timeout_stops_and_can_be_resumed(tmp_path: Path) -> None:
         return score(plan, report)
 
     search, watcher = study(tmp_path, "search.timeout=0.05")
-    assert len(search.run(slow).trials) == 1
+    assert len(run(search, slow).trials) == 1
     assert "time is up; --resume goes on" in watcher.said
-    assert len(study(tmp_path, resume=True)[0].run(score).trials) == 8
+    assert len(run(study(tmp_path, resume=True)[0], score).trials) == 8
 
 
 KILLED = """
@@ -364,7 +463,7 @@ KILLED = """
             report(epoch, 0.1 * epoch)
         return test_optimize.score(plan, lambda *a: None)
 
-    test_optimize.study(Path({directory!r}), resume=True)[0].run(slow)
+    test_optimize.run(test_optimize.study(Path({directory!r}), resume=True)[0], slow)
 """
 
 
@@ -385,7 +484,7 @@ def test_a_killed_study_ends_with_its_trials_none_lost_or_doubled(tmp_path: Path
             kills += 1
         process.wait()
     assert kills >= 2
-    result = study(tmp_path, resume=True)[0].run(score)
+    result = run(study(tmp_path, resume=True)[0], score)
     assert [trial.number for trial in result.trials] == list(range(8))
     assert all(trial.state == TrialState.COMPLETE for trial in result.trials)
     assert len(set(plans_of(list(result.trials)))) == 8
@@ -414,7 +513,7 @@ def test_the_quick_start_search_survives_a_kill(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, "--resume", "--json"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    result = json.loads(done.stdout)
+    result = json.loads(done.stdout.splitlines()[-1])
     assert [trial["number"] for trial in result["trials"]] == list(range(10))
     assert len({trial["fingerprint"] for trial in result["trials"]}) == 10
     assert result["trials"][0]["state"] == "complete"

@@ -1,15 +1,21 @@
-"""The short training: seeded, on held-out images, and it learns."""
+"""The short training: seeded, on held-out images, and nothing is lost when it is interrupted."""
 
 from __future__ import annotations
 
+import errno
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from kwlayers import plan_model
 from kwlayers.plan import Plan
 from kwsearch import data, proxy, zoo
+from kwsearch.checkpoint import CheckpointError
 from kwsearch.recipe import Proxy
 
 SHORT = Proxy(
@@ -138,3 +144,262 @@ def test_cuda_that_is_not_there_is_one_clear_error() -> None:
         pytest.skip("this machine has CUDA")
     with pytest.raises(data.DataError, match=r"proxy\.device is cuda, but torch finds none"):
         proxy.device_of(Proxy(device="cuda"))
+
+
+# Interrupted and resumed
+
+LONGER = SHORT.model_copy(update={"epochs": 3})
+
+
+def with_dropout() -> nn.Module:
+    """Static, and every forward draws from torch's random numbers."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(144, 10),
+    )
+
+
+class Training:
+    """Calls of `proxy.train` on one network, and what they report."""
+
+    def __init__(
+        self,
+        plan: Plan | None,
+        settings: Proxy = LONGER,
+        seed: int = 3,
+        static: Callable[[], nn.Module] = with_dropout,
+    ) -> None:
+        self.plan = plan
+        self.static = static
+        self.settings = settings
+        self.seed = seed
+        self.seen: dict[int, float] = {}
+        self.images = proxy.load(settings, (3, 32, 32))
+
+    def make(self) -> nn.Module:
+        self.model = self.static() if self.plan is None else zoo.create("resnet20")
+        return self.model
+
+    def report(self, epoch: int, accuracy: float) -> None:
+        assert epoch not in self.seen
+        self.seen[epoch] = accuracy
+
+    def run(self, report: Callable[[int, float], None] | None = None, **options: Any) -> float:
+        return proxy.train(
+            self.make,
+            self.plan,
+            self.images,
+            self.settings,
+            self.seed,
+            report or self.report,
+            **options,
+        )
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.fixture(scope="module", params=["static", "dynamic", "adamw"])
+def whole(request: pytest.FixtureRequest) -> Training:
+    """A run from start to end that knows no checkpoint."""
+    plan = request.getfixturevalue("plan") if request.param == "dynamic" else None
+    settings = LONGER
+    if request.param == "adamw":
+        settings = LONGER.model_copy(update={"optimizer": "adamw", "lr": 0.01})
+    training = Training(plan, settings)
+    assert training.run() == training.seen[3]
+    assert len(training.seen) == 3
+    return training
+
+
+def again(whole: Training) -> Training:
+    return Training(whole.plan, whole.settings, whole.seed)
+
+
+def test_a_run_that_stops_at_every_epoch_is_the_run_that_does_not(
+    whole: Training, tmp_path: Path
+) -> None:
+    training = again(whole)
+    for epoch in (1, 2, 3):
+        torch.manual_seed(epoch)  # another process has drawn other numbers
+        score = training.run(until=epoch, checkpoint=tmp_path / "run")
+        assert score == whole.seen[epoch]
+        assert max(training.seen) == epoch
+    assert training.seen == whole.seen
+    assert_same(training.weights, whole.weights)
+
+
+@pytest.mark.parametrize("batch", [2, 4, 6, 9])
+def test_a_run_killed_within_any_epoch_goes_on_from_the_one_before(
+    whole: Training, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = again(whole)
+    batches = 0
+    augment = proxy.augment
+
+    def killed(*args: Any) -> Tensor:
+        nonlocal batches
+        batches += 1
+        if batches == batch:
+            raise KeyboardInterrupt
+        return augment(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proxy, "augment", killed)
+        with pytest.raises(KeyboardInterrupt):
+            training.run(checkpoint=tmp_path / "run")
+    # Three batches an epoch.
+    assert len(training.seen) == (batch - 1) // 3
+    training.run(checkpoint=tmp_path / "run")
+    assert training.seen == whole.seen
+    assert_same(training.weights, whole.weights)
+
+
+def test_an_epoch_is_written_before_it_is_reported(tmp_path: Path) -> None:
+    training = Training(None)
+    written = []
+
+    def stop(epoch: int, accuracy: float) -> None:
+        written.append(torch.load(tmp_path / "run", weights_only=True)["accuracies"])
+        training.report(epoch, accuracy)
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            training.run(stop, checkpoint=tmp_path / "run")
+    assert [len(accuracies) for accuracies in written] == [1, 2, 3]
+    assert written[-1] == [*training.seen.values()]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_epochs_that_a_checkpoint_holds_are_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(None)
+    training.run(checkpoint=tmp_path / "run")
+    seen = dict(training.seen)
+    monkeypatch.setattr(proxy, "augment", pytest.fail)
+    assert training.run(checkpoint=tmp_path / "run") == seen[3]
+    assert training.run(checkpoint=tmp_path / "run", until=1) == seen[1]
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_left_alone(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    Training(None).run(checkpoint=path, until=1)
+    before = path.read_bytes()
+    faster = LONGER.model_copy(update={"lr": 0.1})
+    for other in (Training(plan), Training(None, seed=4), Training(None, faster)):
+        with pytest.raises(CheckpointError, match=r"run is not a checkpoint of this network, plan"):
+            other.run(checkpoint=path)
+    network = Training(None, static=lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
+    with pytest.raises(CheckpointError, match="delete it, or name another file"):
+        network.run(checkpoint=path)
+    assert path.read_bytes() == before
+
+
+def test_threads_device_and_micro_batches_may_change_between_epochs(tmp_path: Path) -> None:
+    Training(None).run(checkpoint=tmp_path / "run", until=1)
+    elsewhere = Training(None, LONGER.model_copy(update={"threads": 1, "device": "auto"}))
+    elsewhere.run(checkpoint=tmp_path / "run", until=2, splits=2)
+    assert [*elsewhere.seen] == [2]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_torn_checkpoint_is_trained_afresh_and_overwritten(kept: float, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    training = Training(None)
+    score = training.run(checkpoint=path, until=1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    training.seen.clear()
+    assert training.run(checkpoint=path, until=1) == score
+    assert torch.load(path, weights_only=True)["accuracies"] == [score]
+    path.write_bytes(b"no checkpoint at all")
+    training.seen.clear()
+    assert training.run(checkpoint=path, until=1) == score
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    training = Training(None)
+    training.run(checkpoint=path, until=1)
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        training.run(checkpoint=path)
+    assert [*training.seen] == [1]  # what is not written is not reported
+    assert path.read_bytes() == before
+    assert [*tmp_path.iterdir()] == [path]
+
+
+# Micro-batches
+
+
+def test_micro_batches_are_even_and_none_holds_a_single_image() -> None:
+    assert proxy.micro_batch_sizes(8, 1) == [8]
+    assert proxy.micro_batch_sizes(10, 4) == [3, 3, 2, 2]
+    assert proxy.micro_batch_sizes(7, 4) == [3, 2, 2]
+    assert proxy.micro_batch_sizes(3, 2) == [3]
+    assert proxy.micro_batch_sizes(1, 2) == [1]
+    for batch in range(1, 40):
+        for splits in range(1, 10):
+            sizes = proxy.micro_batch_sizes(batch, splits)
+            assert sum(sizes) == batch
+            assert len(sizes) == min(splits, max(batch // 2, 1))
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_micro_batches_train_as_the_whole_batch_does() -> None:
+    # Nothing in it looks at other images of the batch. 40 images split into 14, 13 and 13.
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 10))
+
+    trained = []
+    for splits in (1, 3):
+        training = Training(None, static=make)
+        training.run(splits=splits)
+        trained.append(training.weights)
+    for name, tensor in trained[0].items():
+        # Sums in another order: float32 rounding over nine steps. A wrong weight is 1e-2 off.
+        torch.testing.assert_close(trained[1][name], tensor, rtol=0, atol=1e-5)
+
+
+def test_batch_norms_see_micro_batches() -> None:
+    training = Training(None)
+    training.run(until=1, splits=2)
+    # 96 images in batches of 40, 40 and 16.
+    assert training.weights["1.num_batches_tracked"] == 3 * 2
+
+
+def test_schedules_move_once_a_batch_and_span_all_epochs(plan: Plan, tmp_path: Path) -> None:
+    settings = LONGER.model_copy(update={"temperature_epochs": 2})
+    training = Training(plan, settings)
+
+    def rate() -> float:
+        state = torch.load(tmp_path / "run", weights_only=True)
+        return float(state["optimizer"]["param_groups"][0]["lr"])
+
+    training.run(until=1, splits=2, checkpoint=tmp_path / "run")
+    temperatures = {float(t) for name, t in training.weights.items() if "temperature" in name}
+    assert temperatures == {0.5}  # step 3 of 6
+    # After 3 of 9 steps: one to warm up, then 2 of the cosine's 8.
+    assert rate() == pytest.approx(0.05 * 0.5 * (1 + math.cos(math.pi * 2 / 8)))
+    training.run(checkpoint=tmp_path / "run")
+    assert rate() == pytest.approx(0, abs=1e-9)

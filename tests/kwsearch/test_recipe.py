@@ -64,9 +64,11 @@ search:
   timeout: 1.5e3
   seed: 3
   sampler: random
-  pruner: hyperband
-  space: {split: 1, cell_ratio: [[1, 1], 0.5], sharing: [stage, layer], reduction: [0.0625],
-          basis_ratio: [1]}
+  pruner: halving
+  space: {split: 1, tolerance: 0.02, cell_ratio: [[1, 1], 0.5], sharing: [stage, layer],
+          sharing_by_stage: true, reduction: [0.0625], basis_ratio: [1],
+          spatial_partition: [true, false], keep_static: [[], ["layer4.*", fc]],
+          temperature_epochs: [0, 3], limits: {macs: 1.8G}}
 proxy: {data: ./images, resolution: 4, epochs: 3, subset: 100, holdout: 0.5, batch_size: 1,
         optimizer: adamw, lr: 1e-3, momentum: 0, weight_decay: 0, temperature_epochs: 3,
         augment: flip, threads: 2, device: cpu}
@@ -119,13 +121,19 @@ def test_every_key_is_read_as_written() -> None:
             timeout=1500,
             seed=3,
             sampler="random",
-            pruner="hyperband",
+            pruner="halving",
             space=Space(
                 split=1,
+                tolerance=0.02,
                 cell_ratio=((1, 1), (0.5, 0.5)),
                 sharing=("stage", "layer"),
+                sharing_by_stage=True,
                 reduction=(0.0625,),
                 basis_ratio=(1,),
+                spatial_partition=(True, False),
+                keep_static=((), ("layer4.*", "fc")),
+                temperature_epochs=(0, 3),
+                limits={"macs": 1_800_000_000},
             ),
         ),
         proxy=Proxy(
@@ -187,10 +195,16 @@ def test_what_is_left_out_has_the_documented_default() -> None:
             "pruner": "median",
             "space": {
                 "split": 2.0,
+                "tolerance": 0.01,
                 "cell_ratio": (),
                 "sharing": (),
+                "sharing_by_stage": False,
                 "reduction": (),
                 "basis_ratio": (),
+                "spatial_partition": (),
+                "keep_static": (),
+                "temperature_epochs": (),
+                "limits": {"macs": None},
             },
         },
         "proxy": {
@@ -309,7 +323,8 @@ WRONG_VALUES = [
     (
         "search: {space: {splitt: 2}}",
         "r.yaml:4:18: search.space.splitt: unknown key, did you mean 'split'? "
-        "(allowed split, cell_ratio, sharing, reduction, basis_ratio)",
+        "(allowed split, tolerance, cell_ratio, sharing, sharing_by_stage, reduction, "
+        "basis_ratio, spatial_partition, keep_static, temperature_epochs, limits)",
     ),
     (
         "plan: {}",
@@ -376,7 +391,7 @@ WRONG_VALUES = [
     ("search: {sampler: tpee}", "r.yaml:4:19: search.sampler: unknown value, did you mean 'tpe'? "
      "(got 'tpee'; allowed tpe or random)"),
     ("search: {pruner: null}", "r.yaml:4:18: search.pruner: unknown value (got null; "
-     "allowed median, hyperband or none)"),
+     "allowed halving, median or none)"),
     ("proxy: {device: gpu}", "r.yaml:4:17: proxy.device: unknown value, did you mean 'cpu'? "
      "(got 'gpu'; allowed auto, cpu or cuda)"),
     ("method: {name: condconv}", "r.yaml:4:16: method.name: unknown value (got 'condconv'; "
@@ -775,7 +790,7 @@ search:
   timeout: 1500
   seed: 3
   sampler: random
-  pruner: hyperband
+  pruner: halving
   space:
     split: 1
     cell_ratio: [[1, 1], [0.5, 0.5]]
@@ -980,13 +995,19 @@ SEARCH = keys(
     timeout=st.none() | POSITIVE,
     seed=st.integers(0, 2**32 - 1),
     sampler=st.sampled_from(["tpe", "random"]),
-    pruner=st.sampled_from(["median", "hyperband", "none"]),
+    pruner=st.sampled_from(["median", "halving", "none"]),
     space=keys(
         split=st.floats(1, allow_infinity=False),
         cell_ratio=st.lists(CELL_RATIO, max_size=3, unique_by=pair),
         sharing=st.lists(st.sampled_from(["stage", "position", "layer"]), unique=True),
         reduction=st.lists(PORTION, max_size=3, unique=True),
         basis_ratio=st.lists(PORTION, max_size=3, unique=True),
+        tolerance=st.floats(0, 1, exclude_min=True, exclude_max=True),
+        sharing_by_stage=st.booleans(),
+        spatial_partition=st.lists(st.booleans(), unique=True),
+        keep_static=st.lists(st.lists(TEXT, max_size=2), max_size=2, unique_by=str),
+        temperature_epochs=st.lists(st.integers(0, 9), max_size=3, unique=True),
+        limits=keys(macs=st.none() | COUNT),
     ),
 )
 PROXY = keys(

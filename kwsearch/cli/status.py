@@ -1,0 +1,64 @@
+"""kwsearch status: how far a study is."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from kwsearch.snapshot import Snapshot
+
+
+@click.command("status")
+@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(run: Path, as_json: bool) -> None:
+    """How far the study in RUN is, also while it is running."""
+    from kwsearch import snapshot
+
+    found = _status(snapshot.take(run))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    states = ", ".join(f"{count} {state}" for state, count in found["states"].items())
+    click.echo(f"{run}: {'running' if found['running'] else 'not running'}")
+    click.echo(
+        f"trials: {found['finished']} of {found['trials']} finished ({states or 'none yet'})"
+    )
+    for trial in found["unfinished"]:
+        accuracy = "" if trial["accuracy"] is None else f", {trial['accuracy']:.2%}"
+        click.echo(f"    trial {trial['number']}: after epoch {trial['epoch']}{accuracy}")
+    best = found["best"]
+    if best is not None:
+        click.echo(f"best: trial {best['number']}, {best['accuracy']:.2%}")
+    click.echo(f"trained: {found['seconds']:,.0f} s in all")
+
+
+def _status(study: Snapshot) -> dict[str, Any]:
+    from kwsearch.optimize import best_of
+    from kwsearch.recipe import Search
+    from kwsearch.trials import SECONDS
+
+    finished = [trial for trial in study.trials if trial.state.is_finished()]
+    best = best_of(finished)
+    return {
+        "running": study.running,
+        "trials": (study.recipe.search or Search()).trials,
+        "finished": len(finished),
+        "states": dict(Counter(trial.state.name.lower() for trial in finished)),
+        "unfinished": [
+            {
+                "number": trial.number,
+                "epoch": trial.last_step or 0,
+                "accuracy": trial.intermediate_values.get(trial.last_step or 0),
+            }
+            for trial in study.trials
+            if not trial.state.is_finished()
+        ],
+        "best": None if best is None else {"number": best.number, "accuracy": best.values[0]},
+        "seconds": sum(trial.user_attrs.get(SECONDS, 0.0) for trial in finished),
+    }
