@@ -35,7 +35,7 @@ from kwsearch.executors import (
 )
 from kwsearch.run_directory import SearchError
 from kwsearch.rungs import Rung, promotable, trusted
-from kwsearch.trials import LEASE, REASON, SECONDS, SPLITS, is_static
+from kwsearch.trials import LEASE, REASON, SECONDS, SPLITS, is_static, rung_pairs
 from kwsearch.verdict import kendall
 
 _SAME_ERROR = 3
@@ -163,6 +163,11 @@ class Driver:
     def over(self) -> bool:
         """Whether no new trial may start."""
         return self._interrupts > 0 or time.monotonic() >= self.rules.deadline
+
+    @property
+    def complete(self) -> bool:
+        """Whether the study has all its trials, or all that there can be."""
+        return not self._open and (self._exhausted or self._begun() >= self.rules.trials)
 
     # Starting -------------------------------------------------------------------------------
 
@@ -313,14 +318,9 @@ class Driver:
     def taus(self) -> dict[int, float | None]:
         """Kendall's tau to the full length by rung's step, over the complete trials."""
         last = self.rules.rungs[-1].step
-        complete = [t for t in self._trials(TrialState.COMPLETE) if not is_static(t)]
         found = {}
         for rung in self.rules.rungs[:-1]:
-            pairs = [
-                (t.intermediate_values[rung.step], t.intermediate_values[last])
-                for t in complete
-                if rung.step in t.intermediate_values and last in t.intermediate_values
-            ]
+            pairs = rung_pairs(self._trials(TrialState.COMPLETE), rung.step, last)
             found[rung.step] = kendall(pairs).tau if len(pairs) >= self._least else None
         return found
 

@@ -24,12 +24,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from kwlayers.plan import Network, Plan
-from kwsearch import zoo
+from kwsearch import finals, verdict, zoo
 from kwsearch.driver import Driver, Rules, SpaceExhausted, StudyFailed
 from kwsearch.driver import Watcher as DriverWatcher
 from kwsearch.events import EventLog
 from kwsearch.executors import Executor, Job
 from kwsearch.executors.local import LocalExecutor
+from kwsearch.finals import Finals
 from kwsearch.recipe import Proxy, Recipe, RecipePlan, Search, write_recipe
 from kwsearch.resolve import (
     check_replannable,
@@ -55,6 +56,7 @@ from kwsearch.rungs import Rung, as_rungs, geometric, phase_of
 from kwsearch.rungs import check as check_rungs
 from kwsearch.space import Sample, Space, fingerprint
 from kwsearch.static_twin import NoTwin, Twin, static_twin
+from kwsearch.trial import Trained
 from kwsearch.trials import KIND, LEASE, STATIC, TWIN, UNIFORM, baseline, is_static
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ __all__ = ["STUDY", "Result", "SearchError", "SpaceExhausted", "Study", "StudyFa
 
 STUDY = "kwsearch"
 GENERATION = 8
-TRAINING = "kwsearch.trial:train_trial"
+TRAINING, FINAL = "kwsearch.trial:train_trial", "kwsearch.trial:train_final"
 
 
 class Watcher(DriverWatcher, Protocol):
@@ -82,19 +84,25 @@ class Result:
     trials: tuple[FrozenTrial, ...]
     held_out: int
     best_path: Path | None
+    finals: Finals | None = None
+    rungs: tuple[Rung, ...] = ()
 
     @property
     def best(self) -> FrozenTrial | None:
-        """The completed plan with the highest accuracy; the earliest if several have it."""
-        return best_of(self.trials)
+        """The finalist whose plan is best, else the best plan of the search."""
+        return best_of(self.trials, self.finals)
 
     def trial(self, number: int) -> FrozenTrial | None:
         """A finished trial by its number."""
         return next((trial for trial in self.trials if trial.number == number), None)
 
 
-def best_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """See `Result.best`."""
+def best_of(trials: Sequence[FrozenTrial], found: Finals | None = None) -> FrozenTrial | None:
+    """The plan with the highest mean over the finalists' seeds; without finalists the complete
+    plan with the highest accuracy, the earliest if several have it.
+    """
+    if found is not None and found.best is not None:
+        return next(trial for trial in trials if trial.number == found.best)
     complete = [t for t in trials if t.state == TrialState.COMPLETE and not is_static(t)]
     return max(complete, key=lambda t: (t.values[0], -t.number), default=None)
 
@@ -135,11 +143,13 @@ class Study:
         self.rungs = _rungs(self.search, self.proxy)
         self._resume = resume
 
-    def run(self, executor: Executor | None = None, function: str = TRAINING) -> Result:
-        """Train until the study has its trials or its time is up.
+    def run(
+        self, executor: Executor | None = None, function: str = TRAINING, final: str = FINAL
+    ) -> Result:
+        """Train until the study has its trials or its time is up; then the finalists.
 
-        executor: where, by default `search.workers` processes here. function: what trains, as
-        `kwsearch.trial.train_trial` (for simulations).
+        executor: where, by default `search.workers` processes here. function, final: what trains,
+        in place of those of `kwsearch.trial` (for simulations).
         """
         with sole_driver(self.directory), contextlib.ExitStack() as stack:
             self._note_provenance()
@@ -156,7 +166,7 @@ class Study:
             if executor is None:
                 executor = LocalExecutor(self.search.workers, self.proxy.threads)
                 stack.callback(executor.close)
-            self._function = function
+            self._function, self._final = function, final
             driver = Driver(
                 study,
                 executor,
@@ -169,12 +179,15 @@ class Study:
             )
             try:
                 driver.run()
+                if driver.complete:
+                    self._run_finals(executor, driver.rules.deadline)
             finally:
                 trials = tuple(_finished(study))
-                best = self._write_best(self.network, trials)
+                found = finals.results(study.user_attrs, trials)
+                best = self._write_best(self.network, trials, found)
             if time.monotonic() >= driver.rules.deadline and len(trials) < self.search.trials:
                 self.watcher.say("time is up; --resume goes on")
-            return Result(self.recipe, trials, held_out, best)
+            return Result(self.recipe, trials, held_out, best, found, self.rungs)
 
     def _twin(self) -> Twin | None:
         size = input_of(self.recipe)
@@ -328,23 +341,73 @@ class Study:
         if phase.resolution is not None:
             changes["resolution"] = phase.resolution
         proxy = self.proxy.model_copy(update=changes)
+        seed = seed_of(self.search.seed, trial.user_attrs["fingerprint"])
+        checkpoint = self._checkpoint(f"{trial.number}-{phase.first}")
         arguments = {
-            "recipe": self.recipe.model_copy(update={"plan": None}).model_dump_json(),
-            "groups": trial.user_attrs.get("groups"),
-            "width": trial.user_attrs.get("width"),
-            "proxy": proxy.model_dump_json(),
-            "seed": seed_of(self.search.seed, trial.user_attrs["fingerprint"]),
+            "trained": self._trained(trial, proxy, seed, checkpoint, splits),
             "first": phase.first,
             "until": self.rungs[rung].epochs,
-            "checkpoint": str(self._checkpoint(trial.number, phase.first)),
-            "splits": splits,
         }
         return Job(trial.number, attempt, self._function, arguments, self.proxy.threads)
 
-    def _checkpoint(self, number: int, first: int) -> Path:
+    def _trained(
+        self, trial: FrozenTrial, proxy: Proxy, seed: int, checkpoint: Path, splits: int
+    ) -> Trained:
+        return Trained(
+            self.recipe.model_copy(update={"plan": None}).model_dump_json(),
+            proxy.model_dump_json(),
+            trial.user_attrs.get("groups"),
+            trial.user_attrs.get("width"),
+            seed,
+            str(checkpoint),
+            splits,
+        )
+
+    def _run_finals(self, executor: Executor, deadline: float) -> None:
+        """The verdict's trainings, once the search is over."""
+        trials = _finished(self.study)
+        if not self.search.finalists:
+            return
+        chosen = finals.chosen(trials, self.search.finalists)
+        if all(baseline(trial) for trial in chosen):
+            return
+        trainings = [
+            finals.Training(trial.number, seed)
+            for seed in range(self.search.seeds)
+            for trial in chosen
+        ]
+        by_number = {trial.number: trial for trial in chosen}
+
+        def job(training: finals.Training, attempt: int, splits: int) -> Job:
+            trial = by_number[training.number]
+            # The same for all candidates, which are compared seed by seed.
+            seed = seed_of(self.search.seed, f"final {training.seed}")
+            checkpoint = self._checkpoint(f"final-{training.number}-{training.seed}")
+            trained = self._trained(trial, self.proxy, seed, checkpoint, splits)
+            number = -1 - trainings.index(training)
+            return Job(number, attempt, self._final, {"trained": trained}, self.proxy.threads)
+
+        left = sum(t.key not in self.study.user_attrs for t in trainings)
+        if left:
+            self.watcher.say(
+                f"verdict: {len(chosen)} finalists, {self.search.seeds} seeds each: "
+                f"{left} trainings in full"
+            )
+        finals.run(
+            self.study,
+            executor,
+            trainings,
+            job,
+            self.watcher.say,
+            lambda: time.monotonic() >= deadline,
+        )
+        for path in (self.directory / CHECKPOINTS).glob("final-*.pt"):
+            path.unlink(missing_ok=True)
+
+    def _checkpoint(self, name: str) -> Path:
         folder = self.directory / CHECKPOINTS
         folder.mkdir(exist_ok=True)
-        return folder / f"{number}-{first}.pt"
+        return folder / f"{name}.pt"
 
     def _forget(self, number: int) -> None:
         """A trial is told: it is in the table, and needs no checkpoint."""
@@ -352,18 +415,28 @@ class Study:
         for path in (self.directory / CHECKPOINTS).glob(f"{number}-*.pt"):
             path.unlink(missing_ok=True)
 
-    def _write_best(self, network: Network, trials: Sequence[FrozenTrial]) -> Path | None:
-        """best.yaml: this recipe with the best trial's plan and where it comes from."""
-        best = best_of(trials)
+    def _write_best(
+        self, network: Network, trials: Sequence[FrozenTrial], found: Finals | None
+    ) -> Path | None:
+        """best.yaml: this recipe with the best plan, where it comes from and what it is worth."""
+        best = best_of(trials, found)
         if best is None:
             return None
         plan = Plan.from_groups(network, best.user_attrs["groups"])
-        recipe = best_recipe(self.recipe, plan, best, trials, self._provenance)
-        path = self.directory / BEST
+        provenance = dict(self._provenance)
         uniform = _score(trials, UNIFORM)
+        said = [
+            f"Trial {best.number} of {len(trials)}: {best.values[0]:.2%} on held-out images"
+            + (f" (uniform plan {uniform:.2%})." if uniform is not None else ".")
+        ]
+        if found is not None and found.verdict is not None:
+            provenance["verdict"] = verdict.sentence(found.verdict)
+            said.append(f"On {found.split} images, {self.search.seeds} seeds each:")
+            said += [f"    {part}" for part in provenance["verdict"].split("; ")]
+        recipe = best_recipe(self.recipe, plan, best, trials, provenance)
+        path = self.directory / BEST
         header = [
-            f"The best of {len(trials)} trials: {best.values[0]:.2%} on held-out images"
-            + (f" (uniform plan {uniform:.2%})." if uniform is not None else "."),
+            *said,
             f"{best.user_attrs['params']:,} parameters, {best.user_attrs['macs']:,} MACs.",
             f"    kwsearch budget {path}",
         ]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class ProxyData:
 def load(proxy: Proxy, input_size: tuple[int, ...]) -> ProxyData:
     """The proxy's images at its resolution, part of the training images held out.
 
-    Raises data.DataError. Test images are never used.
+    Raises data.DataError.
     """
     channels, height, width = input_size
     size = (height, width) if proxy.resolution is None else (proxy.resolution, proxy.resolution)
@@ -65,6 +65,13 @@ def load(proxy: Proxy, input_size: tuple[int, ...]) -> ProxyData:
     mean = x.mean(dim=(0, 2, 3), keepdim=True)
     std = x.std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-3)
     return ProxyData(train, valid, channels, mean, std)
+
+
+def load_test(proxy: Proxy, images: ProxyData) -> ProxyData:
+    """`images` with the test images to score on. Raises data.DataError where there are none."""
+    height, width = images.train.x.shape[-2:]
+    test = data.load(proxy.data, "test", size=(height, width))
+    return replace(images, valid=test)
 
 
 def device_of(proxy: Proxy) -> torch.device:
@@ -87,6 +94,7 @@ def train(
     until: int | None = None,
     checkpoint: Path | None = None,
     splits: int = 1,
+    done: Callable[[nn.Module], object] | None = None,
 ) -> float:
     """Train a network and return its accuracy (0 to 1) on the held-out images.
 
@@ -96,7 +104,7 @@ def train(
     checkpoint: written after each epoch, before its report; if the file exists, the run goes on
     from it and the epochs it holds are not reported again. An unreadable file is overwritten.
     splits: micro-batches per batch, to save memory. Their gradients add up to the batch's, except
-    that batch norms see a micro-batch.
+    that batch norms see a micro-batch. done: is given the trained network.
 
     On the CPU and with as many threads, the same seed gives the same run, whatever interrupts it
     and wherever it stops. Raises Diverged, checkpoint.CheckpointError for a file of another run,
@@ -120,6 +128,8 @@ def train(
         if checkpoint is not None:
             checkpoints.save(checkpoint, key, run.state_dict())
         report(epoch, run.accuracies[-1])
+    if done is not None:
+        done(model)
     return run.accuracies[last - 1]
 
 
@@ -210,6 +220,7 @@ def micro_batch_sizes(batch: int, splits: int) -> list[int]:
 def evaluate(model: nn.Module, images: ProxyData, batch_size: int) -> float:
     """Share of held-out images that the model gets right."""
     model.eval()
+    images = _to(images, next(model.parameters()).device)
     right = 0
     batches = (torch.split(part, batch_size) for part in (images.valid.x, images.valid.y))
     for x, y in zip(*batches, strict=True):

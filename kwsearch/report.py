@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kwlayers.cost import LayerCost, warehouse_params
 from kwlayers.families import recognise
 from kwlayers.plan import Group, Plan
-from kwsearch.trials import REASON, TWIN, UNIFORM, baseline, is_static
+from kwsearch import verdict
+from kwsearch.trials import REASON, TWIN, UNIFORM, baseline, is_static, rung_pairs
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -326,6 +327,21 @@ def verdict_lines(result: Result) -> list[str]:
         return ["no trial finished: nothing to choose"]
     score, images = best.values[0], result.held_out
     lines = [f"best: trial {best.number}, {score:.2%} on {images} held-out images"]
+    if result.finals is not None and result.finals.verdict is not None:
+        first, *others = verdict.sentence(result.finals.verdict).split("; ")
+        lines.append(f"verdict on {result.finals.split} images: {first}")
+        lines += [f"    {other}" for other in others]
+    else:
+        lines += _single_seed_lines(result, best)
+    lines += rung_lines(result)
+    if result.best_path is not None:
+        lines.append(f"wrote {result.best_path}")
+    return lines
+
+
+def _single_seed_lines(result: Result, best: FrozenTrial) -> list[str]:
+    lines = []
+    score, images = best.values[0], result.held_out
     if best.number == UNIFORM:
         lines.append("    the uniform plan: no other plan did better")
     for number, name in ((UNIFORM, "uniform plan"), (TWIN, "static network of as many parameters")):
@@ -336,15 +352,23 @@ def verdict_lines(result: Result) -> list[str]:
             continue
         gap = score - other.values[0]
         error = ((score * (1 - score) + other.values[0] * (1 - other.values[0])) / images) ** 0.5
-        verdict = "within" if abs(gap) < 2 * error else "beyond"
+        reach = "within" if abs(gap) < 2 * error else "beyond"
         lines.append(
-            f"    {gap * 100:+.2f} points against the {name}; {verdict} two standard errors "
+            f"    {gap * 100:+.2f} points against the {name}; {reach} two standard errors "
             f"({2 * error * 100:.2f} points) of so few images and one seed"
         )
     if len(result.trials) > 2:
         lines.append(f"    the best of {len(result.trials)} trials is in part the luckiest")
-    if result.best_path is not None:
-        lines.append(f"wrote {result.best_path}")
+    return lines
+
+
+def rung_lines(result: Result) -> list[str]:
+    """How well each rung ranked the trials that were trained in full."""
+    lines = []
+    last = result.rungs[-1].step if result.rungs else 0
+    pairs = {r.step: rung_pairs(result.trials, r.step, last) for r in result.rungs[:-1]}
+    for step, found in verdict.trust({k: v for k, v in pairs.items() if v}).items():
+        lines.append(verdict.trust_sentence(f"{step} epochs", found))
     return lines
 
 
@@ -355,7 +379,20 @@ def result_json(result: Result) -> dict[str, Any]:
         "best": best.number if best else None,
         "best_recipe": str(result.best_path) if result.best_path else None,
         "held_out": result.held_out,
+        "verdict": _verdict_json(result),
         "trials": [trial_json(trial) for trial in result.trials],
+    }
+
+
+def _verdict_json(result: Result) -> dict[str, Any] | None:
+    finals = result.finals
+    if finals is None or finals.verdict is None:
+        return None
+    return {
+        "sentence": verdict.sentence(finals.verdict),
+        "winner": finals.verdict.winner,
+        "images": finals.split,
+        "accuracies": finals.accuracies,
     }
 
 

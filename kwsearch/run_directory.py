@@ -25,6 +25,10 @@ JOURNAL, RECIPE, BEST = "study.journal", "recipe.lock.yaml", "best.yaml"
 CHECKPOINTS, TRIALS, EVENTS, LOCK = "checkpoints", "trials.csv", "events.ndjson", "driver.lock"
 
 
+# What may differ when a study goes on.
+_FREE = {"trials", "timeout", "workers", "finalists", "seeds"}
+
+
 class SearchError(ValueError):
     """A search that cannot start or go on, for a reason that the user can mend."""
 
@@ -42,8 +46,8 @@ def prepare(directory: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | N
         if changed := _changes(begun, recipe):
             raise SearchError(
                 f"{directory} holds a study of another recipe ({', '.join(changed)} differ): "
-                "only search.trials, search.timeout and search.workers may change; use another "
-                "--run-dir"
+                f"only {', '.join(f'search.{name}' for name in sorted(_FREE))} may change; use "
+                "another --run-dir"
             )
         return dict(begun.provenance)
     return None
@@ -93,7 +97,7 @@ def _changes(before: Recipe, now: Recipe) -> list[str]:
     def essence(recipe: Recipe) -> dict[str, Any]:
         search = recipe.search or Search()
         data = recipe.model_dump(exclude={"provenance", "training", "plan"})
-        data["search"] = search.model_dump(exclude={"trials", "timeout", "workers"})
+        data["search"] = search.model_dump(exclude=_FREE)
         data["proxy"] = (recipe.proxy or Proxy()).model_dump()
         return data
 

@@ -2,55 +2,90 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kwsearch.recipe import Proxy, Recipe
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from kwlayers.plan import Network
     from kwsearch.proxy import ProxyData
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What is trained, as plain data that a worker can be sent.
+
+    recipe, proxy: as JSON. groups: of the plan; None for the static twin of that `width`.
+    checkpoint: a file. splits: micro-batches per batch.
+    """
+
+    recipe: str
+    proxy: str
+    groups: list[dict[str, Any]] | None
+    width: float | None
+    seed: int
+    checkpoint: str
+    splits: int
+
+    def train(
+        self,
+        report: Callable[[int, float], None],
+        until: int | None = None,
+        done: Callable[[nn.Module], object] | None = None,
+    ) -> float:
+        """As `kwsearch.proxy.train`."""
+        from kwlayers.plan import Plan
+        from kwsearch import proxy
+        from kwsearch.resolve import create_model
+
+        recipe = Recipe.model_validate_json(self.recipe)
+        plan = None if self.groups is None else Plan.from_groups(_network(self.recipe), self.groups)
+        return proxy.train(
+            lambda: create_model(recipe, self.width),
+            plan,
+            _images(self.recipe, self.proxy),
+            Proxy.model_validate_json(self.proxy),
+            self.seed,
+            report,
+            until=until,
+            checkpoint=Path(self.checkpoint),
+            splits=self.splits,
+            done=done,
+        )
+
+
 def train_trial(
-    report: Callable[[int, float], None],
-    *,
-    recipe: str,
-    groups: list[dict[str, Any]] | None,
-    width: float | None,
-    proxy: str,
-    seed: int,
-    first: int,
-    until: int,
-    checkpoint: str,
-    splits: int,
+    report: Callable[[int, float], None], *, trained: Trained, first: int, until: int
 ) -> float:
     """Train to epoch `until` of a phase, and return the accuracy on the held-out images.
 
-    recipe, proxy: as JSON. groups: of the plan; None for the static twin of that `width`. first:
-    steps of the phases before this one, which reports count too. checkpoint: a file. splits:
-    micro-batches per batch.
+    first: steps of the phases before this one, which reports count too.
     """
-    from kwlayers.plan import Plan
-    from kwsearch.proxy import train
-    from kwsearch.resolve import create_model
+    return trained.train(lambda epoch, accuracy: report(first + epoch, accuracy), until)
 
-    asked = Recipe.model_validate_json(recipe)
-    settings = Proxy.model_validate_json(proxy)
-    plan = None if groups is None else Plan.from_groups(_network(recipe), groups)
-    return train(
-        lambda: create_model(asked, width),
-        plan,
-        _images(recipe, proxy),
-        settings,
-        seed,
-        lambda epoch, accuracy: report(first + epoch, accuracy),
-        until=until,
-        checkpoint=Path(checkpoint),
-        splits=splits,
-    )
+
+def train_final(report: Callable[[int, float], None], *, trained: Trained) -> dict[str, Any]:
+    """Train in full; the accuracies on held-out ("valid") and test images, None without any."""
+    from kwsearch import proxy
+    from kwsearch.data import DataError
+
+    settings = Proxy.model_validate_json(trained.proxy)
+    found: dict[str, Any] = {"test": None}
+
+    def score(model: nn.Module) -> None:
+        with contextlib.suppress(DataError):  # a data set without test images
+            images = proxy.load_test(settings, _images(trained.recipe, trained.proxy))
+            found["test"] = proxy.evaluate(model, images, settings.batch_size)
+
+    found["valid"] = trained.train(report, done=score)
+    return found
 
 
 # A worker trains many plans of one network, on the same images.

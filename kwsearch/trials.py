@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,3 +28,15 @@ def baseline(trial: FrozenTrial) -> str | None:
     if is_static(trial):
         return "static"
     return "uniform" if trial.number == UNIFORM else None
+
+
+def rung_pairs(trials: Iterable[FrozenTrial], rung: int, last: int) -> list[tuple[float, float]]:
+    """Accuracies of complete plans at a rung's step and at the last."""
+    return [
+        (trial.intermediate_values[rung], trial.intermediate_values[last])
+        for trial in trials
+        if trial.state.name == "COMPLETE"
+        and not is_static(trial)
+        and rung in trial.intermediate_values
+        and last in trial.intermediate_values
+    ]

@@ -290,6 +290,12 @@ class Search(_Section):
         default=0.3,
         description="Kendall's tau to the full length from which on a rung may stop trials",
     )
+    finalists: NotNegative = Field(
+        default=3,
+        description="best plans that are trained again, as the baselines are, for the verdict; 0 "
+        "is no verdict",
+    )
+    seeds: AtLeast1 = Field(default=3, description="trainings of each finalist, by seed")
     workers: AtLeast1 = Field(default=1, description="trials at a time, each its own process")
     deterministic: bool = Field(
         default=False,

@@ -32,7 +32,7 @@ TEXT = """
 format: 1
 model: resnet20
 budget: {total_ratio: 0.5}
-search: {trials: 8, pruner: none, space: {split: 2, sharing: [stage, layer]}}
+search: {trials: 8, pruner: none, finalists: 0, space: {split: 2, sharing: [stage, layer]}}
 proxy: {epochs: 3}
 """
 
@@ -94,14 +94,14 @@ class Inline:
 
     def run(self, job: Job) -> None:
         key = job.trial, job.attempt
-        groups = job.arguments["groups"]
+        groups = job.arguments["trained"].groups
         if groups is None:  # the static twin
             self.events = [Finished(*key, 0.4)]
             return
-        plan = Plan.from_groups(network(job.arguments["recipe"]), groups)
+        plan = Plan.from_groups(network(job.arguments["trained"].recipe), groups)
 
         def report(step: int, value: float) -> None:
-            if step <= job.arguments["until"]:
+            if step <= job.arguments.get("until", 99):
                 self.events.append(Reported(*key, step, value))
 
         try:
@@ -518,3 +518,90 @@ def test_the_quick_start_search_survives_a_kill(tmp_path: Path) -> None:
     assert len({trial["fingerprint"] for trial in result["trials"]}) == 10
     assert result["trials"][0]["state"] == "complete"
     assert load_recipe(tmp_path / "run/best.yaml").plan is not None
+
+
+FINALS = ("search.finalists=2", "search.seeds=3")
+
+
+class Finals(Inline):
+    """Scores a final training by its plan and its seed."""
+
+    def run(self, job: Job) -> None:
+        if not job.function.endswith("final"):
+            super().run(job)
+            return
+        trained = job.arguments["trained"]
+        value = 0.5 if trained.groups is None else 0.6 + trained.seed / 2**32 / 100
+        if trained.groups is not None:
+            plan = Plan.from_groups(network(trained.recipe), trained.groups)
+            value += int(fingerprint(plan), 16) / 2**64 / 10
+        self.events = [Finished(job.trial, job.attempt, {"valid": value, "test": value - 0.01})]
+
+
+def finals_of(directory: Path, *overrides: str, resume: bool = False) -> optimize.Result:
+    search, _ = study(directory, *FINALS, *overrides, resume=resume)
+    return search.run(Finals(score), "nowhere:trial", "nowhere:final")
+
+
+def test_the_best_plans_and_the_baselines_are_trained_again_by_the_same_seeds(
+    tmp_path: Path,
+) -> None:
+    result = finals_of(tmp_path)
+    assert result.finals is not None
+    found = result.finals.accuracies
+    plans = [t for t in result.trials if t.number > 1]
+    top = sorted(plans, key=lambda t: -t.values[0])[:2]
+    assert set(found) == {"uniform plan", "static network", *(f"trial {t.number}" for t in top)}
+    assert all(list(runs) == [0, 1, 2] for runs in found.values())
+    # The same seeds for all: differences between plans do not depend on the seed.
+    one, other = (found[f"trial {t.number}"] for t in top)
+    assert len({round(one[seed] - other[seed], 9) for seed in (0, 1, 2)}) == 1
+    assert result.finals.split == "test"
+    assert found["static network"] == dict.fromkeys((0, 1, 2), 0.49)
+
+
+def test_best_yaml_says_the_verdict(tmp_path: Path) -> None:
+    result = finals_of(tmp_path)
+    text = (tmp_path / "best.yaml").read_text()
+    recipe = load_recipe(tmp_path / "best.yaml")
+    assert result.finals is not None
+    assert result.finals.verdict is not None
+    assert "winner" in str(recipe.provenance["verdict"])
+    assert "On test images, 3 seeds each:" in text
+    assert recipe.provenance["trial"] == result.finals.best
+
+
+def test_finals_are_taken_up_where_they_were_left(tmp_path: Path) -> None:
+    class Interrupted(Finals):
+        count = 0
+
+        def run(self, job: Job) -> None:
+            if job.function.endswith("final"):
+                self.count += 1
+                if self.count == 6:
+                    raise KeyboardInterrupt
+            super().run(job)
+
+    search, _ = study(tmp_path, *FINALS)
+    with pytest.raises(KeyboardInterrupt):
+        search.run(Interrupted(score), "nowhere:trial", "nowhere:final")
+    search, watcher = study(tmp_path, *FINALS, resume=True)
+    result = search.run(Finals(score), "nowhere:trial", "nowhere:final")
+    assert "verdict: 4 finalists, 3 seeds each: 7 trainings in full" in watcher.said
+    assert result.finals is not None
+    assert all(len(runs) == 3 for runs in result.finals.accuracies.values())
+
+
+def test_a_final_training_that_fails_is_left_out_of_the_verdict(tmp_path: Path) -> None:
+    class Broken(Finals):
+        def run(self, job: Job) -> None:
+            if job.function.endswith("final") and job.arguments["trained"].groups is None:
+                self.events = [Failed(job.trial, job.attempt, "error", "KeyError: 'x'", "")]
+            else:
+                super().run(job)
+
+    search, watcher = study(tmp_path, *FINALS)
+    result = search.run(Broken(score), "nowhere:trial", "nowhere:final")
+    assert result.finals is not None
+    assert "static network" not in result.finals.accuracies
+    assert any("failed: KeyError: 'x'" in line for line in watcher.said)

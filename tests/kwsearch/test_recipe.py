@@ -423,6 +423,12 @@ WRONG_VALUES = [
      "quotes (got 0; allowed text that is not empty)"),
     ("search: {space: {sharing: [{a: [x]}]}}", "r.yaml:4:28: search.space.sharing.0: unknown value "
      "(got {\"a\": [\"x\"]}; allowed stage, position or layer)"),
+    ("search: {space: {keep_static: [fc]}}", "r.yaml:4:32: search.space.keep_static.0: not a list "
+     "(got 'fc'; allowed a list of text that is not empty)"),
+    ("search: {space: {tolerance: 1}}", "r.yaml:4:29: search.space.tolerance: too large (got 1; "
+     "allowed a number > 0 and < 1)"),
+    ("search: {space: {limits: {macs: 0}}}", "r.yaml:4:33: search.space.limits.macs: not a count "
+     "(got 0; allowed a whole number, at least 1, that may end in k, M, G or B, e.g. 12.8M)"),
     ("search: {space: {sharing: [layer, stage, layer]}}", "r.yaml:4:42: search.space.sharing.2: "
      "given twice (got 'layer'; allowed stage, position or layer)"),
     # what the values have to do with each other
@@ -793,10 +799,17 @@ search:
   pruner: halving
   space:
     split: 1
+    tolerance: 0.02
     cell_ratio: [[1, 1], [0.5, 0.5]]
     sharing: [stage, layer]
+    sharing_by_stage: true
     reduction: [0.0625]
     basis_ratio: [1]
+    spatial_partition: [true, false]
+    keep_static: [[], [layer4.*, fc]]
+    temperature_epochs: [0, 3]
+    limits:
+      macs: 1800000000
 proxy:
   data: ./images
   resolution: 4
@@ -1170,7 +1183,7 @@ def test_the_schema_is_valid_and_describes_every_key() -> None:
             for key, field in one.get("properties", {}).items():
                 assert field.get("description"), f"{name}.{key}"
                 seen += 1
-    assert seen == 10 + 2 + 7 + 3 + 1 + 9 + 6 + 5 + 14 + 7
+    assert seen == 10 + 2 + 7 + 3 + 1 + 9 + 6 + 11 + 1 + 14 + 7
 
 
 def test_recipes_need_no_torch() -> None:

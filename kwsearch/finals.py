@@ -1,0 +1,157 @@
+"""Finalists: the best plans and the baselines, trained again in full with several seeds.
+
+What the search measured is the best of many tries on the images that it chose by. Here every
+candidate has the same seeds, and the test images, if the data set has them, for the first time.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from kwsearch.executors import Cancelled, Executor, Failed, Finished, Job, Lost
+from kwsearch.trials import baseline, is_static
+from kwsearch.verdict import Verdict, judge
+
+_ATTEMPTS = 5
+_KEY = "final"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One candidate with one seed: a trial of the study, trained again."""
+
+    number: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Where the study keeps its result."""
+        return f"{_KEY}/{self.number}/{self.seed}"
+
+
+def chosen(trials: Sequence[FrozenTrial], top: int) -> list[FrozenTrial]:
+    """The best `top` plans and the baselines, of the trials that are complete."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    plans = [trial for trial in complete if baseline(trial) is None]
+    best = sorted(plans, key=lambda trial: (-trial.values[0], trial.number))[:top]
+    return best + [trial for trial in complete if baseline(trial) is not None]
+
+
+def run(
+    study: optuna.Study,
+    executor: Executor,
+    trainings: Sequence[Training],
+    job: Callable[[Training, int, int], Job],
+    say: Callable[[str], None],
+    stop: Callable[[], bool],
+) -> None:
+    """Train what the study does not have yet; results are kept as they come.
+
+    job: of a training, for an attempt, in so many micro-batches, its trial number -1 - the place
+    in `trainings`. stop: asked before each start.
+    """
+    known = study.user_attrs
+    waiting = [place for place, training in enumerate(trainings) if training.key not in known]
+    attempts = dict.fromkeys(waiting, 0)
+    splits = dict.fromkeys(waiting, 1)
+    busy: set[int] = set()
+    while True:
+        while waiting and len(busy) < executor.capacity and not stop():
+            place = waiting.pop(0)
+            attempts[place] += 1
+            executor.submit(job(trainings[place], attempts[place], splits[place]))
+            busy.add(place)
+        if not busy:
+            return
+        for event in executor.wait(1.0):
+            place = -1 - event.trial
+            if place not in busy or event.attempt != attempts[place]:
+                continue
+            training = trainings[place]
+            if isinstance(event, Finished):
+                busy.discard(place)
+                study.set_user_attr(training.key, event.value)
+                say(
+                    f"final training of trial {training.number}, seed {training.seed}: "
+                    f"{_shown(event.value)}"
+                )
+            elif isinstance(event, Failed):
+                busy.discard(place)
+                if event.kind == "memory" and splits[place] == 1:
+                    splits[place] = 2
+                    waiting.insert(0, place)
+                else:
+                    study.set_user_attr(training.key, {"error": event.message})
+                    say(
+                        f"final training of trial {training.number}, seed {training.seed} "
+                        f"failed: {event.message}"
+                    )
+            elif isinstance(event, (Lost, Cancelled)):
+                busy.discard(place)
+                if attempts[place] < _ATTEMPTS:
+                    waiting.insert(0, place)
+                else:
+                    study.set_user_attr(training.key, {"error": "its process died"})
+
+
+def _shown(result: Mapping[str, Any]) -> str:
+    test = result["test"]
+    return f"{result['valid']:.2%} held-out" + ("" if test is None else f", {test:.2%} test")
+
+
+@dataclass(frozen=True)
+class Finals:
+    """accuracies: by candidate and seed. split: of the images they are of, "test" or "held-out".
+
+    best: the number of the trial whose plan has the highest mean. verdict: None without plans.
+    """
+
+    accuracies: dict[str, dict[int, float]]
+    best: int | None
+    split: str
+    verdict: Verdict | None
+
+
+def results(attributes: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> Finals | None:
+    """What the study's attributes say of its finalists; None if there are none."""
+    by_number = {trial.number: trial for trial in trials}
+    found: dict[int, dict[int, Mapping[str, Any]]] = {}
+    for key, result in attributes.items():
+        kind, _, rest = key.partition("/")
+        if kind == _KEY and "error" not in result:
+            number, seed = map(int, rest.split("/"))
+            found.setdefault(number, {})[seed] = result
+    if not found:
+        return None
+    tested = all(r["test"] is not None for one in found.values() for r in one.values())
+    split = "test" if tested else "valid"
+    accuracies = {
+        name_of(by_number[number]): {seed: one[seed][split] for seed in sorted(one)}
+        for number, one in sorted(found.items())
+        if number in by_number
+    }
+    baselines = [
+        name_of(by_number[n]) for n in sorted(found) if n in by_number and baseline(by_number[n])
+    ]
+    searched = [name for name in accuracies if name not in baselines]
+    verdict = judge(accuracies, same_images=not tested, baselines=baselines) if searched else None
+    means = {
+        number: statistics.fmean(result[split] for result in one.values())
+        for number, one in sorted(found.items())
+        if number in by_number and not is_static(by_number[number])
+    }
+    best = max(means, key=means.__getitem__, default=None)
+    return Finals(accuracies, best, "test" if tested else "held-out", verdict)
+
+
+def name_of(trial: FrozenTrial) -> str:
+    """A finalist in words."""
+    if is_static(trial):
+        return "static network"
+    return "uniform plan" if baseline(trial) else f"trial {trial.number}"
