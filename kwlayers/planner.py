@@ -239,13 +239,24 @@ def out_of_reach(layout: Layout, target: int) -> BudgetError:
     )
 
 
-def lay_out(network: Network, settings: Settings) -> Layout:
-    """Group the layers and cut the cells. Raises PlanError if nothing can be converted."""
+def lay_out(
+    network: Network,
+    settings: Settings,
+    *,
+    keep_static: Sequence[str] = (),
+    stage_sharing: Mapping[int, str] | None = None,
+) -> Layout:
+    """Group the layers and cut the cells. Raises PlanError if nothing can be converted.
+
+    keep_static: glob patterns of layers that are left out of their warehouses.
+    stage_sharing: the rule of each stage (see `stage_of`), where it is not `settings.sharing`.
+    """
     notes: list[str] = []
+    kept = frozenset(match_layers(network, keep_static, "keep_static"))
     if isinstance(settings.sharing, str):
-        shares = _automatic(network, settings, notes)
+        shares = _automatic(network, settings, notes, kept, stage_sharing or {})
     else:
-        shares = _explicit(network, settings.sharing)
+        shares = _explicit(network, settings.sharing, kept)
     if not shares:
         raise PlanError(
             "no layer can be converted: " + ("; ".join(notes) or "the network has none")
@@ -285,14 +296,36 @@ def lay_out(network: Network, settings: Settings) -> Layout:
     return Layout(network, tuple(groups), ratios, tuple(notes))
 
 
-def _automatic(network: Network, settings: Settings, notes: list[str]) -> dict[str, Share]:
+def stage_of(network: Network) -> dict[str, int]:
+    """The stage of each layer that can share a warehouse. Raises PlanError if none are known."""
+    known = recognise(network.sites)
+    if known is None:
+        raise _no_stages("sharing by stage", "one sharing for all")
+    labels = {site.name: known.labels[site.name] for site in network.sites if not site.fixed}
+    return {
+        name: label.stage for name, label in labels.items() if not (label.static or label.alone)
+    }
+
+
+def _no_stages(what: str, instead: str) -> PlanError:
+    return PlanError(
+        f"{what} needs the stages of the network, and its module names are none of "
+        f"{', '.join(NAMES)} (torchvision's or timm's): use {instead}"
+    )
+
+
+def _automatic(
+    network: Network,
+    settings: Settings,
+    notes: list[str],
+    kept: frozenset[str],
+    stage_sharing: Mapping[int, str],
+) -> dict[str, Share]:
     """Shares by stage, position or layer, in the order of their first layers."""
     known = recognise(network.sites)
     if known is None and settings.sharing != "layer":
-        raise PlanError(
-            f"sharing {settings.sharing!r} needs the stages of the network, and its module names "
-            f"are none of {', '.join(NAMES)} (torchvision's or timm's): use sharing='layer' or "
-            "groups of glob patterns"
+        raise _no_stages(
+            f"sharing {settings.sharing!r}", "sharing='layer' or groups of glob patterns"
         )
     static = (
         {name: label.static for name, label in known.labels.items() if label.static}
@@ -306,12 +339,17 @@ def _automatic(network: Network, settings: Settings, notes: list[str]) -> dict[s
             if site.fixed:
                 notes.append(f"{site.name} stays static: {site.fixed}")
             continue
-        if settings.sharing == "layer" or known is None:
+        if site.name in kept:
+            continue
+        label = known.labels[site.name] if known else None
+        rule = settings.sharing
+        if label is not None and not label.alone:
+            rule = stage_sharing.get(label.stage, rule)
+        if label is None or rule == "layer":
             plain = re.sub(r"\W", "_", site.name, flags=re.ASCII)
             name = _distinct(plain if plain.strip("_") else "layer", members)
         else:
-            label = known.labels[site.name]
-            position = str(label.position) if settings.sharing == "position" else ""
+            position = str(label.position) if rule == "position" else ""
             name = label.alone or f"stage{label.stage}_{label.kind}{position}"
         members.setdefault(name, []).append(site.name)
     shares = {}
@@ -353,8 +391,11 @@ def named_groups(
 
 
 def _explicit(
-    network: Network, sharing: Sequence[Patterns] | Mapping[str, Patterns | Share]
+    network: Network,
+    sharing: Sequence[Patterns] | Mapping[str, Patterns | Share],
+    kept: frozenset[str],
 ) -> dict[str, Share]:
+    """The given shares less the layers in `kept`; one that loses all of them is gone."""
     named = named_groups(sharing)
     shares: dict[str, Share] = {}
     owner: dict[str, str] = {}
@@ -368,7 +409,9 @@ def _explicit(
             if layer in owner:
                 raise PlanError(f"{layer} matches group {owner[layer]!r} and group {name!r}")
             owner[layer] = name
-        shares[name] = replace(share, layers=layers)
+        left = tuple(layer for layer in layers if layer not in kept)
+        if left:
+            shares[name] = replace(share, layers=left)
     first = {site.name: index for index, site in enumerate(network.sites)}
     return dict(sorted(shares.items(), key=lambda item: first[item[1].layers[0]]))
 

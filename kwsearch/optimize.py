@@ -24,9 +24,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from kwlayers.plan import Network, Plan
-from kwsearch import finals, verdict, zoo
+from kwsearch import dry_run, finals, verdict, zoo
 from kwsearch.driver import Driver, Rules, SpaceExhausted, StudyFailed
 from kwsearch.driver import Watcher as DriverWatcher
+from kwsearch.dry_run import Forecast
 from kwsearch.events import EventLog
 from kwsearch.executors import Executor, Job
 from kwsearch.executors.local import LocalExecutor
@@ -57,7 +58,7 @@ from kwsearch.rungs import check as check_rungs
 from kwsearch.space import Sample, Space, fingerprint
 from kwsearch.static_twin import NoTwin, Twin, static_twin
 from kwsearch.trial import Trained
-from kwsearch.trials import KIND, LEASE, STATIC, TWIN, UNIFORM, baseline, is_static
+from kwsearch.trials import KIND, LEASE, STATIC, TEMPERATURE, TWIN, UNIFORM, baseline, is_static
 
 if TYPE_CHECKING:
     from kwsearch.proxy import ProxyData
@@ -140,6 +141,12 @@ class Study:
             raise SearchError(
                 "search.deterministic decides at rungs: set search.pruner to halving or none"
             )
+        longest = max(self.search.space.temperature_epochs, default=0)
+        if longest > self.proxy.epochs:
+            raise SearchError(
+                f"search.space.temperature_epochs: {longest} is more than proxy.epochs, "
+                f"{self.proxy.epochs}"
+            )
         self.rungs = _rungs(self.search, self.proxy)
         self._resume = resume
 
@@ -155,9 +162,7 @@ class Study:
             self._note_provenance()
             log = EventLog(self.directory / EVENTS, self.watcher, self.echo)
             self.watcher = stack.enter_context(log)
-            self.network = network_of(self.recipe)
-            settings, target = settings_of(self.recipe), target_of(self.recipe)
-            self.space = Space(self.network, settings, target, self.search.space)
+            self._plan_space()
             self.twin = self._twin()
             held_out = 0
             if function == TRAINING:
@@ -188,6 +193,43 @@ class Study:
             if time.monotonic() >= driver.rules.deadline and len(trials) < self.search.trials:
                 self.watcher.say("time is up; --resume goes on")
             return Result(self.recipe, trials, held_out, best, found, self.rungs)
+
+    def _plan_space(self) -> None:
+        self.network = network_of(self.recipe)
+        settings, target = settings_of(self.recipe), target_of(self.recipe)
+        self.space = Space(self.network, settings, target, self.search.space)
+
+    def forecast(self) -> Forecast:
+        """What the search would be, without starting it and without data."""
+        self._plan_space()
+        search, proxy, uniform = self.search, self.proxy, self.space.uniform
+        step_s, train_bytes = dry_run.measure_step(self.recipe, uniform, proxy)
+        trainings = (search.finalists + 2) * search.seeds if search.finalists else 0
+        images = dry_run.images_of(proxy)
+        least = most = None
+        if images is not None:
+            steps = -(-images // proxy.batch_size)
+            least, most = dry_run.seconds_of(
+                step_s, steps, search.trials, search.calibration, self.rungs, trainings
+            )
+        checkpoint = dry_run.checkpoint_bytes(uniform, proxy)
+        unfinished = search.trials if len(self.rungs) > 1 else search.workers
+        return Forecast(
+            combinations=self.space.size(),
+            warehouses=self.space.warehouses(),
+            params_allowed=self.space.allowed,
+            valid_share=self.space.valid_share(dry_run.SAMPLES, search.seed),
+            trials=search.trials,
+            rungs=tuple(rung.step for rung in self.rungs),
+            trainings=trainings,
+            step_s=step_s,
+            train_bytes=train_bytes,
+            train_images=images,
+            least_seconds=least,
+            most_seconds=most,
+            checkpoint_bytes=checkpoint,
+            disk_bytes=checkpoint * max(unfinished, search.workers),
+        )
 
     def _twin(self) -> Twin | None:
         size = input_of(self.recipe)
@@ -318,7 +360,10 @@ class Study:
         others = self.space.neighbours(sample, seed)
         for candidate in itertools.chain((sample,), others):
             plan = self.space.project(candidate)
-            if fingerprint(plan) not in plans:
+            name = fingerprint(plan)
+            if candidate.temperature_epochs is not None:
+                name += f" temperature {candidate.temperature_epochs}"
+            if name not in plans:
                 break
         else:
             raise SpaceExhausted(
@@ -326,12 +371,15 @@ class Study:
                 "(split, cell_ratio, sharing, …) or ask for fewer trials"
             )
         cost = plan.cost()
-        return {
-            "fingerprint": fingerprint(plan),
+        facts = {
+            "fingerprint": name,
             "groups": plan.groups_to_list(),
             "params": cost.params.total,
             "macs": cost.macs.total,
         }
+        if candidate.temperature_epochs is not None:
+            facts[TEMPERATURE] = candidate.temperature_epochs
+        return facts
 
     def _job(self, trial: FrozenTrial, rung: int, attempt: int, splits: int) -> Job:
         phase = phase_of(self.rungs, rung)
@@ -340,7 +388,7 @@ class Study:
             changes["subset"] = phase.subset
         if phase.resolution is not None:
             changes["resolution"] = phase.resolution
-        proxy = self.proxy.model_copy(update=changes)
+        proxy = self._proxy_of(trial).model_copy(update=changes)
         seed = seed_of(self.search.seed, trial.user_attrs["fingerprint"])
         checkpoint = self._checkpoint(f"{trial.number}-{phase.first}")
         arguments = {
@@ -349,6 +397,12 @@ class Study:
             "until": self.rungs[rung].epochs,
         }
         return Job(trial.number, attempt, self._function, arguments, self.proxy.threads)
+
+    def _proxy_of(self, trial: FrozenTrial) -> Proxy:
+        epochs = trial.user_attrs.get(TEMPERATURE)
+        if epochs is None:
+            return self.proxy
+        return self.proxy.model_copy(update={"temperature_epochs": epochs})
 
     def _trained(
         self, trial: FrozenTrial, proxy: Proxy, seed: int, checkpoint: Path, splits: int
@@ -383,7 +437,7 @@ class Study:
             # The same for all candidates, which are compared seed by seed.
             seed = seed_of(self.search.seed, f"final {training.seed}")
             checkpoint = self._checkpoint(f"final-{training.number}-{training.seed}")
-            trained = self._trained(trial, self.proxy, seed, checkpoint, splits)
+            trained = self._trained(trial, self._proxy_of(trial), seed, checkpoint, splits)
             number = -1 - trainings.index(training)
             return Job(number, attempt, self._final, {"trained": trained}, self.proxy.threads)
 

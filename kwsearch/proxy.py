@@ -117,7 +117,7 @@ def train(
     model = make_model()
     if plan is not None:
         convert_(model, plan)
-    images = _to(images, device)
+    images = moved(images, device)
     run = _Run(model.to(device), images, proxy, seed, dynamic=plan is not None)
     key = _key(model, plan, proxy, seed)
     if checkpoint is not None and (state := checkpoints.load(checkpoint, key)) is not None:
@@ -143,7 +143,7 @@ class _Run:
         self.images = images
         self.proxy = proxy
         steps = len(_batch_sizes(images, proxy))
-        self.optimizer = _optimizer(model, proxy)
+        self.optimizer = optimizer_of(model, proxy)
         self.rates = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, _cosine(proxy.epochs * steps)
         )
@@ -220,7 +220,6 @@ def micro_batch_sizes(batch: int, splits: int) -> list[int]:
 def evaluate(model: nn.Module, images: ProxyData, batch_size: int) -> float:
     """Share of held-out images that the model gets right."""
     model.eval()
-    images = _to(images, next(model.parameters()).device)
     right = 0
     batches = (torch.split(part, batch_size) for part in (images.valid.x, images.valid.y))
     for x, y in zip(*batches, strict=True):
@@ -228,15 +227,17 @@ def evaluate(model: nn.Module, images: ProxyData, batch_size: int) -> float:
     return right / len(images.valid.y)
 
 
-def _to(images: ProxyData, device: torch.device) -> ProxyData:
-    def moved(part: data.Images) -> data.Images:
+def moved(images: ProxyData, device: torch.device) -> ProxyData:
+    """The same on that device."""
+
+    def there(part: data.Images) -> data.Images:
         return data.Images(
             part.x.to(device), part.y.to(device), part.num_classes, part.name, part.classes
         )
 
     return ProxyData(
-        moved(images.train),
-        moved(images.valid),
+        there(images.train),
+        there(images.valid),
         images.channels,
         images.mean.to(device),
         images.std.to(device),
@@ -275,7 +276,7 @@ def augment(x: Tensor, how: str, generator: torch.Generator) -> Tensor:
     return x
 
 
-def _optimizer(model: nn.Module, proxy: Proxy) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, proxy: Proxy) -> torch.optim.Optimizer:
     """Weight decay on kernels, cells and matrices, not on norms and biases."""
     parameters = list(model.parameters())
     groups = [

@@ -1,8 +1,9 @@
 """Zero-cost scores: what one mini-batch through a fresh network says about its accuracy.
 
 Abdelfattah et al. 2021 (arXiv 2101.08134) compare them. Each runs on a copy in double or its own
-precision, so that parameters, their gradients, buffers and mode stay as they are. Whether a score
-ranks trials is for the study to measure.
+precision, so that parameters, their gradients, buffers and mode stay as they are. Temperatures are
+as the model has them: at 0, fresh attentions give gradients that are orders of magnitude larger
+than at 1, where training begins. Whether a score ranks trials is for the study to measure.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def grad_norm(model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -33,20 +36,34 @@ def synflow(model: nn.Module, size: tuple[int, ...]) -> float:
 
     size: (C, H, W). R: the sum of the outputs for an input of ones, with the absolute values of
     all parameters. In float64, as R grows exponentially with depth, and in evaluation mode, where
-    a fresh batch norm passes signals through. R is a sum over paths in static networks of
-    ReLUs; an attention, a layer norm or another nonlinearity rescales them.
+    a fresh batch norm passes signals through. R is a sum over paths in static networks of ReLUs
+    (of ReLU6, too, whose ceiling is lifted); an attention, a layer norm or another
+    nonlinearity rescales them.
     """
     model = copy.deepcopy(model).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.abs_()
     first = next(model.parameters())
-    flow = model(torch.ones(1, *size, dtype=first.dtype, device=first.device)).sum()
+    ones = torch.ones(1, *size, dtype=first.dtype, device=first.device)
+    with _NoCeiling():
+        flow = model(ones).sum()
     parameters, grads = _gradients(model, flow)
     return sum(
         float((parameter.detach() * grad).abs().sum())
         for parameter, grad in zip(parameters, grads, strict=True)
     )
+
+
+class _NoCeiling(TorchFunctionMode):
+    """ReLU6 as ReLU: signals that grow with depth would all end at 6, and their gradients at 0."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (F.relu6, F.hardtanh):
+            return F.relu(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def jacob_cov(model: nn.Module, x: Tensor) -> float:

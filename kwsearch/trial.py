@@ -82,6 +82,7 @@ def train_final(report: Callable[[int, float], None], *, trained: Trained) -> di
     def score(model: nn.Module) -> None:
         with contextlib.suppress(DataError):  # a data set without test images
             images = proxy.load_test(settings, _images(trained.recipe, trained.proxy))
+            images = proxy.moved(images, proxy.device_of(settings))
             found["test"] = proxy.evaluate(model, images, settings.batch_size)
 
     found["valid"] = trained.train(report, done=score)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 LEASE = "lease"
 # Why it did not complete; how long it trained; micro-batches per batch.
 REASON, SECONDS, SPLITS = "reason", "seconds", "splits"
+# Epochs of falling temperature, where they are not the proxy's.
+TEMPERATURE = "temperature_epochs"
 # What it trains, where that is no plan: the static twin.
 KIND, STATIC = "kind", "static"
 # The numbers of the baselines.

@@ -69,7 +69,9 @@ def choose(
     product = geometry.groups == 1 and (geometry.pointwise or positions < FEW_POSITIONS)
     by_sample = "gemm" if product else "loop"
     if kernels <= min(batch * maps, _REUSED) or kernels <= _KEPT:
-        return Choice(by_sample, by_sample) if maps >= _LARGE_MAPS else PUBLISHED
+        # A single sample is one plain convolution in the published form, too.
+        large = batch > 1 and maps >= _LARGE_MAPS
+        return Choice(by_sample, by_sample) if large else PUBLISHED
     if geometry.groups > 1:
         return Choice("grouped", "grouped")
     return Choice(by_sample, by_sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from optuna.trial import FrozenTrial
 
+    from kwsearch.dry_run import Forecast
     from kwsearch.optimize import Result
 
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     type=click.Path(file_okay=False, path_type=Path),
     help="Where the study lives.  [default: runs/RECIPE]",
 )
+@click.option("--dry-run", is_flag=True, help="Only say what the search would be; needs no data.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress; only the result.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print events as lines of JSON, the result last."
@@ -49,6 +52,7 @@ def command(
     deterministic: bool,
     resume: bool,
     run_dir: Path | None,
+    dry_run: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -82,6 +86,13 @@ def command(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     command_line = shlex.join(["kwsearch", *sys.argv[1:]])
+    if dry_run:
+        # Before torch is loaded: its profiler, which measures memory, talks.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        with _Progress(quiet=True) as silent:
+            planned = Study(loaded, directory, resume=False, watcher=silent)
+        _print_forecast(planned.forecast(), as_json)
+        return
     echo = click.echo if as_json else None
     with _Progress(quiet) as progress:
         study = Study(
@@ -187,6 +198,40 @@ def _print(result: Result) -> None:
     out.print(report.trials_table(result.trials))
     for line in report.verdict_lines(result):
         out.print(report.plain(line))
+
+
+def _print_forecast(forecast: Forecast, as_json: bool) -> None:
+    import json
+
+    if as_json:
+        click.echo(json.dumps(vars(forecast), indent=2))
+        return
+    fewest, most = forecast.warehouses
+    warehouses = str(fewest) if fewest == most else f"{fewest} to {most}"
+    rungs = ", ".join(map(str, forecast.rungs))
+    click.echo(
+        f"space: {forecast.combinations:,} combinations, {warehouses} warehouses to split over"
+    )
+    click.echo(
+        f"budget: {forecast.params_allowed:,} parameters at most; "
+        f"{forecast.valid_share:.1%} of random samples are on it"
+    )
+    click.echo(f"trials: {forecast.trials}, rungs at epoch {rungs}; finals: {forecast.trainings}")
+    click.echo(
+        f"a step of the uniform plan: {forecast.step_s * 1e3:,.0f} ms, "
+        f"{forecast.train_bytes / 1e6:,.0f} MB with weights, gradients and optimizer"
+    )
+    if forecast.least_seconds is None or forecast.most_seconds is None:
+        click.echo("time: unknown, for want of the data set or proxy.subset")
+    else:
+        hours = [
+            f"{seconds / 3600:,.2f}" for seconds in (forecast.least_seconds, forecast.most_seconds)
+        ]
+        click.echo(f"time on one worker: {hours[0]} to {hours[1]} h")
+    click.echo(
+        f"disk: at most {forecast.disk_bytes / 1e6:,.0f} MB of checkpoints "
+        f"({forecast.checkpoint_bytes / 1e6:,.1f} MB each)"
+    )
 
 
 def _print_json(result: Result) -> None:

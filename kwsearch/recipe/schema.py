@@ -297,7 +297,7 @@ class Search(_Section):
     )
     seeds: AtLeast1 = Field(default=3, description="trainings of each finalist, by seed")
     workers: AtLeast1 = Field(default=1, description="trials at a time, each its own process")
-    deterministic: bool = Field(
+    deterministic: Bool = Field(
         default=False,
         description="the same trials whatever the number of workers: asked for in generations of "
         "8, rungs decided when a generation has arrived",

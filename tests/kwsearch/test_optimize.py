@@ -21,10 +21,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kwlayers.plan import Network, Plan, PlanError
 from kwsearch import optimize
+from kwsearch.dry_run import seconds_of
 from kwsearch.executors import Cancelled, Event, Failed, Finished, Job, Reported
 from kwsearch.executors.local import LocalExecutor
 from kwsearch.recipe import Recipe, load_recipe, parse_recipe
 from kwsearch.resolve import network_of
+from kwsearch.rungs import as_rungs
 from kwsearch.space import fingerprint
 from kwsearch.trials import is_static
 
@@ -352,6 +354,18 @@ def test_a_deterministic_study_has_no_median(tmp_path: Path) -> None:
         study(tmp_path, "search.pruner=median", "search.deterministic=true")
 
 
+def test_the_temperature_is_part_of_what_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(optimize.SearchError, match="4 is more than proxy.epochs, 3"):
+        study(tmp_path, "search.space.temperature_epochs=[4]")
+    # One plan, two temperatures.
+    space = "search.space={split: 1, temperature_epochs: [2]}"
+    trials = run(study(tmp_path, space)[0], score).trials
+    plans = [t for t in trials if not is_static(t)]
+    assert len(plans) == 2
+    assert plans[0].user_attrs["groups"] == plans[1].user_attrs["groups"]
+    assert [t.user_attrs.get("temperature_epochs") for t in plans] == [None, 2]
+
+
 def test_rungs_that_do_not_lead_to_the_full_trial_are_refused(tmp_path: Path) -> None:
     with pytest.raises(optimize.SearchError, match="the last rung must be the full trial"):
         study(tmp_path, "search.pruner=halving", "search.rungs=[{epochs: 2}]")
@@ -605,3 +619,31 @@ def test_a_final_training_that_fails_is_left_out_of_the_verdict(tmp_path: Path) 
     assert result.finals is not None
     assert "static network" not in result.finals.accuracies
     assert any("failed: KeyError: 'x'" in line for line in watcher.said)
+
+
+def test_a_dry_run_needs_no_data_and_starts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kwsearch import cli
+
+    monkeypatch.chdir(tmp_path)
+    text = TEXT.replace("epochs: 3", "epochs: 3, resolution: 8, batch_size: 2, data: ./nowhere")
+    Path("dry.yaml").write_text(text)
+    assert cli.run(["optimize", "dry.yaml", "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["valid_share"] == 1.0
+    assert found["combinations"] == 2
+    assert found["warehouses"] == [3, 20]
+    assert found["train_images"] is None
+    assert found["most_seconds"] is None
+    assert not Path("runs").exists()
+    assert cli.run(["optimize", "dry.yaml", "proxy.subset=100", "--dry-run"]) == 0
+    assert "time on one worker: " in capsys.readouterr().out
+
+
+def test_the_time_of_a_study_is_that_of_its_steps() -> None:
+    rungs = as_rungs([(3, None, None), (9, None, None)])
+    # 6 trials of 9 epochs and 34 of 3, 10 steps of 2 s each; 15 final trainings.
+    least, most = seconds_of(2.0, 10, 40, 6, rungs, 15)
+    assert least == 20 * (6 * 9 + 34 * 3 + 15 * 9)
+    assert most == 20 * (40 * 9 + 15 * 9)

@@ -192,7 +192,16 @@ def test_what_is_left_out_has_the_documented_default() -> None:
             "timeout": None,
             "seed": 0,
             "sampler": "tpe",
-            "pruner": "median",
+            "startup": 8,
+            "pruner": "halving",
+            "eta": 3,
+            "rungs": (),
+            "calibration": 6,
+            "rung_tau": 0.3,
+            "finalists": 3,
+            "seeds": 3,
+            "workers": 1,
+            "deterministic": False,
             "space": {
                 "split": 2.0,
                 "tolerance": 0.01,
@@ -389,7 +398,7 @@ WRONG_VALUES = [
      "allowed a whole number >= 1)"),
     # words
     ("search: {sampler: tpee}", "r.yaml:4:19: search.sampler: unknown value, did you mean 'tpe'? "
-     "(got 'tpee'; allowed tpe or random)"),
+     "(got 'tpee'; allowed tpe, gp, nsgaii or random)"),
     ("search: {pruner: null}", "r.yaml:4:18: search.pruner: unknown value (got null; "
      "allowed halving, median or none)"),
     ("proxy: {device: gpu}", "r.yaml:4:17: proxy.device: unknown value, did you mean 'cpu'? "
@@ -1183,7 +1192,7 @@ def test_the_schema_is_valid_and_describes_every_key() -> None:
             for key, field in one.get("properties", {}).items():
                 assert field.get("description"), f"{name}.{key}"
                 seen += 1
-    assert seen == 10 + 2 + 7 + 3 + 1 + 9 + 6 + 11 + 1 + 14 + 7
+    assert seen == 10 + 2 + 7 + 3 + 1 + 9 + 15 + 3 + 11 + 1 + 14 + 7
 
 
 def test_recipes_need_no_torch() -> None:

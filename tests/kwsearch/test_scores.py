@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kwlayers import KWConv2d, Warehouse, convert_, plan_model, set_temperature_
@@ -99,8 +100,21 @@ def test_synflow_goes_through_a_fresh_batch_norm() -> None:
     assert synflow(model, (2,)) == pytest.approx(3 * 15 / math.sqrt(1 + 1e-5), rel=1e-12)
 
 
+class Relu6(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x, inplace=True)
+
+
+@pytest.mark.parametrize("relu6", [nn.ReLU6(), nn.ReLU6(inplace=True), Relu6()])
+def test_paths_go_on_where_relu6_would_cut_them(relu6: nn.Module) -> None:
+    model = linear([[1.0, -20.0], [3.0, 0.0]], [[-1.0, 4.0]])
+    model.insert(1, relu6)
+    # 1 * 21 + 4 * 3, in two layers.
+    assert synflow(model, (2,)) == pytest.approx(2 * 33)
+
+
 def test_synflow_counts_shared_cells_once_for_each_layer_that_uses_them() -> None:
-    warehouse = Warehouse(1, (1, 1, 1, 1), num_mixtures=2)
+    warehouse = Warehouse(1, (1, 1, 1, 1))
     layers = [KWConv2d(1, 1, 1, bias=False, warehouse=warehouse) for _ in range(2)]
     model = nn.Sequential(*layers)
     # At temperature 1 a kernel is its cell. Registered where it does not run.
@@ -110,6 +124,19 @@ def test_synflow_counts_shared_cells_once_for_each_layer_that_uses_them() -> Non
     nn.init.constant_(warehouse.cells, -3)
     # R = 3 * 3 on each of 2 x 5 positions has degree 2 in the cells.
     assert synflow(model, (1, 2, 5)) == pytest.approx(2 * 9 * 10)
+
+
+def test_flows_of_opposite_signs_do_not_cancel() -> None:
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([2.0, -5.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.weight * x) @ x.new_tensor([1.0, -1.0])
+
+    # theta dR/dtheta is (2, -5).
+    assert synflow(Difference(), (2,)) == pytest.approx(7)
 
 
 def test_synflow_does_not_overflow_where_float32_does() -> None:

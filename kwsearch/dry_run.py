@@ -1,0 +1,129 @@
+"""What a search would be: its space, its plans, its time, memory and disk. Needs no data set."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kwsearch.rungs import Rung
+
+if TYPE_CHECKING:
+    import torch
+
+    from kwlayers.plan import Plan
+    from kwsearch.recipe import Proxy, Recipe
+
+SAMPLES = 100
+_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """combinations: of all choices but the split over the warehouses, which is continuous.
+
+    valid_share: of random samples. step_s, train_bytes: of one training step of the uniform plan,
+    measured here. train_images: of an epoch, None where neither the recipe nor this machine says.
+    seconds: of the whole study on one worker, if no trial were stopped early (most) and if all were
+    at the first rung but the calibration (least); None without train_images.
+    checkpoint_bytes: of one unfinished trial. disk_bytes: the most that can be unfinished.
+    """
+
+    combinations: int
+    warehouses: tuple[int, int]
+    params_allowed: int
+    valid_share: float
+    trials: int
+    rungs: tuple[int, ...]
+    trainings: int
+    step_s: float
+    train_bytes: int
+    train_images: int | None
+    least_seconds: float | None
+    most_seconds: float | None
+    checkpoint_bytes: int
+    disk_bytes: int
+
+
+def seconds_of(
+    step_s: float,
+    steps: int,
+    trials: int,
+    calibration: int,
+    rungs: tuple[Rung, ...],
+    trainings: int,
+) -> tuple[float, float]:
+    """The least and the most seconds of a study. trainings: of the finalists, in full."""
+    full = rungs[-1].step * steps * step_s
+    first = rungs[0].step * steps * step_s
+    complete = min(trials, max(calibration, 2))
+    final = trainings * full
+    return complete * full + (trials - complete) * first + final, trials * full + final
+
+
+def measure_step(recipe: Recipe, plan: Plan, proxy: Proxy) -> tuple[float, int]:
+    """Seconds and peak bytes of one training step on random images, at the proxy's batch size.
+
+    Above the network itself, its gradients and the optimizer's state, which are in the bytes.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from kwlayers.convert import convert_
+    from kwsearch.proxy import device_of, optimizer_of
+    from kwsearch.resolve import create_model, input_of
+    from kwsearch.timing import peak_bytes
+
+    if proxy.threads is not None:
+        torch.set_num_threads(proxy.threads)
+    device = device_of(proxy)
+    channels, height, width = input_of(recipe)
+    if proxy.resolution is not None:
+        height = width = proxy.resolution
+    model = convert_(create_model(recipe), plan).to(device).train()
+    optimizer = optimizer_of(model, proxy)
+    x = torch.randn(proxy.batch_size, channels, height, width, device=device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        out = model(x)
+        labels = torch.arange(len(x), device=device) % out.shape[-1]
+        F.cross_entropy(out, labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    peak = peak_bytes(step, device)
+    seconds = []
+    for _ in range(_STEPS):
+        began = time.perf_counter()
+        step()
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds), held + peak
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def images_of(proxy: Proxy) -> int | None:
+    """Training images of an epoch, as far as the recipe or the data on this machine say."""
+    from kwsearch import data
+
+    count = proxy.subset
+    if count is None:
+        try:
+            count = len(data.load(proxy.data, "train", size=None).y)
+        except data.DataError:
+            return None
+    return count - round(count * proxy.holdout)
+
+
+def checkpoint_bytes(plan: Plan, proxy: Proxy) -> int:
+    """Parameters and the optimizer's copies of them, in float32."""
+    copies = 2 if proxy.optimizer == "adamw" else int(proxy.momentum > 0)
+    return 4 * plan.cost().params.total * (1 + copies)
