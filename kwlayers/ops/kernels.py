@@ -19,9 +19,10 @@ from kwlayers.ops.geometry import FEW_POSITIONS, Blocks, ConvGeometry
 from kwlayers.ops.path import Needs, Path, add_product_, format_of, wide
 from kwlayers.ops.workspace import Workspace
 
-# With fewer output channels at a time convolutions slow down, with fewer rows mixing does.
-# Matrix products, which read x from a nearer cache, bear fewer.
-_CHANNELS, _FEW_CHANNELS, _ROWS = 64, 32, 64
+# With fewer output channels at a time convolutions slow down, with fewer rows mixing does. Which
+# counts more depends on how many multiply-adds mixing has for one of the convolution.
+_CHANNELS, _FEW_CHANNELS, _ROWS = 64, 32, 72
+_MUCH_MIXING = 0.7
 # Numbers in the widest vectors of a CPU.
 _VECTOR = 16
 
@@ -111,7 +112,7 @@ class KernelPath(Path):
         workspace: Workspace,
     ) -> Tensor:
         conv = self._convolution(geometry, x, workspace)
-        mixing = _Mixing(conv, attention, cells)
+        mixing = _Mixing(conv, attention, cells, passes=1)
         given, own = format_of(x), conv.format(x)
         x = x.contiguous(memory_format=own)
         shape = (x.shape[0], geometry.kernel[0], *conv.out_size)
@@ -146,7 +147,7 @@ class KernelPath(Path):
         cells_grad: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         conv = self._convolution(geometry, x, workspace)
-        mixing = _Mixing(conv, attention, cells)
+        mixing = _Mixing(conv, attention, cells, passes=3 / 2)
         given, own = format_of(x), conv.format(x)
         x = x.contiguous(memory_format=own)
         grad = grad.contiguous(memory_format=own)
@@ -197,7 +198,8 @@ class KernelPath(Path):
 class _Mixing:
     """Kernels of blocks of samples and output channels, and the gradients behind them."""
 
-    def __init__(self, conv: Convolution, attention: Tensor, cells: Tensor) -> None:
+    def __init__(self, conv: Convolution, attention: Tensor, cells: Tensor, passes: float) -> None:
+        """passes: products with the cells for one with the kernels."""
         geometry = conv.geometry
         self.conv = conv
         self.workspace = conv.workspace
@@ -219,6 +221,7 @@ class _Mixing:
             self.workspace.nbytes // attention.element_size(),
             copied=not _stays(self._mixed_shape(slice(0, 2)), order),
             splits=conv.splits,
+            mixing=passes * self.cells.shape[0] / math.prod(conv.out_size),
         )
 
     @property
@@ -334,12 +337,13 @@ def block_size(
     capacity: int,
     copied: bool,
     splits: bool,
+    mixing: float,
 ) -> tuple[int, int]:
     """Samples, and output channels within every cell, of a block.
 
     source: numbers per sample that the convolution makes of x. positions: of the output.
     capacity: of the workspace, in numbers. copied: whether kernels are held twice. splits:
-    whether channels may be split.
+    whether channels may be split. mixing: multiply-adds of it for one of the convolution.
     """
     share = capacity // (2 if copied else 1)
     near = source > 0 or positions < FEW_POSITIONS
@@ -352,8 +356,12 @@ def block_size(
     if not splits or samples == batch or samples * blocks.mixtures >= _ROWS:
         return _even(batch, samples), cell
     # Few rows make mixing slow: rather more samples, and fewer channels.
-    least = min(cell, _FEW_CHANNELS if near else _CHANNELS)
-    samples = min(most, max(samples, -(-share // (per_channel * least))))
+    least = min(cell, _CHANNELS)
+    wanted = -(-share // (per_channel * least))
+    if near and wanted * blocks.mixtures < _ROWS and mixing > _MUCH_MIXING:
+        least = min(cell, _FEW_CHANNELS)
+        wanted = -(-share // (per_channel * least))
+    samples = min(most, max(samples, wanted))
     # A few samples more than fit beat another turn.
     samples = batch if samples < batch <= 1.2 * samples <= 1.2 * most else _even(batch, samples)
     width = _even(cell, min(cell, -(-share // (per_channel * samples))))

@@ -129,8 +129,9 @@ def test_forward_and_backward_may_take_different_paths(
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("source", [0, 5_000, 400_000])
 @pytest.mark.parametrize("splits", [False, True])
+@pytest.mark.parametrize("mixing", [0.1, 3.0])
 def test_blocks_fit_their_share_of_the_workspace_unless_they_are_the_smallest(
-    copied: bool, source: int, splits: bool
+    copied: bool, source: int, splits: bool, mixing: float
 ) -> None:
     capacity = 4 * 2**20
     checked = 0
@@ -138,7 +139,9 @@ def test_blocks_fit_their_share_of_the_workspace_unless_they_are_the_smallest(
         (1, 3, 16, 256), (8, 33, 512), (8, 256), (1, 4), (1, 2), (1, 9), (4, 196)
     ):
         blocks = Blocks((spatial, 1), out, inn, (co, ci, 1, 1))
-        samples, width = block_size(batch, blocks, source, positions, capacity, copied, splits)
+        samples, width = block_size(
+            batch, blocks, source, positions, capacity, copied, splits, mixing
+        )
         assert 1 <= samples <= batch
         assert 1 <= width <= co
         assert width == co or (splits and width % 16 == 0)
@@ -149,3 +152,13 @@ def test_blocks_fit_their_share_of_the_workspace_unless_they_are_the_smallest(
             assert kernels * (2 if copied else 1) <= 1.5 * capacity
             assert samples * source <= capacity
     assert checked > 50
+
+
+def test_much_mixing_gets_more_samples_and_fewer_channels() -> None:
+    # 512 x 512, 3 x 3 in 9 cells: 64 channels of 4 samples are 36 rows, 32 of 8 are 72.
+    blocks = Blocks((3, 3), 1, 1, (512, 512, 1, 1))
+    sizes = [
+        block_size(16, blocks, 49 * 4608, 49, 4 * 2**20, True, True, mixing)
+        for mixing in (0.5, 1.0)
+    ]
+    assert sizes == [(4, 64), (8, 32)]
