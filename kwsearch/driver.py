@@ -11,12 +11,9 @@ import datetime
 import math
 import os
 import platform
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Protocol
 
 import optuna
@@ -33,10 +30,20 @@ from kwsearch.executors import (
     Reported,
     Started,
 )
+from kwsearch.interrupts import Interrupts, counted
 from kwsearch.run_directory import SearchError
 from kwsearch.rungs import Rung, promotable, trusted
-from kwsearch.trials import LEASE, REASON, SECONDS, SPLITS, is_static, rung_pairs
-from kwsearch.verdict import kendall
+from kwsearch.trials import (
+    LEASE,
+    REASON,
+    SECONDS,
+    SPLITS,
+    budget_of,
+    by_budget,
+    is_static,
+    rung_pairs,
+)
+from kwsearch.verdict import pooled_tau
 
 _SAME_ERROR = 3
 _LOSSES = 5
@@ -51,7 +58,10 @@ class SpaceExhausted(ValueError):
 
 
 class Watcher(Protocol):
-    """Who is told how it goes. Steps are epochs, counted over all phases."""
+    """Who is told how it goes. Steps are epochs, counted over all phases.
+
+    The value at step 0 is a score of the untrained network, at all others an accuracy.
+    """
 
     def start(self, trial: FrozenTrial, attempt: int, until: int) -> None:
         """A trial starts to train, or goes on, up to step `until`."""
@@ -94,6 +104,7 @@ class _Run:
 
     number: int
     trial_id: int
+    budget: float | None
     rung: int = 0
     paused: bool = False
     attempt: int = 0
@@ -108,8 +119,11 @@ class Driver:
     """Runs the trials of a study.
 
     propose: fills in a new trial's facts (user attributes), or raises SpaceExhausted. job: of a
-    trial, up to a rung's epochs, for an attempt, in so many micro-batches. keeps: whether a trial
-    is never stopped (baselines). forget: clear up after a trial that is finished.
+    trial, up to a rung's epochs, for an attempt, in so many micro-batches; its answer is the
+    value at that rung, or a mapping with that as "value" and further attributes of the trial.
+    keeps: whether a trial is never stopped (baselines). forget: clear up after a finished trial.
+
+    Trials compete with those of their own budget only.
     """
 
     def __init__(
@@ -120,7 +134,7 @@ class Driver:
         watcher: Watcher,
         propose: Callable[[optuna.Study], FrozenTrial],
         job: Callable[[FrozenTrial, int, int, int], Job],
-        keeps: Callable[[int], bool],
+        keeps: Callable[[FrozenTrial], bool],
         forget: Callable[[int], None],
     ) -> None:
         self.study = study
@@ -137,7 +151,7 @@ class Driver:
         self._busy: set[int] = set()  # and those that have a job
         self._stops: dict[int, str] = {}  # jobs cancelled to prune, with the reason
         self._errors: list[str] = []
-        self._interrupts = 0
+        self._interrupts = Interrupts()
         self._exhausted = False
 
     def run(self) -> None:
@@ -147,22 +161,22 @@ class Driver:
         resumed.
         """
         self._take_over()
-        with self._interruptible():
+        message = "stopping: trials that run come to their next rung; Ctrl-C again stops now"
+        with counted(self.watcher.say, message) as self._interrupts:
             while True:
                 self._fill()
                 if not self._busy:
                     break
                 for event in self.executor.wait(1.0):
                     self._handle(event)
-                if self._interrupts > 1:
-                    raise KeyboardInterrupt
-        if self._interrupts:
+                self._interrupts.check()
+        if self._interrupts.count:
             raise KeyboardInterrupt
 
     @property
     def over(self) -> bool:
         """Whether no new trial may start."""
-        return self._interrupts > 0 or time.monotonic() >= self.rules.deadline
+        return self._interrupts.count > 0 or time.monotonic() >= self.rules.deadline
 
     @property
     def complete(self) -> bool:
@@ -177,11 +191,11 @@ class Driver:
             if LEASE not in frozen.user_attrs:
                 continue  # it was asked for and never begun: `propose` takes it up
             lease = frozen.user_attrs[LEASE]
-            run = _Run(frozen.number, frozen._trial_id)
+            run = _Run(frozen.number, frozen._trial_id, budget_of(frozen))
             run.attempt, run.seconds = lease["attempt"], lease["seconds"]
             run.splits = frozen.user_attrs.get(SPLITS, 1)
             run.values = dict(frozen.intermediate_values)
-            reached = frozen.last_step or 0
+            reached = -1 if frozen.last_step is None else frozen.last_step
             stops = [rung.step for rung in self.rules.rungs]
             run.rung = next((i for i, stop in enumerate(stops) if reached <= stop), len(stops) - 1)
             self._open[run.number] = run
@@ -190,7 +204,7 @@ class Driver:
                 self._arrived(run)
             else:
                 self.watcher.say(
-                    f"trial {run.number} was interrupted after epoch {reached}: it goes on"
+                    f"trial {run.number} was interrupted after epoch {max(reached, 0)}: it goes on"
                 )
                 self._queue.append(run.number)
 
@@ -198,7 +212,7 @@ class Driver:
         """Give every free slot a job."""
         if self.rules.generation:
             self._decide_generation()
-        while len(self._busy) < self.executor.capacity and not self._interrupts:
+        while len(self._busy) < self.executor.capacity and not self._interrupts.count:
             run = self._next()
             if run is None:
                 break
@@ -227,7 +241,7 @@ class Driver:
             self._exhausted = True
             self.watcher.say(f"no more trials: {error}")
             return None
-        run = self._open[frozen.number] = _Run(frozen.number, frozen._trial_id)
+        run = self._open[frozen.number] = _Run(frozen.number, frozen._trial_id, budget_of(frozen))
         return run
 
     def _begun(self) -> int:
@@ -262,15 +276,14 @@ class Driver:
             free = [n for n in paused if not may_stop[index]]
             if free:
                 return self._open[min(free)]
-            step = self.rules.rungs[index].step
-            values = self._values_at(step)
-            for number in promotable(values, frozenset(values) - paused, self.rules.eta):
-                return self._open[number]
+            for values in self._values_at(self.rules.rungs[index].step).values():
+                for number in promotable(values, frozenset(values) - paused, self.rules.eta):
+                    return self._open[number]
         return None
 
     def _decide_generation(self) -> None:
         """Once all trials of a generation have arrived: promote, end, or ask for the next."""
-        if self._interrupts:
+        if self._interrupts.count:
             return
         if any(run.attempt == 0 for run in self._open.values()):
             self._ask_generation()  # the rest of one that an earlier driver was asking for
@@ -278,11 +291,11 @@ class Driver:
             return
         paused = sorted(n for n, run in self._open.items() if run.paused)
         if paused:
-            index = min(self._open[n].rung for n in paused)
+            index, budget = min((self._open[n].rung, str(self._open[n].budget)) for n in paused)
             here = {
                 n: self._open[n].values[self.rules.rungs[index].step]
                 for n in paused
-                if self._open[n].rung == index
+                if (self._open[n].rung, str(self._open[n].budget)) == (index, budget)
             }
             count = len(here) if not self._may_stop()[index] else len(here) // self.rules.eta
             best = promotable(here, frozenset(), 1)[: max(count, 1)]
@@ -318,10 +331,12 @@ class Driver:
     def taus(self) -> dict[int, float | None]:
         """Kendall's tau to the full length by rung's step, over the complete trials."""
         last = self.rules.rungs[-1].step
+        budgets = by_budget(self._trials(TrialState.COMPLETE)).values()
         found = {}
         for rung in self.rules.rungs[:-1]:
-            pairs = rung_pairs(self._trials(TrialState.COMPLETE), rung.step, last)
-            found[rung.step] = kendall(pairs).tau if len(pairs) >= self._least else None
+            groups = [rung_pairs(trials, rung.step, last) for trials in budgets]
+            known = sum(map(len, groups)) >= self._least
+            found[rung.step] = pooled_tau(groups) if known else None
         return found
 
     @property
@@ -336,7 +351,7 @@ class Driver:
         elif run.rung == len(self.rules.rungs) - 1:
             self._tell(run, TrialState.COMPLETE, value=value)
             self._errors.clear()
-        elif self.keeps(run.number) or run.number < self.rules.calibration:
+        elif self.keeps(self._frozen(run)) or run.number < self.rules.calibration:
             run.rung += 1
             self._queue.insert(0, run.number)
         else:
@@ -349,12 +364,13 @@ class Driver:
             return
         for run in sorted(self._open.values(), key=lambda r: r.number):
             if run.paused:
-                count = len(self._values_at(self.rules.rungs[run.rung].step))
+                count = len(self._values_at(self.rules.rungs[run.rung].step)[run.budget])
                 self._end(run, f"not among the best {count // self.rules.eta} of {count}")
 
     def _end(self, run: _Run, why: str) -> None:
         step = self.rules.rungs[run.rung].step
-        self._tell(run, TrialState.PRUNED, f"stopped after epoch {step}: {why}")
+        when = f"after epoch {step}" if step else "before training"
+        self._tell(run, TrialState.PRUNED, f"stopped {when}: {why}")
 
     # What happens -----------------------------------------------------------------------------
 
@@ -370,7 +386,13 @@ class Driver:
         self._busy.discard(run.number)
         run.seconds += time.monotonic() - run.submitted
         if isinstance(event, Finished):
-            self._record(run, self.rules.rungs[run.rung].step, event.value)
+            value, facts = event.value, {}
+            if isinstance(value, Mapping):
+                facts = dict(value)
+                value = facts.pop("value")
+            for key, fact in facts.items():
+                self._note(run, key, fact)
+            self._record(run, self.rules.rungs[run.rung].step, value)
             self._arrived(run)
         elif isinstance(event, Failed):
             self._failed(run, event)
@@ -388,9 +410,10 @@ class Driver:
         self._record(run, step, value)
         self.watcher.epoch(run.number, step, value)
         last = step == self.rules.rungs[-1].step
-        if last or self.keeps(run.number) or run.number in self._stops:
+        frozen = self._frozen(run)
+        if last or self.keeps(frozen) or run.number in self._stops:
             return
-        if self.study.pruner.prune(self.study, self._frozen(run)):
+        if self.study.pruner.prune(self.study, frozen):
             self._stops[run.number] = f"pruned after epoch {step}"
             self.executor.cancel(run.number)
 
@@ -449,31 +472,13 @@ class Driver:
     def _trials(self, *states: TrialState) -> Sequence[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
-    def _values_at(self, step: int) -> Mapping[int, float]:
-        """By trial, of all plans that reached a rung; the static network is none."""
+    def _values_at(self, step: int) -> dict[float | None, dict[int, float]]:
+        """By budget and trial, of all plans that reached a rung; the static network is none."""
         return {
-            trial.number: trial.intermediate_values[step]
-            for trial in self._trials()
-            if step in trial.intermediate_values and not is_static(trial)
+            budget: {
+                trial.number: trial.intermediate_values[step]
+                for trial in trials
+                if step in trial.intermediate_values and not is_static(trial)
+            }
+            for budget, trials in by_budget(self._trials()).items()
         }
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C lets running jobs come to their next rung, the second stops them."""
-
-        def count(signum: int, frame: FrameType | None) -> None:
-            self._interrupts += 1
-            if self._interrupts == 1:
-                self.watcher.say(
-                    "stopping: trials that run come to their next rung; Ctrl-C again stops now"
-                )
-
-        try:
-            before = signal.signal(signal.SIGINT, count)
-        except ValueError:  # not in the main thread: whoever runs it handles it
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)

@@ -21,10 +21,13 @@ _STEPS = 5
 
 @dataclass(frozen=True)
 class Forecast:
-    """combinations: of all choices but the split over the warehouses, which is continuous.
+    """params_allowed: of each budget, in the order of a sweep.
 
-    valid_share: of random samples. step_s, train_bytes: of one training step of the uniform plan,
-    measured here. train_images: of an epoch, None where neither the recipe nor this machine says.
+    combinations: of all choices but the split over the warehouses, which is continuous.
+    warehouses, step_s, train_bytes, checkpoint_bytes: under the last budget.
+    valid_share: of random samples, the least of all budgets. step_s, train_bytes: of one training
+    step of the uniform plan, measured here. train_images: of an epoch, None where neither the
+    recipe nor this machine says.
     seconds: of the whole study on one worker, if no trial were stopped early (most) and if all were
     at the first rung but the calibration (least); None without train_images.
     checkpoint_bytes: of one unfinished trial. disk_bytes: the most that can be unfinished.
@@ -32,7 +35,7 @@ class Forecast:
 
     combinations: int
     warehouses: tuple[int, int]
-    params_allowed: int
+    params_allowed: list[int]
     valid_share: float
     trials: int
     rungs: tuple[int, ...]

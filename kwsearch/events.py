@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,9 @@ class EventLog:
         self.watcher.known(trials)
 
     def start(self, trial: FrozenTrial, attempt: int, until: int) -> None:
-        facts = {key: trial.user_attrs.get(key) for key in ("fingerprint", "params", "macs")}
+        facts = {
+            key: trial.user_attrs.get(key) for key in ("budget", "fingerprint", "params", "macs")
+        }
         kind = baseline(trial)
         self._write("start", trial=trial.number, attempt=attempt, until=until, kind=kind, **facts)
         self.watcher.start(trial, attempt, until)
@@ -70,6 +72,10 @@ class EventLog:
             reason=trial.user_attrs.get(REASON),
         )
         self.watcher.done(trial)
+
+    def final(self, number: int, seed: int, result: Mapping[str, Any]) -> None:
+        self._write("final", trial=number, seed=seed, **result)
+        self.watcher.final(number, seed, result)
 
     def say(self, message: str) -> None:
         self._write("note", message=message)

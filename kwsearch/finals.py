@@ -9,12 +9,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from kwsearch.executors import Cancelled, Executor, Failed, Finished, Job, Lost
+from kwsearch.interrupts import Interrupts, counted
 from kwsearch.trials import baseline, is_static
 from kwsearch.verdict import Verdict, judge
 
@@ -35,6 +36,16 @@ class Training:
         return f"{_KEY}/{self.number}/{self.seed}"
 
 
+class Watcher(Protocol):
+    """Who is told how it goes."""
+
+    def final(self, number: int, seed: int, result: Mapping[str, Any]) -> None:
+        """A training is over: accuracies on "valid" and "test" images, or an "error"."""
+
+    def say(self, message: str) -> None:
+        """Something that the user should know."""
+
+
 def chosen(trials: Sequence[FrozenTrial], top: int) -> list[FrozenTrial]:
     """The best `top` plans and the baselines, of the trials that are complete."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -48,21 +59,43 @@ def run(
     executor: Executor,
     trainings: Sequence[Training],
     job: Callable[[Training, int, int], Job],
-    say: Callable[[str], None],
+    watcher: Watcher,
     stop: Callable[[], bool],
 ) -> None:
     """Train what the study does not have yet; results are kept as they come.
 
     job: of a training, for an attempt, in so many micro-batches, its trial number -1 - the place
-    in `trainings`. stop: asked before each start.
+    in `trainings`. stop: asked before each start. Ctrl-C lets those that run finish, a second one
+    stops them; either raises KeyboardInterrupt.
     """
+    message = "stopping: trainings that run finish; Ctrl-C again stops now"
+    with counted(watcher.say, message) as interrupts:
+        _run(study, executor, trainings, job, watcher, stop, interrupts)
+    if interrupts.count:
+        raise KeyboardInterrupt
+
+
+def _run(
+    study: optuna.Study,
+    executor: Executor,
+    trainings: Sequence[Training],
+    job: Callable[[Training, int, int], Job],
+    watcher: Watcher,
+    stop: Callable[[], bool],
+    interrupts: Interrupts,
+) -> None:
     known = study.user_attrs
     waiting = [place for place, training in enumerate(trainings) if training.key not in known]
     attempts = dict.fromkeys(waiting, 0)
     splits = dict.fromkeys(waiting, 1)
     busy: set[int] = set()
+
+    def keep(training: Training, result: Mapping[str, Any]) -> None:
+        study.set_user_attr(training.key, result)
+        watcher.final(training.number, training.seed, result)
+
     while True:
-        while waiting and len(busy) < executor.capacity and not stop():
+        while waiting and len(busy) < executor.capacity and not stop() and not interrupts.count:
             place = waiting.pop(0)
             attempts[place] += 1
             executor.submit(job(trainings[place], attempts[place], splits[place]))
@@ -73,36 +106,21 @@ def run(
             place = -1 - event.trial
             if place not in busy or event.attempt != attempts[place]:
                 continue
-            training = trainings[place]
+            if isinstance(event, (Finished, Failed, Lost, Cancelled)):
+                busy.discard(place)
             if isinstance(event, Finished):
-                busy.discard(place)
-                study.set_user_attr(training.key, event.value)
-                say(
-                    f"final training of trial {training.number}, seed {training.seed}: "
-                    f"{_shown(event.value)}"
-                )
+                keep(trainings[place], event.value)
+            elif isinstance(event, Failed) and event.kind == "memory" and splits[place] == 1:
+                splits[place] = 2
+                waiting.insert(0, place)
             elif isinstance(event, Failed):
-                busy.discard(place)
-                if event.kind == "memory" and splits[place] == 1:
-                    splits[place] = 2
-                    waiting.insert(0, place)
-                else:
-                    study.set_user_attr(training.key, {"error": event.message})
-                    say(
-                        f"final training of trial {training.number}, seed {training.seed} "
-                        f"failed: {event.message}"
-                    )
+                keep(trainings[place], {"error": event.message})
             elif isinstance(event, (Lost, Cancelled)):
-                busy.discard(place)
                 if attempts[place] < _ATTEMPTS:
                     waiting.insert(0, place)
                 else:
-                    study.set_user_attr(training.key, {"error": "its process died"})
-
-
-def _shown(result: Mapping[str, Any]) -> str:
-    test = result["test"]
-    return f"{result['valid']:.2%} held-out" + ("" if test is None else f", {test:.2%} test")
+                    keep(trainings[place], {"error": "its process died"})
+        interrupts.check()
 
 
 @dataclass(frozen=True)
@@ -119,14 +137,15 @@ class Finals:
 
 
 def results(attributes: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> Finals | None:
-    """What the study's attributes say of its finalists; None if there are none."""
+    """What the study's attributes say of the finalists among `trials`; None if there are none."""
     by_number = {trial.number: trial for trial in trials}
     found: dict[int, dict[int, Mapping[str, Any]]] = {}
     for key, result in attributes.items():
         kind, _, rest = key.partition("/")
         if kind == _KEY and "error" not in result:
             number, seed = map(int, rest.split("/"))
-            found.setdefault(number, {})[seed] = result
+            if number in by_number:
+                found.setdefault(number, {})[seed] = result
     if not found:
         return None
     tested = all(r["test"] is not None for one in found.values() for r in one.values())
@@ -134,17 +153,14 @@ def results(attributes: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> Fin
     accuracies = {
         name_of(by_number[number]): {seed: one[seed][split] for seed in sorted(one)}
         for number, one in sorted(found.items())
-        if number in by_number
     }
-    baselines = [
-        name_of(by_number[n]) for n in sorted(found) if n in by_number and baseline(by_number[n])
-    ]
+    baselines = [name_of(by_number[n]) for n in sorted(found) if baseline(by_number[n])]
     searched = [name for name in accuracies if name not in baselines]
     verdict = judge(accuracies, same_images=not tested, baselines=baselines) if searched else None
     means = {
         number: statistics.fmean(result[split] for result in one.values())
         for number, one in sorted(found.items())
-        if number in by_number and not is_static(by_number[number])
+        if not is_static(by_number[number])
     }
     best = max(means, key=means.__getitem__, default=None)
     return Finals(accuracies, best, "test" if tested else "held-out", verdict)

@@ -1,46 +1,42 @@
 """The study: what is proposed, how it is trained, and what came of it. Nothing is lost.
 
-Trial 0 is the uniform plan, trial 1 a static network of as many parameters: the baselines, which
-always finish. The driver decides, an executor trains, the journal in the run
+The first trials of a budget are its baselines, which always finish: the uniform plan and a static
+network of as many parameters. The driver decides, an executor trains, the journal in the run
 directory remembers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
 import math
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial
 
-from kwlayers.plan import Network, Plan
-from kwsearch import dry_run, finals, verdict, zoo
+from kwsearch import dry_run, finals, zoo
 from kwsearch.driver import Driver, Rules, SpaceExhausted, StudyFailed
 from kwsearch.driver import Watcher as DriverWatcher
 from kwsearch.dry_run import Forecast
 from kwsearch.events import EventLog
 from kwsearch.executors import Executor, Job
 from kwsearch.executors.local import LocalExecutor
-from kwsearch.finals import Finals
-from kwsearch.recipe import Proxy, Recipe, RecipePlan, Search, write_recipe
+from kwsearch.proposals import GENERATION, Budget, Proposer, seed_of
+from kwsearch.recipe import Proxy, Recipe, Search
 from kwsearch.resolve import (
     check_replannable,
     input_of,
     network_of,
     settings_of,
-    target_of,
+    targets_of,
     versions,
 )
+from kwsearch.results import Found, Result, named, under, write_best
 from kwsearch.run_directory import (
     BEST,
     CHECKPOINTS,
@@ -55,57 +51,26 @@ from kwsearch.run_directory import (
 )
 from kwsearch.rungs import Rung, as_rungs, geometric, phase_of
 from kwsearch.rungs import check as check_rungs
-from kwsearch.space import Sample, Space, fingerprint
+from kwsearch.space import Space
 from kwsearch.static_twin import NoTwin, Twin, static_twin
 from kwsearch.trial import Trained
-from kwsearch.trials import KIND, LEASE, STATIC, TEMPERATURE, TWIN, UNIFORM, baseline, is_static
+from kwsearch.trials import AGAIN, FINGERPRINT, TEMPERATURE, baseline, budget_of
 
 if TYPE_CHECKING:
     from kwsearch.proxy import ProxyData
 
-__all__ = ["STUDY", "Result", "SearchError", "SpaceExhausted", "Study", "StudyFailed", "best_of"]
+__all__ = ["STUDY", "Result", "SearchError", "SpaceExhausted", "Study", "StudyFailed"]
 
 STUDY = "kwsearch"
-GENERATION = 8
 TRAINING, FINAL = "kwsearch.trial:train_trial", "kwsearch.trial:train_final"
+SCORING = "kwsearch.trial:score_trial"
 
 
-class Watcher(DriverWatcher, Protocol):
+class Watcher(DriverWatcher, finals.Watcher, Protocol):
     """Who is told how it goes."""
 
     def known(self, trials: Sequence[FrozenTrial]) -> None:
         """The trials that a resumed study has already."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A study's finished trials, in the order of their numbers."""
-
-    recipe: Recipe
-    trials: tuple[FrozenTrial, ...]
-    held_out: int
-    best_path: Path | None
-    finals: Finals | None = None
-    rungs: tuple[Rung, ...] = ()
-
-    @property
-    def best(self) -> FrozenTrial | None:
-        """The finalist whose plan is best, else the best plan of the search."""
-        return best_of(self.trials, self.finals)
-
-    def trial(self, number: int) -> FrozenTrial | None:
-        """A finished trial by its number."""
-        return next((trial for trial in self.trials if trial.number == number), None)
-
-
-def best_of(trials: Sequence[FrozenTrial], found: Finals | None = None) -> FrozenTrial | None:
-    """The plan with the highest mean over the finalists' seeds; without finalists the complete
-    plan with the highest accuracy, the earliest if several have it.
-    """
-    if found is not None and found.best is not None:
-        return next(trial for trial in trials if trial.number == found.best)
-    complete = [t for t in trials if t.state == TrialState.COMPLETE and not is_static(t)]
-    return max(complete, key=lambda t: (t.values[0], -t.number), default=None)
 
 
 class Study:
@@ -134,9 +99,24 @@ class Study:
         self.watcher = watcher
         self.command = command
         self.echo = echo
-        if not target_of(recipe):
+        self.targets = targets_of(recipe)
+        if not self.targets:
             raise SearchError("the recipe has no budget to search under: add budget: {ratio: 0.5}")
         check_replannable(recipe)
+        self._check_choices()
+        self.rungs = _rungs(self.search, self.proxy)
+        self._resume = resume
+
+    def _check_choices(self) -> None:
+        """Raise SearchError for settings that exclude each other."""
+        search = self.search
+        if search.pruner != "halving" and search.zero_cost is not None:
+            raise SearchError("search.zero_cost is a rung: set search.pruner to halving")
+        if search.sampler == "nsgaii" and len(self.targets) > 1:
+            raise SearchError(
+                "search.sampler nsgaii breeds one population, search.budgets needs one for each: "
+                "use tpe, gp or random"
+            )
         if self.search.deterministic and self.search.pruner == "median":
             raise SearchError(
                 "search.deterministic decides at rungs: set search.pruner to halving or none"
@@ -147,8 +127,6 @@ class Study:
                 f"search.space.temperature_epochs: {longest} is more than proxy.epochs, "
                 f"{self.proxy.epochs}"
             )
-        self.rungs = _rungs(self.search, self.proxy)
-        self._resume = resume
 
     def run(
         self, executor: Executor | None = None, function: str = TRAINING, final: str = FINAL
@@ -162,8 +140,7 @@ class Study:
             self._note_provenance()
             log = EventLog(self.directory / EVENTS, self.watcher, self.echo)
             self.watcher = stack.enter_context(log)
-            self._plan_space()
-            self.twin = self._twin()
+            self._plan_spaces()
             held_out = 0
             if function == TRAINING:
                 held_out = self._check_images()
@@ -177,9 +154,9 @@ class Study:
                 executor,
                 self._rules(),
                 self.watcher,
-                self._propose,
+                Proposer(self.search, self.budgets, self.watcher.say),
                 self._job,
-                keeps,
+                lambda trial: baseline(trial) is not None,
                 self._forget,
             )
             try:
@@ -188,23 +165,31 @@ class Study:
                     self._run_finals(executor, driver.rules.deadline)
             finally:
                 trials = tuple(_finished(study))
-                found = finals.results(study.user_attrs, trials)
-                best = self._write_best(self.network, trials, found)
+                result = Result(self.recipe, trials, held_out, self._found(trials), self.rungs)
             if time.monotonic() >= driver.rules.deadline and len(trials) < self.search.trials:
                 self.watcher.say("time is up; --resume goes on")
-            return Result(self.recipe, trials, held_out, best, found, self.rungs)
+            return result
 
-    def _plan_space(self) -> None:
+    def _plan_spaces(self) -> None:
         self.network = network_of(self.recipe)
-        settings, target = settings_of(self.recipe), target_of(self.recipe)
-        self.space = Space(self.network, settings, target, self.search.space)
+        self.budgets = [
+            Budget(value, space, self._twin(space)) for value, space in self._spaces().items()
+        ]
+
+    def _spaces(self) -> dict[float, Space]:
+        settings, section = settings_of(self.recipe), self.search.space
+        return {
+            value: Space(self.network, settings, target, section)
+            for value, target in self.targets.items()
+        }
 
     def forecast(self) -> Forecast:
         """What the search would be, without starting it and without data."""
-        self._plan_space()
-        search, proxy, uniform = self.search, self.proxy, self.space.uniform
+        self.network = network_of(self.recipe)
+        search, proxy, spaces = self.search, self.proxy, list(self._spaces().values())
+        uniform = spaces[-1].uniform
         step_s, train_bytes = dry_run.measure_step(self.recipe, uniform, proxy)
-        trainings = (search.finalists + 2) * search.seeds if search.finalists else 0
+        trainings = (search.finalists + 2) * search.seeds * len(spaces) if search.finalists else 0
         images = dry_run.images_of(proxy)
         least = most = None
         if images is not None:
@@ -215,10 +200,10 @@ class Study:
         checkpoint = dry_run.checkpoint_bytes(uniform, proxy)
         unfinished = search.trials if len(self.rungs) > 1 else search.workers
         return Forecast(
-            combinations=self.space.size(),
-            warehouses=self.space.warehouses(),
-            params_allowed=self.space.allowed,
-            valid_share=self.space.valid_share(dry_run.SAMPLES, search.seed),
+            combinations=spaces[-1].size(),
+            warehouses=spaces[-1].warehouses(),
+            params_allowed=[space.allowed for space in spaces],
+            valid_share=min(s.valid_share(dry_run.SAMPLES, search.seed) for s in spaces),
             trials=search.trials,
             rungs=tuple(rung.step for rung in self.rungs),
             trainings=trainings,
@@ -231,12 +216,12 @@ class Study:
             disk_bytes=checkpoint * max(unfinished, search.workers),
         )
 
-    def _twin(self) -> Twin | None:
+    def _twin(self, space: Space) -> Twin | None:
         size = input_of(self.recipe)
         name = self.recipe.model.name
         classes = self.recipe.model.num_classes or zoo.get(name).num_classes
         try:
-            return static_twin(name, self.space.allowed, size, classes)
+            return static_twin(name, space.allowed, size, classes)
         except NoTwin as reason:
             self.watcher.say(f"no static network to compare with: {reason}")
             return None
@@ -295,8 +280,6 @@ class Study:
             pruner=self._pruner(),
         )
         self.watcher.known(_finished(study))
-        if not study.get_trials(deepcopy=False):
-            study.enqueue_trial(self.space.start())
         return study
 
     def _rules(self) -> Rules:
@@ -305,7 +288,7 @@ class Study:
             trials=search.trials,
             rungs=self.rungs,
             eta=search.eta,
-            calibration=search.calibration,
+            calibration=search.calibration * len(self.budgets),
             tau=search.rung_tau,
             generation=GENERATION if search.deterministic else 0,
             deadline=time.monotonic() + (search.timeout or math.inf),
@@ -321,76 +304,21 @@ class Study:
             return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=self._settled)
         return optuna.pruners.NopPruner()
 
-    def _propose(self, study: optuna.Study) -> FrozenTrial:
-        """Ask for a plan on the budget that has not been trained; a neighbour if it has."""
-        known = study.get_trials(deepcopy=False)
-        # One that was asked for and never begun comes first, under its number.
-        left = [t for t in known if t.state == TrialState.RUNNING and LEASE not in t.user_attrs]
-        number = left[0].number if left else sum(t.state != TrialState.WAITING for t in known)
-        # By trial, so that a resumed study draws what an uninterrupted one would.
-        seed = self.search.seed * 1_000_003 + number
-        study.sampler = _sampler(self.search, seed, number)
-        trial = Trial(study, left[0]._trial_id) if left else study.ask()
-        if number == TWIN and self.twin is not None:
-            facts = self._static_facts(self.twin)
-        else:
-            facts = self._plan_facts(trial, known, seed)
-        if "params" not in study.get_trials(deepcopy=False)[trial.number].constraints:
-            trial.set_constraint("params", float(facts["params"] - self.space.allowed))
-        for key, fact in facts.items():
-            trial.set_user_attr(key, fact)
-        return study.get_trials(deepcopy=False)[trial.number]
-
-    def _static_facts(self, twin: Twin) -> dict[str, Any]:
-        return {
-            KIND: STATIC,
-            "fingerprint": f"static {twin.width:g}",
-            "width": twin.width,
-            "params": twin.params,
-            "macs": twin.macs,
-        }
-
-    def _plan_facts(self, trial: Trial, known: Sequence[FrozenTrial], seed: int) -> dict[str, Any]:
-        sample: Sample = self.space.sample(trial)
-        plans = {
-            t.user_attrs.get("fingerprint")
-            for t in known
-            if t.number != trial.number and not is_static(t)
-        }
-        others = self.space.neighbours(sample, seed)
-        for candidate in itertools.chain((sample,), others):
-            plan = self.space.project(candidate)
-            name = fingerprint(plan)
-            if candidate.temperature_epochs is not None:
-                name += f" temperature {candidate.temperature_epochs}"
-            if name not in plans:
-                break
-        else:
-            raise SpaceExhausted(
-                f"{len(plans)} plans are trained and no other was found: widen search.space "
-                "(split, cell_ratio, sharing, …) or ask for fewer trials"
-            )
-        cost = plan.cost()
-        facts = {
-            "fingerprint": name,
-            "groups": plan.groups_to_list(),
-            "params": cost.params.total,
-            "macs": cost.macs.total,
-        }
-        if candidate.temperature_epochs is not None:
-            facts[TEMPERATURE] = candidate.temperature_epochs
-        return facts
-
     def _job(self, trial: FrozenTrial, rung: int, attempt: int, splits: int) -> Job:
         phase = phase_of(self.rungs, rung)
+        checkpoint = self._checkpoint(f"{trial.number}-{phase.first}")
+        again = trial.user_attrs.get(AGAIN, 0)
+        seed = seed_of(self.search.seed, trial.user_attrs[FINGERPRINT], again)
+        if self.rungs[rung].epochs == 0:
+            trained = self._trained(trial, self.proxy, seed, checkpoint, splits)
+            scoring = {"trained": trained, "name": self.search.zero_cost}
+            return Job(trial.number, attempt, SCORING, scoring, self.proxy.threads)
         changes: dict[str, Any] = {"epochs": phase.epochs}
         if phase.subset is not None:
             changes["subset"] = phase.subset
         if phase.resolution is not None:
             changes["resolution"] = phase.resolution
         proxy = self._proxy_of(trial).model_copy(update=changes)
-        seed = seed_of(self.search.seed, trial.user_attrs["fingerprint"])
-        checkpoint = self._checkpoint(f"{trial.number}-{phase.first}")
         arguments = {
             "trained": self._trained(trial, proxy, seed, checkpoint, splits),
             "first": phase.first,
@@ -422,9 +350,12 @@ class Study:
         trials = _finished(self.study)
         if not self.search.finalists:
             return
-        chosen = finals.chosen(trials, self.search.finalists)
-        if all(baseline(trial) for trial in chosen):
-            return
+        chosen: list[FrozenTrial] = []
+        for value in self.targets:
+            own = [trial for trial in trials if budget_of(trial) == value]
+            candidates = finals.chosen(own, self.search.finalists)
+            if not all(baseline(trial) for trial in candidates):
+                chosen += candidates
         trainings = [
             finals.Training(trial.number, seed)
             for seed in range(self.search.seeds)
@@ -452,7 +383,7 @@ class Study:
             executor,
             trainings,
             job,
-            self.watcher.say,
+            self.watcher,
             lambda: time.monotonic() >= deadline,
         )
         for path in (self.directory / CHECKPOINTS).glob("final-*.pt"):
@@ -469,128 +400,33 @@ class Study:
         for path in (self.directory / CHECKPOINTS).glob(f"{number}-*.pt"):
             path.unlink(missing_ok=True)
 
-    def _write_best(
-        self, network: Network, trials: Sequence[FrozenTrial], found: Finals | None
-    ) -> Path | None:
-        """best.yaml: this recipe with the best plan, where it comes from and what it is worth."""
-        best = best_of(trials, found)
-        if best is None:
-            return None
-        plan = Plan.from_groups(network, best.user_attrs["groups"])
-        provenance = dict(self._provenance)
-        uniform = _score(trials, UNIFORM)
-        said = [
-            f"Trial {best.number} of {len(trials)}: {best.values[0]:.2%} on held-out images"
-            + (f" (uniform plan {uniform:.2%})." if uniform is not None else ".")
-        ]
-        if found is not None and found.verdict is not None:
-            provenance["verdict"] = verdict.sentence(found.verdict)
-            said.append(f"On {found.split} images, {self.search.seeds} seeds each:")
-            said += [f"    {part}" for part in provenance["verdict"].split("; ")]
-        recipe = best_recipe(self.recipe, plan, best, trials, provenance)
-        path = self.directory / BEST
-        header = [
-            *said,
-            f"{best.user_attrs['params']:,} parameters, {best.user_attrs['macs']:,} MACs.",
-            f"    kwsearch budget {path}",
-        ]
-        write_recipe(recipe, path, header)
-        return path
-
-
-def recipe_of_trial(recipe: Recipe, trial: FrozenTrial) -> Recipe:
-    """The recipe with a trial's plan. Raises SearchError for a trial that has none."""
-    if "groups" not in trial.user_attrs:
-        raise SearchError(f"trial {trial.number} has no plan: {baseline(trial) or 'not begun'}")
-    groups = trial.user_attrs["groups"]
-    return recipe.model_copy(update={"plan": RecipePlan.model_validate({"groups": groups})})
-
-
-def best_recipe(
-    recipe: Recipe,
-    plan: Plan,
-    best: FrozenTrial,
-    trials: Sequence[FrozenTrial],
-    provenance: Mapping[str, Any],
-) -> Recipe:
-    """`recipe` with `plan` filled in, and its provenance."""
-    return recipe.model_copy(
-        update={
-            "plan": RecipePlan.model_validate({"groups": plan.groups_to_list()}),
-            "provenance": {
-                **provenance,
-                "trial": best.number,
-                "trials": len(trials),
-                "score": best.values[0],
-                "uniform_score": _score(trials, UNIFORM),
-                "params": best.user_attrs["params"],
-                "macs": best.user_attrs["macs"],
-            },
-        }
-    )
-
-
-def _score(trials: Sequence[FrozenTrial], number: int) -> float | None:
-    found = next((t for t in trials if t.number == number), None)
-    return found.values[0] if found is not None and found.values else None
+    def _found(self, trials: Sequence[FrozenTrial]) -> tuple[Found, ...]:
+        """What each budget gave, its best plan written down."""
+        found = []
+        for value in self.targets:
+            own = tuple(trial for trial in trials if budget_of(trial) == value)
+            judged = finals.results(self.study.user_attrs, own)
+            path = self.directory / named([*self.targets], value, BEST)
+            one = Found(value, own, judged)
+            recipe = under(self.recipe, value)
+            written = write_best(path, recipe, self.network, one, self._provenance)
+            found.append(Found(value, own, judged, written))
+        return tuple(found)
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
 
 
-def keeps(number: int) -> bool:
-    """Whether a trial always finishes: the baselines, which the others are compared with."""
-    return number in (UNIFORM, TWIN)
-
-
-def seed_of(study_seed: int, plan: str) -> int:
-    """The seed of a trial's training, by what it trains."""
-    digest = hashlib.sha256(f"{study_seed} {plan}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")
-
-
 def _rungs(search: Search, proxy: Proxy) -> tuple[Rung, ...]:
     """Raises SearchError for rungs that do not end in the full trial."""
     if search.pruner != "halving":
         return as_rungs([(proxy.epochs, None, None)])
-    if not search.rungs:
-        least = min(proxy.temperature_epochs + 1, proxy.epochs)
-        epochs = geometric(proxy.epochs, search.eta, least)
-        return as_rungs([(count, None, None) for count in epochs])
     stops = [(stop.epochs, stop.subset, stop.resolution) for stop in search.rungs]
+    if not stops:
+        least = min(proxy.temperature_epochs + 1, proxy.epochs)
+        stops = [(count, None, None) for count in geometric(proxy.epochs, search.eta, least)]
     problem = check_rungs(stops, proxy.epochs)
     if problem is not None:
         raise SearchError(f"search.rungs: {problem}")
-    return as_rungs(stops)
-
-
-def _sampler(search: Search, seed: int, number: int) -> optuna.samplers.BaseSampler:
-    """The sampler of one trial."""
-    samplers = optuna.samplers
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if search.sampler == "random":
-            return samplers.RandomSampler(seed=seed)
-        if number < search.startup:
-            # One sequence for the study: its own seed, and a place that the study counts.
-            return samplers.QMCSampler(
-                seed=search.seed,
-                scramble=True,
-                independent_sampler=samplers.RandomSampler(seed=seed),
-                warn_asynchronous_seeding=False,
-                warn_independent_sampling=False,
-            )
-        if search.sampler == "gp":
-            return samplers.GPSampler(
-                seed=seed, n_startup_trials=0, warn_independent_sampling=False
-            )
-        if search.sampler == "nsgaii":
-            return samplers.NSGAIISampler(seed=seed, population_size=GENERATION)
-        return samplers.TPESampler(
-            seed=seed,
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            n_startup_trials=0,
-        )
+    return as_rungs([(0, None, None), *stops] if search.zero_cost else stops)

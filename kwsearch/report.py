@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -10,27 +9,13 @@ from typing import TYPE_CHECKING, Any
 from kwlayers.cost import LayerCost, warehouse_params
 from kwlayers.families import recognise
 from kwlayers.plan import Group, Plan
-from kwsearch import verdict
-from kwsearch.trials import REASON, TWIN, UNIFORM, baseline, is_static, rung_pairs
+from kwsearch.terminal import new_table
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-    from rich.console import Console
     from rich.table import Table
 
     from kwsearch.budget import Candidate
-    from kwsearch.optimize import Result
     from kwsearch.recount import Recount
-
-WIDTH = 120  # of a table that no terminal bounds
-
-
-def console() -> Console:
-    """Standard output: as wide as the terminal, or wide enough for a table in a file."""
-    from rich.console import Console
-
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=WIDTH)
 
 
 @dataclass(frozen=True)
@@ -118,8 +103,8 @@ def _joined(words: list[str]) -> str:
 
 def stage_tables(plan: Plan, scale: int = 1) -> list[Table]:
     """Parameters and MACs by stage. scale: 2 to show FLOPs instead of MACs."""
-    params = _table(("parameters", "n of cell"), ("cells", "attention", "unchanged", "total"))
-    macs = _table((_unit(scale),), ("conv", "mixing", "attention", "unchanged", "total"))
+    params = new_table(("parameters", "n of cell"), ("cells", "attention", "unchanged", "total"))
+    macs = new_table((_unit(scale),), ("conv", "mixing", "attention", "unchanged", "total"))
     rows = stage_rows(plan)
     total = sum((row for row, _ in rows.values()), Row())
     for table in (params, macs):
@@ -135,10 +120,10 @@ def stage_tables(plan: Plan, scale: int = 1) -> list[Table]:
 
 def layer_tables(plan: Plan, scale: int = 1) -> list[Table]:
     """Parameters and MACs by layer, then the warehouses and the rest."""
-    params = _table(
+    params = new_table(
         ("parameters", "kernel", "warehouse"), ("m", "n", "cells", "attention", "unchanged")
     )
-    macs = _table((_unit(scale),), ("conv", "mixing", "attention", "unchanged", "total"))
+    macs = new_table((_unit(scale),), ("conv", "mixing", "attention", "unchanged", "total"))
     groups = {group.name: group for group in plan.groups}
     rows = []
     for site, layer in zip(plan.network.sites, plan.cost_by_layer(), strict=True):
@@ -192,19 +177,6 @@ def _commas(numbers: Sequence[int], scale: int = 1) -> list[str]:
     return [f"{number * scale:,}" for number in numbers]
 
 
-def _table(words: Sequence[str], *numbers: Sequence[str]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name in words:
-        table.add_column(name, overflow="fold")
-    for group in numbers:
-        for name in group:
-            table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
 def summary_lines(plan: Plan, scale: int = 1) -> list[str]:
     """Parameters and MACs in two sentences that add up."""
     cost, static = plan.cost(), plan.network
@@ -222,7 +194,7 @@ def summary_lines(plan: Plan, scale: int = 1) -> list[str]:
 
 def trade_table(candidates: Sequence[Candidate]) -> Table:
     """What the solver compared: parameters against mixing MACs."""
-    table = _table(
+    table = new_table(
         ("candidate",), ("parameters", "MACs", "mixing MACs", "spread of b"), ("cells n",)
     )
     for candidate in candidates:
@@ -242,7 +214,9 @@ def trade_table(candidates: Sequence[Candidate]) -> Table:
 
 def published_table(rows: Sequence[tuple[str, Plan, str]], static: tuple[int, int]) -> Table:
     """One line per setting: (name, plan, accuracy in words), after the static network."""
-    table = _table(("setting",), ("parameters", "x static", "MACs", "x static", "ImageNet top-1"))
+    table = new_table(
+        ("setting",), ("parameters", "x static", "MACs", "x static", "ImageNet top-1")
+    )
     params, macs = static
     table.add_row("static", f"{params:,}", "1.00", f"{macs:,}", "1.00", "")
     for name, plan, accuracy in rows:
@@ -289,156 +263,3 @@ def recount_lines(checks: Sequence[Recount]) -> list[str]:
             unknown = difference - sum(amount for _, amount in check.reasons)
             lines.append(f"    {unknown:+,} UNEXPLAINED")
     return lines
-
-
-def trials_table(trials: Sequence[FrozenTrial]) -> Table:
-    """One line per trial, the best first."""
-    table = _table(
-        ("trial", "result"),
-        ("held-out accuracy", "parameters", "MACs", "seconds"),
-        ("n of warehouses",),
-    )
-    for trial in sorted(trials, key=_by_result):
-        attrs = trial.user_attrs
-        cells = [str(group["num_cells"]) for group in attrs.get("groups", ())]
-        shown = " ".join(cells) if len(cells) <= 8 else f"{' '.join(cells[:6])} … {cells[-1]}"
-        table.add_row(
-            str(trial.number) if (name := baseline(trial)) is None else f"{trial.number} ({name})",
-            _result(trial),
-            f"{trial.values[0]:.2%}" if trial.values else "",
-            f"{attrs['params']:,}" if "params" in attrs else "",
-            f"{attrs['macs']:,}" if "macs" in attrs else "",
-            f"{attrs['seconds']:.0f}" if "seconds" in attrs else "",
-            shown,
-        )
-    return table
-
-
-def _by_result(trial: FrozenTrial) -> tuple[bool, float, int]:
-    """Finished trials first, by accuracy; then those that stopped early."""
-    score = trial.values[0] if trial.values else 0.0
-    return (trial.state.name != "COMPLETE", -score, trial.number)
-
-
-def verdict_lines(result: Result) -> list[str]:
-    """The best trial against the uniform plan, and how much of it may be chance."""
-    best = result.best
-    if best is None:
-        return ["no trial finished: nothing to choose"]
-    score, images = best.values[0], result.held_out
-    lines = [f"best: trial {best.number}, {score:.2%} on {images} held-out images"]
-    if result.finals is not None and result.finals.verdict is not None:
-        first, *others = verdict.sentence(result.finals.verdict).split("; ")
-        lines.append(f"verdict on {result.finals.split} images: {first}")
-        lines += [f"    {other}" for other in others]
-    else:
-        lines += _single_seed_lines(result, best)
-    lines += rung_lines(result)
-    if result.best_path is not None:
-        lines.append(f"wrote {result.best_path}")
-    return lines
-
-
-def _single_seed_lines(result: Result, best: FrozenTrial) -> list[str]:
-    lines = []
-    score, images = best.values[0], result.held_out
-    if best.number == UNIFORM:
-        lines.append("    the uniform plan: no other plan did better")
-    for number, name in ((UNIFORM, "uniform plan"), (TWIN, "static network of as many parameters")):
-        other = result.trial(number)
-        if other is None or not other.values or number == best.number:
-            continue
-        if number == TWIN and not is_static(other):
-            continue
-        gap = score - other.values[0]
-        error = ((score * (1 - score) + other.values[0] * (1 - other.values[0])) / images) ** 0.5
-        reach = "within" if abs(gap) < 2 * error else "beyond"
-        lines.append(
-            f"    {gap * 100:+.2f} points against the {name}; {reach} two standard errors "
-            f"({2 * error * 100:.2f} points) of so few images and one seed"
-        )
-    if len(result.trials) > 2:
-        lines.append(f"    the best of {len(result.trials)} trials is in part the luckiest")
-    return lines
-
-
-def rung_lines(result: Result) -> list[str]:
-    """How well each rung ranked the trials that were trained in full."""
-    lines = []
-    last = result.rungs[-1].step if result.rungs else 0
-    pairs = {r.step: rung_pairs(result.trials, r.step, last) for r in result.rungs[:-1]}
-    for step, found in verdict.trust({k: v for k, v in pairs.items() if v}).items():
-        lines.append(verdict.trust_sentence(f"{step} epochs", found))
-    return lines
-
-
-def result_json(result: Result) -> dict[str, Any]:
-    """A finished study for `--json`."""
-    best = result.best
-    return {
-        "best": best.number if best else None,
-        "best_recipe": str(result.best_path) if result.best_path else None,
-        "held_out": result.held_out,
-        "verdict": _verdict_json(result),
-        "trials": [trial_json(trial) for trial in result.trials],
-    }
-
-
-def _verdict_json(result: Result) -> dict[str, Any] | None:
-    finals = result.finals
-    if finals is None or finals.verdict is None:
-        return None
-    return {
-        "sentence": verdict.sentence(finals.verdict),
-        "winner": finals.verdict.winner,
-        "images": finals.split,
-        "accuracies": finals.accuracies,
-    }
-
-
-def trial_json(trial: FrozenTrial) -> dict[str, Any]:
-    """A trial for `--json`."""
-    return {
-        "number": trial.number,
-        "state": trial.state.name.lower(),
-        "score": trial.values[0] if trial.values else None,
-        "epochs": trial.intermediate_values,
-        "choices": trial.params,
-        **trial.user_attrs,
-    }
-
-
-def trial_lines(trial: FrozenTrial) -> list[str]:
-    """What one trial is, how it went and what was chosen for it."""
-    attrs = trial.user_attrs
-    name = baseline(trial)
-    lines = [f"trial {trial.number}{f' ({name})' if name else ''}: {_result(trial)}"]
-    if trial.values:
-        lines[0] += f", {trial.values[0]:.2%}"
-    if "params" in attrs:
-        lines.append(f"{attrs['params']:,} parameters, {attrs['macs']:,} MACs")
-    if "seconds" in attrs:
-        lines.append(f"{attrs['seconds']:,.1f} s, attempt {attrs['lease']['attempt']}")
-    if trial.intermediate_values:
-        values = (f"{step}: {value:.2%}" for step, value in trial.intermediate_values.items())
-        lines.append(f"accuracy by epoch  {'  '.join(values)}")
-    for key, value in trial.params.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else value
-        lines.append(f"    {key} = {shown}")
-    for group in attrs.get("groups", ()):
-        cell = "x".join(map(str, group["cell"]))
-        layers = len(group["layers"])
-        lines.append(
-            f"    {group['name']}: n = {group['num_cells']} cells of {cell}, {layers} layers"
-        )
-    return lines
-
-
-def _result(trial: FrozenTrial) -> str:
-    found: str = trial.user_attrs.get(REASON, trial.state.name.lower())
-    return found
-
-
-def plain(text: str) -> str:
-    """Text without rich's markup brackets being read as markup."""
-    return re.sub(r"\[", r"\\[", text)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from kwlayers.plan import Network, Plan, PlanError
 from kwlayers.planner import Settings, Share, named_groups
-from kwsearch import zoo
+from kwsearch import units, zoo
 from kwsearch.budget import Outcome, Target, meet
 from kwsearch.networks import build_model, trace_model
 from kwsearch.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+# The kinds of budgets, and what a number means under each.
+KINDS: dict[str, Callable[[float], float]] = {
+    "ratio": float,
+    "params": units.parse_count,
+    "total_ratio": float,
+}
 
 
 def create_model(recipe: Recipe, width: float | None = None) -> nn.Module:
@@ -52,6 +60,26 @@ def target_of(recipe: Recipe) -> Target:
     if budget is None:
         return Target()
     return Target(budget.ratio, budget.params, budget.total_ratio)
+
+
+def targets_of(recipe: Recipe) -> dict[float, Target]:
+    """The budgets that the recipe's search is under, by their values. Empty if it has none.
+
+    Raises PlanError for budgets of a sweep that are not of the budget's kind.
+    """
+    own = target_of(recipe)
+    if not own:
+        return {}
+    (kind,) = (name for name, given in vars(own).items() if given is not None)
+    swept = recipe.search.budgets if recipe.search is not None else ()
+    found: dict[float, Target] = {}
+    for value in swept or (getattr(own, kind),):
+        try:
+            given: dict[str, Any] = {kind: KINDS[kind](value)}
+            found[value] = Target(**given)
+        except ValueError as error:
+            raise PlanError(f"search.budgets: {error}; budget has {kind}") from None
+    return found
 
 
 def outcome_of(recipe: Recipe, network: Network) -> Outcome:

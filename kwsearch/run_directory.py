@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from kwsearch.recipe import Proxy, Recipe, Search, load_recipe, write_recipe
-from kwsearch.trials import REASON, SECONDS, baseline
+from kwsearch.trials import BUDGET, REASON, SECONDS, baseline
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -72,12 +72,13 @@ def write_trials(directory: Path, trials: Sequence[FrozenTrial]) -> None:
     facts = ["params", "macs", SECONDS, "fingerprint", REASON]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "kind", "state", "accuracy", "epochs", *facts, *chosen])
+    writer.writerow(["trial", "kind", "budget", "state", "accuracy", "epochs", *facts, *chosen])
     for trial in trials:
         writer.writerow(
             [
                 trial.number,
                 baseline(trial) or "",
+                trial.user_attrs.get(BUDGET, ""),
                 trial.state.name.lower(),
                 trial.values[0] if trial.values else "",
                 trial.last_step or 0,

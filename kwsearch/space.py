@@ -199,6 +199,9 @@ class Space:
             if self._anchor(shape) is not None:
                 shapes.append(shape)
                 yield Sample(shape, self._even(shape), temperature)
+        for shape, other in itertools.product(shapes, self.temperatures):
+            if other != temperature:
+                yield Sample(shape, self._even(shape), other)
         if self.split > 1:
             for shape in itertools.islice(itertools.cycle(shapes), max(_DRAWS, len(shapes))):
                 relative = {name: self.split ** rng.uniform(-1, 1) for name in self._even(shape)}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kwsearch.recipe import Proxy, Recipe
+from kwsearch.trials import SCORES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,6 +72,37 @@ def train_trial(
     first: steps of the phases before this one, which reports count too.
     """
     return trained.train(lambda epoch, accuracy: report(first + epoch, accuracy), until)
+
+
+def score_trial(
+    report: Callable[[int, float], None], *, trained: Trained, name: str
+) -> dict[str, Any]:
+    """The zero-cost score `name` ("value") and all others ("scores") of the untrained network.
+
+    On the first training images, a batch of them. One that is no number ranks last, and is
+    left out of the scores.
+    """
+    from kwlayers.convert import convert_
+    from kwlayers.plan import Plan
+    from kwsearch import proxy
+    from kwsearch.resolve import create_model
+    from kwsearch.scores import score_all
+
+    recipe = Recipe.model_validate_json(trained.recipe)
+    settings = Proxy.model_validate_json(trained.proxy)
+    images = proxy.moved(_images(trained.recipe, trained.proxy), proxy.device_of(settings))
+
+    def make_model() -> nn.Module:
+        model = create_model(recipe, trained.width)
+        if trained.groups is None:
+            return model
+        return convert_(model, Plan.from_groups(_network(trained.recipe), trained.groups))
+
+    batch = slice(0, settings.batch_size)
+    x, y = images.batch(images.train.x[batch]), images.train.y[batch]
+    found = score_all(make_model, x, y, trained.seed)
+    finite = {key: score for key, score in found.items() if math.isfinite(score)}
+    return {"value": finite.get(name, -sys.float_info.max), SCORES: finite}
 
 
 def train_final(report: Callable[[int, float], None], *, trained: Trained) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,33 +12,88 @@ if TYPE_CHECKING:
 LEASE = "lease"
 # Why it did not complete; how long it trained; micro-batches per batch.
 REASON, SECONDS, SPLITS = "reason", "seconds", "splits"
+# The budget that it is for, as the recipe gives it: b, parameters, or a ratio of parameters.
+BUDGET = "budget"
+# What tells it from all others; how often the same plan had been trained before.
+FINGERPRINT, AGAIN = "fingerprint", "again"
 # Epochs of falling temperature, where they are not the proxy's.
 TEMPERATURE = "temperature_epochs"
-# What it trains, where that is no plan: the static twin.
-KIND, STATIC = "kind", "static"
-# The numbers of the baselines.
-UNIFORM, TWIN = 0, 1
+# Scores before training, by name.
+SCORES = "scores"
+# The baselines, which have a kind: the plan of equal ratios, and a static network.
+KIND, UNIFORM, STATIC = "kind", "uniform", "static"
 
 
 def is_static(trial: FrozenTrial) -> bool:
     """Whether a trial is that of the static twin."""
-    return trial.user_attrs.get(KIND) == STATIC
+    return baseline(trial) == STATIC
 
 
 def baseline(trial: FrozenTrial) -> str | None:
     """What kind of baseline a trial is, if any."""
-    if is_static(trial):
-        return "static"
-    return "uniform" if trial.number == UNIFORM else None
+    kind: str | None = trial.user_attrs.get(KIND)
+    return kind
+
+
+def budget_of(trial: FrozenTrial) -> float | None:
+    """The budget that a trial is for; trials are compared under one budget only."""
+    budget: float | None = trial.user_attrs.get(BUDGET)
+    return budget
+
+
+def by_budget(trials: Iterable[FrozenTrial]) -> dict[float | None, list[FrozenTrial]]:
+    """Trials of each budget, in the order of the first of each."""
+    found: dict[float | None, list[FrozenTrial]] = {}
+    for trial in trials:
+        found.setdefault(budget_of(trial), []).append(trial)
+    return found
+
+
+def complete_plans(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Those that were trained in full, without static networks."""
+    return [t for t in trials if t.state.name == "COMPLETE" and not is_static(t)]
+
+
+def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+    """The complete plan with the highest accuracy, the earliest if several have it."""
+    return max(complete_plans(trials), key=lambda t: (t.values[0], -t.number), default=None)
 
 
 def rung_pairs(trials: Iterable[FrozenTrial], rung: int, last: int) -> list[tuple[float, float]]:
     """Accuracies of complete plans at a rung's step and at the last."""
     return [
         (trial.intermediate_values[rung], trial.intermediate_values[last])
-        for trial in trials
-        if trial.state.name == "COMPLETE"
-        and not is_static(trial)
-        and rung in trial.intermediate_values
-        and last in trial.intermediate_values
+        for trial in complete_plans(trials)
+        if rung in trial.intermediate_values and last in trial.intermediate_values
     ]
+
+
+def score_pairs(trials: Iterable[FrozenTrial]) -> dict[str, list[tuple[float, float]]]:
+    """By score of the untrained network: it and the accuracy of complete plans."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for trial in complete_plans(trials):
+        for name, score in trial.user_attrs.get(SCORES, {}).items():
+            found.setdefault(name, []).append((score, trial.values[0]))
+    return found
+
+
+def front(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """The complete trials that no other beats, with more accuracy, no more parameters and no more
+    MACs, or as much accuracy and less of one of those; by parameters. Static networks count.
+    """
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+
+    def worth(trial: FrozenTrial) -> tuple[float, int, int]:
+        attrs = trial.user_attrs
+        return trial.values[0], -attrs["params"], -attrs["macs"]
+
+    def beaten(one: Sequence[float], other: Sequence[float]) -> bool:
+        return one != other and all(theirs >= mine for mine, theirs in zip(one, other, strict=True))
+
+    worths = [worth(trial) for trial in complete]
+    found = [
+        trial
+        for trial, one in zip(complete, worths, strict=True)
+        if not any(beaten(one, other) for other in worths)
+    ]
+    return sorted(found, key=lambda trial: (trial.user_attrs["params"], trial.number))

@@ -67,6 +67,20 @@ def _ratio_as_float(value: object) -> float | None:
     return None
 
 
+def parse_budget(value: object) -> float:
+    """A ratio or a count: 0.5, "0.5x", "12.8M"."""
+    ratio = _ratio_as_float(value)
+    if ratio is not None and 0 < ratio < math.inf:
+        return ratio
+    count = _count_as_fraction(value)
+    if count is not None and count.denominator == 1 and count >= 1:
+        return float(count)
+    raise ValueError(
+        f"not a budget (got {_shown(value)}; allowed a ratio, e.g. 0.5 or 0.5x, or a count, "
+        "e.g. 12.8M)"
+    )
+
+
 def parse_size(value: object) -> tuple[int, int, int]:
     """(channels, height, width): "3x224x224", [3, 224, 224]; "224" means 3x224x224."""
     sizes: object = value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -193,6 +193,17 @@ def kendall(pairs: Sequence[tuple[float, float]]) -> Correlation:
     return Correlation(float(found.statistic), float(found.pvalue), len(pairs))
 
 
+def pooled_tau(groups: Iterable[Sequence[tuple[float, float]]]) -> float | None:
+    """Kendall's tau within groups: each group's, weighted by its pairs of trials.
+
+    Trials of different groups are not compared. None where no group says anything.
+    """
+    found = [kendall(pairs) for pairs in groups]
+    known = [(one.tau, one.count * (one.count - 1) / 2) for one in found if one.tau is not None]
+    weight = sum(pairs for _, pairs in known)
+    return sum(tau * pairs for tau, pairs in known) / weight if known else None
+
+
 def top_overlap(pairs: Sequence[tuple[float, float]], share: float = 1 / 3) -> tuple[int, int]:
     """How many of the top `share` by the first value are in that of the second, and of how many.
 
@@ -226,15 +237,15 @@ _WORDS = ((0.3, "poor"), (0.5, "weak"), (0.7, "fair"))
 
 
 def trust_sentence(rung: str, found: Trust) -> str:
-    """One line. rung: in words, such as "3 epochs"."""
+    """One line. rung: in words, such as "rung of 3 epochs"."""
     tau, p, count = found.correlation.tau, found.correlation.p, found.correlation.count
     if tau is None or p is None:
-        return f"rung of {rung}: no rank correlation from {count} trials"
+        return f"{rung}: no rank correlation from {count} trials"
     word = next((word for limit, word in _WORDS if tau < limit), "strong")
     if p >= ALPHA:
         word += f", may be chance (p {p:.2g})"
     both, size = found.top
     return (
-        f"rung of {rung}: tau {tau:.2f} over {count} trials: {word}; of its top third, {both} of "
+        f"{rung}: tau {tau:.2f} over {count} trials: {word}; of its top third, {both} of "
         f"{size} finished in the final top third"
     )

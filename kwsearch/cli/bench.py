@@ -259,11 +259,11 @@ def _bench_layers(
 
 
 def _print(results: _Results) -> None:
-    from kwsearch import report
+    from kwsearch import terminal
 
-    out = report.console()
+    out = terminal.console()
     for line in _header(results.data):
-        out.print(report.plain(line), soft_wrap=True)
+        out.print(terminal.plain(line), soft_wrap=True)
     if "cases" in results.data:
         out.print(_case_table(results.rows))
         return

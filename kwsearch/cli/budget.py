@@ -163,13 +163,13 @@ class _Request:
 
 
 def _print(request: _Request, outcome: Outcome, by: str, scale: int) -> None:
-    from kwsearch import report
+    from kwsearch import report, terminal
 
-    out = report.console()
+    out = terminal.console()
     size = "x".join(map(str, outcome.plan.network.input_size))
     out.print(f"[bold]{request.model}[/bold] at {size}, {_how(request, outcome)}")
     for line in report.summary_lines(outcome.plan, scale):
-        out.print(report.plain(line))
+        out.print(terminal.plain(line))
     for note in outcome.plan.notes:
         click.echo(f"note: {note}", err=True)
     make_tables = report.stage_tables if by == "stage" else report.layer_tables
@@ -235,7 +235,7 @@ def _print_json(request: _Request, outcome: Outcome, by: str) -> None:
 def _show_settings(request: _Request, network: Network, as_json: bool) -> None:
     """Without a target: the published settings, or the usual ratios where there are none."""
     from kwlayers.planner import Settings
-    from kwsearch import published, report
+    from kwsearch import published, report, terminal
     from kwsearch.budget import Target, meet
 
     entries = published.of_model(request.model) if request.settings is None else ()
@@ -263,7 +263,7 @@ def _show_settings(request: _Request, network: Network, as_json: bool) -> None:
         }
         click.echo(json.dumps(data, indent=2))
         return
-    out = report.console()
+    out = terminal.console()
     size = "x".join(map(str, network.input_size))
     what = "published settings" if entries else "no published setting; usual ratios"
     out.print(f"[bold]{request.model}[/bold] at {size}: {what}")

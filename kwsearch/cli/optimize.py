@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from kwsearch.cli import INTERRUPTED
+from kwsearch.cli.live import Live
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from optuna.trial import FrozenTrial
-
     from kwsearch.dry_run import Forecast
-    from kwsearch.optimize import Result
+    from kwsearch.results import Result
 
 
 @click.command("optimize")
@@ -89,16 +86,16 @@ def command(
     if dry_run:
         # Before torch is loaded: its profiler, which measures memory, talks.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        with _Progress(quiet=True) as silent:
+        with Live(quiet=True) as silent:
             planned = Study(loaded, directory, resume=False, watcher=silent)
         _print_forecast(planned.forecast(), as_json)
         return
     echo = click.echo if as_json else None
-    with _Progress(quiet) as progress:
+    with Live(quiet) as progress:
         study = Study(
             loaded, directory, resume=resume, watcher=progress, command=command_line, echo=echo
         )
-        progress.bar.update(progress.task, total=study.search.trials)
+        progress.expect(study.search.trials)
         progress.say(
             f"{loaded.model.name} on {study.proxy.data}: {study.search.trials} trials, "
             f"study in {directory}"
@@ -112,92 +109,19 @@ def command(
         _print_json(result)
     else:
         _print(result)
-    if result.best is None:
+    if not result.found:
         raise click.exceptions.Exit(1)
 
 
-class _Progress:
-    """A bar on a terminal, plain lines elsewhere; both on stderr."""
-
-    def __init__(self, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
-        self.best: tuple[float, int] | None = None
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.bar.add_task("starting", total=None)
-
-    def __enter__(self) -> _Progress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def known(self, trials: Sequence[FrozenTrial]) -> None:
-        from kwsearch.optimize import best_of
-
-        if (best := best_of(trials)) is not None:
-            self.best = (best.values[0], best.number)
-        self.bar.update(self.task, completed=len(trials))
-
-    def start(self, trial: FrozenTrial, attempt: int, until: int) -> None:
-        self._describe(trial.number, "…")
-
-    def pause(self, number: int, step: int, accuracy: float) -> None:
-        self.say(f"trial {number}: {accuracy:.2%} after epoch {step}, waits")
-
-    def epoch(self, number: int, epoch: int, accuracy: float) -> None:
-        self._describe(number, f"epoch {epoch} {accuracy:.1%}")
-
-    def done(self, trial: FrozenTrial) -> None:
-        from optuna.trial import TrialState
-
-        from kwsearch.trials import baseline, is_static
-
-        if trial.state == TrialState.COMPLETE:
-            accuracy = trial.values[0]
-            text = f"{accuracy:.2%}"
-            if not is_static(trial) and (self.best is None or accuracy > self.best[0]):
-                self.best = (accuracy, trial.number)
-                text += "  best so far"
-        else:
-            text = trial.user_attrs.get("reason", trial.state.name.lower())
-        name = baseline(trial)
-        self.say(f"trial {trial.number}{f' ({name})' if name else ''}: {text}")
-        self.bar.advance(self.task)
-
-    def say(self, message: str) -> None:
-        self.console.print(message, markup=False)
-
-    def _describe(self, number: int, text: str) -> None:
-        best = f", best {self.best[0]:.1%} (trial {self.best[1]})" if self.best else ""
-        self.bar.update(self.task, description=f"trial {number} {text}{best}")
-
-
 def _print(result: Result) -> None:
-    from kwsearch import report
+    from kwsearch import study_report, terminal
 
-    out = report.console()
-    out.print(report.trials_table(result.trials))
-    for line in report.verdict_lines(result):
-        out.print(report.plain(line))
+    out = terminal.console()
+    out.print(study_report.trials_table(result.trials))
+    if len(result.budgets) > 1:
+        out.print(study_report.front_table(result))
+    for line in study_report.result_lines(result):
+        out.print(terminal.plain(line))
 
 
 def _print_forecast(forecast: Forecast, as_json: bool) -> None:
@@ -213,7 +137,7 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
         f"space: {forecast.combinations:,} combinations, {warehouses} warehouses to split over"
     )
     click.echo(
-        f"budget: {forecast.params_allowed:,} parameters at most; "
+        f"budget: {' / '.join(f'{n:,}' for n in forecast.params_allowed)} parameters at most; "
         f"{forecast.valid_share:.1%} of random samples are on it"
     )
     click.echo(f"trials: {forecast.trials}, rungs at epoch {rungs}; finals: {forecast.trainings}")
@@ -237,6 +161,6 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
 def _print_json(result: Result) -> None:
     import json
 
-    from kwsearch import report
+    from kwsearch import study_report
 
-    click.echo(json.dumps({"event": "result", **report.result_json(result)}))
+    click.echo(json.dumps({"event": "result", **study_report.result_json(result)}))

@@ -25,9 +25,9 @@ def command(run: Path, trial: int, as_json: bool, output: Path | None) -> None:
     kwsearch show runs/quickstart 7
     kwsearch show runs/quickstart 7 -o seven.yaml && kwsearch budget seven.yaml
     """
-    from kwsearch import report, snapshot
-    from kwsearch.optimize import recipe_of_trial
+    from kwsearch import snapshot, study_report
     from kwsearch.recipe import write_recipe
+    from kwsearch.results import recipe_of_trial
 
     study = snapshot.take(run)
     found = study.trial(trial)
@@ -35,9 +35,9 @@ def command(run: Path, trial: int, as_json: bool, output: Path | None) -> None:
         recipe = recipe_of_trial(study.recipe, found)
         write_recipe(recipe, output, [f"Trial {trial} of {run}."])
     if as_json:
-        click.echo(json.dumps(report.trial_json(found), indent=2))
+        click.echo(json.dumps(study_report.trial_json(found), indent=2))
         return
-    for line in report.trial_lines(found):
+    for line in study_report.trial_lines(found):
         click.echo(line)
     if output is not None:
         click.echo(f"wrote {output}")

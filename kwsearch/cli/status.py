@@ -32,19 +32,18 @@ def command(run: Path, as_json: bool) -> None:
     for trial in found["unfinished"]:
         accuracy = "" if trial["accuracy"] is None else f", {trial['accuracy']:.2%}"
         click.echo(f"    trial {trial['number']}: after epoch {trial['epoch']}{accuracy}")
-    best = found["best"]
-    if best is not None:
-        click.echo(f"best: trial {best['number']}, {best['accuracy']:.2%}")
+    for best in found["best"]:
+        head = f"budget {best['budget']:.12g}, " if len(found["best"]) > 1 else ""
+        click.echo(f"{head}best: trial {best['number']}, {best['accuracy']:.2%}")
     click.echo(f"trained: {found['seconds']:,.0f} s in all")
 
 
 def _status(study: Snapshot) -> dict[str, Any]:
-    from kwsearch.optimize import best_of
     from kwsearch.recipe import Search
-    from kwsearch.trials import SECONDS
+    from kwsearch.trials import LEASE, SECONDS, best_of, by_budget
 
     finished = [trial for trial in study.trials if trial.state.is_finished()]
-    best = best_of(finished)
+    best = {budget: best_of(trials) for budget, trials in by_budget(finished).items()}
     return {
         "running": study.running,
         "trials": (study.recipe.search or Search()).trials,
@@ -57,8 +56,12 @@ def _status(study: Snapshot) -> dict[str, Any]:
                 "accuracy": trial.intermediate_values.get(trial.last_step or 0),
             }
             for trial in study.trials
-            if not trial.state.is_finished()
+            if not trial.state.is_finished() and LEASE in trial.user_attrs
         ],
-        "best": None if best is None else {"number": best.number, "accuracy": best.values[0]},
+        "best": [
+            {"budget": budget, "number": trial.number, "accuracy": trial.values[0]}
+            for budget, trial in best.items()
+            if trial is not None
+        ],
         "seconds": sum(trial.user_attrs.get(SECONDS, 0.0) for trial in finished),
     }

@@ -99,6 +99,11 @@ Portion = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1)]
 CellRatio = Annotated[tuple[Portion, Portion], BeforeValidator(_as_pair), WithJsonSchema(_PAIR)]
 Count = Annotated[int, BeforeValidator(units.parse_count), WithJsonSchema(_COUNT)]
 Ratio = Annotated[float, BeforeValidator(units.parse_ratio), WithJsonSchema(_RATIO)]
+AnyBudget = Annotated[
+    float,
+    BeforeValidator(units.parse_budget),
+    WithJsonSchema({"anyOf": [*_RATIO["anyOf"], _COUNT["anyOf"][1]]}),
+]
 Size = Annotated[tuple[int, int, int], BeforeValidator(units.parse_size), WithJsonSchema(_SIZE)]
 Patterns = Annotated[tuple[Text, ...], Field(min_length=1)]
 SharingRule = Literal["stage", "position", "layer"]

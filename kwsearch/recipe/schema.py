@@ -23,6 +23,7 @@ from kwsearch.recipe.fields import (
     DISTINCT,
     UNIQUE,
     WHOLE,
+    AnyBudget,
     AtLeast1,
     AtLeast4,
     Bool,
@@ -257,7 +258,12 @@ class RungStop(_Section):
 class Search(_Section):
     """How to look for a better plan."""
 
-    trials: AtLeast1 = Field(default=40, description="trials to run")
+    trials: AtLeast1 = Field(default=40, description="trials to run, over all budgets")
+    budgets: Annotated[tuple[AnyBudget, ...], UNIQUE, DISTINCT] = Field(
+        default=(),
+        description="a sweep: budgets to search under in one study, each in place of the value "
+        "under budget, e.g. [0.25, 0.5, 1, 2]",
+    )
     timeout: Positive | None = Field(
         default=None, description="seconds after which no trial starts"
     )
@@ -289,6 +295,15 @@ class Search(_Section):
     rung_tau: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1, le=1)] = Field(
         default=0.3,
         description="Kendall's tau to the full length from which on a rung may stop trials",
+    )
+    zero_cost: Literal["grad_norm", "synflow", "jacob_cov"] | None = Field(
+        default=None,
+        description="a score of the untrained network as the first rung; null is none",
+    )
+    repeat: Bool = Field(
+        default=False,
+        description="train a plan that is proposed again once more, with another seed; else a "
+        "neighbour of it is trained",
     )
     finalists: NotNegative = Field(
         default=3,

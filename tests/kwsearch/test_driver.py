@@ -158,7 +158,14 @@ def drive(
         return Job(trial.number, attempt, "none:none", arguments)
 
     driver = Driver(
-        study, executor, rules, notes, propose, job, lambda number: number == 0, lambda number: None
+        study,
+        executor,
+        rules,
+        notes,
+        propose,
+        job,
+        lambda trial: trial.number == 0,
+        lambda number: None,
     )
     driver.run()
     return study.get_trials(deepcopy=False), notes

@@ -20,15 +20,16 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from kwlayers.plan import Network, Plan, PlanError
-from kwsearch import optimize
+from kwsearch import optimize, study_report
 from kwsearch.dry_run import seconds_of
 from kwsearch.executors import Cancelled, Event, Failed, Finished, Job, Reported
 from kwsearch.executors.local import LocalExecutor
-from kwsearch.recipe import Recipe, load_recipe, parse_recipe
+from kwsearch.proposals import Budget, Proposer
+from kwsearch.recipe import Recipe, Search, load_recipe, parse_recipe
 from kwsearch.resolve import network_of
 from kwsearch.rungs import as_rungs
 from kwsearch.space import fingerprint
-from kwsearch.trials import is_static
+from kwsearch.trials import baseline, front, is_static
 
 TEXT = """
 format: 1
@@ -45,6 +46,7 @@ class Quiet:
     def __init__(self) -> None:
         self.said: list[str] = []
         self.finished: list[FrozenTrial] = []
+        self.finals: list[tuple[int, int, dict[str, object]]] = []
 
     def start(self, trial: FrozenTrial, attempt: int, until: int) -> None: ...
 
@@ -54,6 +56,9 @@ class Quiet:
 
     def done(self, trial: FrozenTrial) -> None:
         self.finished.append(trial)
+
+    def final(self, number: int, seed: int, result: dict[str, object]) -> None:
+        self.finals.append((number, seed, result))
 
     def say(self, message: str) -> None:
         self.said.append(message)
@@ -170,14 +175,14 @@ def test_every_trial_is_on_the_budget_and_no_plan_is_trained_twice(tmp_path: Pat
 def test_trial_zero_is_the_uniform_plan(tmp_path: Path) -> None:
     search, _ = study(tmp_path, "search.trials=1")
     (trial,) = run(search, score).trials
-    assert trial.user_attrs["groups"] == search.space.uniform.groups_to_list()
+    assert trial.user_attrs["groups"] == search.budgets[0].space.uniform.groups_to_list()
 
 
 def test_best_yaml_is_the_recipe_with_the_plan_of_the_best_trial(tmp_path: Path) -> None:
     search, _ = study(tmp_path)
     result = run(search, score)
     best = max(result.trials, key=lambda trial: trial.values[0])
-    assert result.best == best
+    assert result.budgets[0].best == best
     recipe = load_recipe(tmp_path / "best.yaml")
     assert recipe.plan is not None
     assert recipe.provenance["trial"] == best.number
@@ -561,8 +566,8 @@ def test_the_best_plans_and_the_baselines_are_trained_again_by_the_same_seeds(
     tmp_path: Path,
 ) -> None:
     result = finals_of(tmp_path)
-    assert result.finals is not None
-    found = result.finals.accuracies
+    assert result.budgets[0].finals is not None
+    found = result.budgets[0].finals.accuracies
     plans = [t for t in result.trials if t.number > 1]
     top = sorted(plans, key=lambda t: -t.values[0])[:2]
     assert set(found) == {"uniform plan", "static network", *(f"trial {t.number}" for t in top)}
@@ -570,7 +575,7 @@ def test_the_best_plans_and_the_baselines_are_trained_again_by_the_same_seeds(
     # The same seeds for all: differences between plans do not depend on the seed.
     one, other = (found[f"trial {t.number}"] for t in top)
     assert len({round(one[seed] - other[seed], 9) for seed in (0, 1, 2)}) == 1
-    assert result.finals.split == "test"
+    assert result.budgets[0].finals.split == "test"
     assert found["static network"] == dict.fromkeys((0, 1, 2), 0.49)
 
 
@@ -578,11 +583,11 @@ def test_best_yaml_says_the_verdict(tmp_path: Path) -> None:
     result = finals_of(tmp_path)
     text = (tmp_path / "best.yaml").read_text()
     recipe = load_recipe(tmp_path / "best.yaml")
-    assert result.finals is not None
-    assert result.finals.verdict is not None
+    assert result.budgets[0].finals is not None
+    assert result.budgets[0].finals.verdict is not None
     assert "winner" in str(recipe.provenance["verdict"])
     assert "On test images, 3 seeds each:" in text
-    assert recipe.provenance["trial"] == result.finals.best
+    assert recipe.provenance["trial"] == result.budgets[0].finals.best
 
 
 def test_finals_are_taken_up_where_they_were_left(tmp_path: Path) -> None:
@@ -602,8 +607,8 @@ def test_finals_are_taken_up_where_they_were_left(tmp_path: Path) -> None:
     search, watcher = study(tmp_path, *FINALS, resume=True)
     result = search.run(Finals(score), "nowhere:trial", "nowhere:final")
     assert "verdict: 4 finalists, 3 seeds each: 7 trainings in full" in watcher.said
-    assert result.finals is not None
-    assert all(len(runs) == 3 for runs in result.finals.accuracies.values())
+    assert result.budgets[0].finals is not None
+    assert all(len(runs) == 3 for runs in result.budgets[0].finals.accuracies.values())
 
 
 def test_a_final_training_that_fails_is_left_out_of_the_verdict(tmp_path: Path) -> None:
@@ -616,9 +621,232 @@ def test_a_final_training_that_fails_is_left_out_of_the_verdict(tmp_path: Path) 
 
     search, watcher = study(tmp_path, *FINALS)
     result = search.run(Broken(score), "nowhere:trial", "nowhere:final")
-    assert result.finals is not None
-    assert "static network" not in result.finals.accuracies
-    assert any("failed: KeyError: 'x'" in line for line in watcher.said)
+    assert result.budgets[0].finals is not None
+    assert "static network" not in result.budgets[0].finals.accuracies
+    assert [result for _, _, result in watcher.finals if "error" in result] == [
+        {"error": "KeyError: 'x'"}
+    ] * 3
+
+
+class Interrupting(Finals):
+    """Ctrl-C while the second final training runs."""
+
+    count = 0
+
+    def wait(self, timeout: float | None) -> list[Event]:
+        if self.job is not None and self.job.function.endswith("final") and not self.events:
+            self.count += 1
+            if self.count == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+        return super().wait(timeout)
+
+
+def test_ctrl_c_lets_final_trainings_finish(tmp_path: Path) -> None:
+    search, watcher = study(tmp_path, *FINALS)
+    with pytest.raises(KeyboardInterrupt):
+        search.run(Interrupting(score), "nowhere:trial", "nowhere:final")
+    assert len(watcher.finals) == 2
+    assert "stopping: trainings that run finish; Ctrl-C again stops now" in watcher.said
+    search, watcher = study(tmp_path, *FINALS, resume=True)
+    search.run(Finals(score), "nowhere:trial", "nowhere:final")
+    assert len(watcher.finals) == 4 * 3 - 2
+
+
+SWEEP = ("search.budgets=[0.5, 0.7, 1]", "search.trials=24")
+
+
+def test_a_sweep_has_its_baselines_and_its_best_under_every_budget(tmp_path: Path) -> None:
+    search, _ = study(tmp_path, *SWEEP)
+    result = run(search, score)
+    assert [trial.number for trial in result.trials] == list(range(24))
+    budgets = {found.budget: found for found in result.budgets}
+    assert list(budgets) == [0.5, 0.7, 1]
+    # Of the 272,474 parameters of the static network; each as often as the others.
+    for ratio, found in budgets.items():
+        allowed = int(ratio * 272_474)
+        assert len(found.trials) == 8
+        assert [baseline(trial) for trial in found.trials[:2]] == ["uniform", "static"]
+        assert all(baseline(trial) is None for trial in found.trials[2:])
+        assert all(t.user_attrs["params"] <= allowed for t in found.trials)
+        plans = [t for t in found.trials if not is_static(t)]
+        assert all(t.user_attrs["params"] > 0.99 * allowed for t in plans)
+        assert found.best_path == tmp_path / f"best_{ratio:g}.yaml"
+        recipe = load_recipe(found.best_path)
+        assert recipe.budget is not None
+        assert recipe.budget.total_ratio == ratio
+        assert recipe.search is not None
+        assert recipe.search.budgets == ()
+        assert recipe.provenance["trial"] == max(plans, key=lambda t: t.values[0]).number
+
+
+def test_a_sweep_tries_what_was_best_under_the_next_budget(tmp_path: Path) -> None:
+    search, _ = study(tmp_path, *SWEEP)
+
+    def not_uniform(plan: Plan, report: Callable[[int, float], None]) -> float:
+        uniform = {fingerprint(budget.space.uniform) for budget in search.budgets}
+        return 0.1 if fingerprint(plan) in uniform else score(plan, report)
+
+    found = run(search, not_uniform).budgets
+    # The third trial of a budget is the first chance to learn; the first budget comes first.
+    later = found[1].trials[2]
+    before = [t for t in found[0].trials + found[2].trials if t.number < later.number]
+    assert later.params in [trial.params for trial in before]
+    assert later.params != found[1].trials[0].params
+    assert later.user_attrs["fingerprint"] not in [t.user_attrs["fingerprint"] for t in before]
+
+
+def test_a_resumed_sweep_draws_what_an_uninterrupted_one_would(tmp_path: Path) -> None:
+    straight = run(study(tmp_path / "a", *SWEEP)[0], score)
+    run(study(tmp_path / "b", SWEEP[0], "search.trials=10")[0], score)
+    resumed = run(study(tmp_path / "b", *SWEEP, resume=True)[0], score)
+    assert [t.params for t in resumed.trials] == [t.params for t in straight.trials]
+
+
+def test_a_budget_without_more_plans_leaves_the_others_to_go_on(tmp_path: Path) -> None:
+    space = "search.space={split: 1, sharing: [stage, layer], temperature_epochs: [2]}"
+    search, watcher = study(tmp_path, *SWEEP, space)
+    trials = run(search, score).trials
+    # Two ways to share and two temperatures, and a static network each.
+    assert len(trials) == 3 * 5
+    assert sum("4 plans are trained and no other was found" in said for said in watcher.said) == 3
+
+
+def test_budgets_of_a_sweep_are_of_the_budgets_kind(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"budgets: not a count .*budget has params"):
+        study(tmp_path, "budget={params: 200k}", "search.budgets=[0.5, 150k]")
+    search, _ = study(tmp_path, "budget={params: 200k}", "search.budgets=[150k, 200k]")
+    assert [target.params for target in search.targets.values()] == [150_000, 200_000]
+    with pytest.raises(optimize.SearchError, match="nsgaii breeds one population"):
+        study(tmp_path, *SWEEP, "search.sampler=nsgaii")
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_samplers_of_a_sweep_see_their_own_budget_only(tmp_path: Path, sampler: str) -> None:
+    """What the other budgets' trials scored changes nothing."""
+
+    def drawn(folder: str, other: float) -> dict[str, object]:
+        journal = JournalStorage(JournalFileBackend(str(tmp_path / folder)))
+        found = optuna.create_study(storage=journal, direction="maximize")
+        for number in range(20):
+            x = number / 20
+            own = number % 2
+            found.add_trial(
+                optuna.trial.create_trial(
+                    params={"x": x},
+                    distributions={"x": optuna.distributions.FloatDistribution(0, 1)},
+                    values=[1 - (x - 0.8) ** 2 if own else other * x],
+                    user_attrs={"budget": 0.5 if own else 2},
+                )
+            )
+        search = Search(sampler=sampler, startup=0)
+        proposer = Proposer(search, [Budget(0.5, None, None), Budget(2, None, None)], print)
+        found.sampler = proposer._sampler(0.5, 7, 10)
+        trial = found.ask()
+        trial.suggest_float("x", 0, 1)
+        return trial.params
+
+    assert drawn("a", 9.0) == drawn("b", -9.0)
+
+
+class Scored(Inline):
+    """Scores before training: `how` of the plan's accuracy."""
+
+    def __init__(self, objective: Objective, how: Callable[[float], float]) -> None:
+        super().__init__(objective)
+        self.how = how
+
+    def run(self, job: Job) -> None:
+        if job.function != optimize.SCORING:
+            super().run(job)
+            return
+        trained = job.arguments["trained"]
+        value = 0.4
+        if trained.groups is not None:
+            plan = Plan.from_groups(network(trained.recipe), trained.groups)
+            value = score(plan, lambda step, value: None)
+        found = {"value": self.how(value), "scores": {job.arguments["name"]: self.how(value)}}
+        self.events = [Finished(job.trial, job.attempt, found)]
+
+
+ZERO = ("search.pruner=halving", "search.zero_cost=synflow", "search.trials=20", "proxy.epochs=3")
+
+
+def test_a_score_that_ranks_stops_trials_before_they_train(tmp_path: Path) -> None:
+    search, _ = study(tmp_path, *ZERO, "search.rungs=[{epochs: 3}]")
+    assert [rung.step for rung in search.rungs] == [0, 3]
+    trials = search.run(Scored(score, lambda value: 1e9 * value), "nowhere:nothing").trials
+    assert len(trials) == 20
+    assert all(trial.state == TrialState.COMPLETE for trial in trials[:6])
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
+    assert pruned
+    assert {trial.last_step for trial in pruned} == {0}
+    assert all(t.user_attrs["reason"].startswith("stopped before training: ") for t in pruned)
+    assert all("synflow" in trial.user_attrs["scores"] for trial in trials)
+
+
+def test_a_score_that_misleads_stops_nothing_and_is_called_out(tmp_path: Path) -> None:
+    search, _ = study(tmp_path, *ZERO, "search.rungs=[{epochs: 3}]")
+    result = search.run(Scored(score, lambda value: -value), "nowhere:nothing")
+    assert all(trial.state == TrialState.COMPLETE for trial in result.trials)
+    (line,) = study_report.trust_lines(result)
+    assert line.startswith("score synflow: tau -1.00 over 19 trials: poor")
+
+
+def test_a_trial_interrupted_before_its_score_is_scored_when_it_goes_on(tmp_path: Path) -> None:
+    class Interrupted(Scored):
+        def run(self, job: Job) -> None:
+            if job.trial == 2:
+                self.interrupt = KeyboardInterrupt()
+            else:
+                super().run(job)
+
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path, *ZERO)[0].run(Interrupted(score, abs), "nowhere:nothing")
+    trials = study(tmp_path, *ZERO, resume=True)[0].run(Scored(score, abs), "nowhere:x").trials
+    assert 0 in trials[2].intermediate_values
+    assert trials[2].state == TrialState.COMPLETE
+
+
+def test_a_score_is_a_rung_and_needs_rungs(tmp_path: Path) -> None:
+    with pytest.raises(optimize.SearchError, match=r"zero_cost is a rung: set search\.pruner"):
+        study(tmp_path, "search.zero_cost=synflow")
+
+
+def test_a_plan_is_trained_again_on_purpose_with_another_seed(tmp_path: Path) -> None:
+    seeds: dict[int, int] = {}
+
+    class Seeds(Inline):
+        def run(self, job: Job) -> None:
+            seeds[job.trial] = job.arguments["trained"].seed
+            super().run(job)
+
+    search, _ = study(tmp_path, "search.space={split: 1}", "search.repeat=true", "search.trials=5")
+    trials = search.run(Seeds(score), "nowhere:nothing").trials
+    plans = [trial for trial in trials if not is_static(trial)]
+    assert len({trial.user_attrs["fingerprint"] for trial in plans}) == 1
+    assert [trial.user_attrs.get("again", 0) for trial in plans] == [0, 1, 2, 3]
+    assert len(set(seeds.values())) == 5
+
+
+def finished(number: int, accuracy: float, params: int, macs: int) -> FrozenTrial:
+    trial = optuna.trial.create_trial(
+        value=accuracy, user_attrs={"params": params, "macs": macs, "budget": 1.0}
+    )
+    trial.number = number
+    return trial
+
+
+def test_the_front_holds_what_no_other_trial_beats() -> None:
+    trials = [
+        finished(0, 0.90, 100, 50),
+        finished(1, 0.89, 100, 50),  # beaten by 0
+        finished(2, 0.89, 100, 40),  # fewer MACs
+        finished(3, 0.95, 200, 50),  # more accurate
+        finished(4, 0.95, 200, 50),  # as good as 3
+        finished(5, 0.94, 300, 60),  # beaten by 3
+        finished(6, 0.10, 10, 5),  # the smallest
+    ]
+    assert [trial.number for trial in front(trials)] == [6, 0, 2, 3, 4]
 
 
 def test_a_dry_run_needs_no_data_and_starts_nothing(

@@ -18,6 +18,7 @@ from kwsearch.verdict import (
     judge,
     kendall,
     paired,
+    pooled_tau,
     sentence,
     top_overlap,
     trust,
@@ -294,6 +295,16 @@ def test_ties_at_the_edge_of_the_top() -> None:
     assert top_overlap([(0.1, 0.9), (0.5, 0.9), (0.1, 0.1)]) == (1, 1)
 
 
+def test_ranks_are_pooled_within_groups_only() -> None:
+    # 3 pairs all alike, and 6 of which 5 are alike and 1 is not: (3 + 5 - 1) / 9.
+    up = [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)]
+    mixed = [(0.1, 1.0), (0.2, 3.0), (0.3, 2.0), (0.4, 4.0)]
+    assert pooled_tau([up, mixed]) == pytest.approx(7 / 9)
+    # Between the groups, accuracy falls with the first value; nobody asks.
+    assert pooled_tau([up, [(a - 100, b + 100) for a, b in up]]) == pytest.approx(1.0)
+    assert pooled_tau([up[:2], []]) is None
+
+
 def test_every_rung_says_how_far_to_trust_it() -> None:
     up = [(rank / 100, rank / 100) for rank in range(12)]
     down = [(rank / 100, -rank / 100) for rank in range(12)]
@@ -303,7 +314,7 @@ def test_every_rung_says_how_far_to_trust_it() -> None:
         9: Trust(kendall(down), (0, 4)),
         27: Trust(Correlation(None, None, 0), (0, 0)),
     }
-    assert [trust_sentence(f"{epochs} epochs", one) for epochs, one in found.items()] == [
+    assert [trust_sentence(f"rung of {epochs} epochs", one) for epochs, one in found.items()] == [
         "rung of 3 epochs: tau 1.00 over 12 trials: strong; of its top third, 4 of 4 finished in "
         "the final top third",
         "rung of 9 epochs: tau -1.00 over 12 trials: poor; of its top third, 0 of 4 finished in "

@@ -1,0 +1,134 @@
+"""What came of a study: its trials, the best of each budget, the recipes that say them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kwlayers.plan import Network, Plan
+from kwsearch import verdict
+from kwsearch.finals import Finals
+from kwsearch.recipe import Recipe, RecipePlan, write_recipe
+from kwsearch.resolve import KINDS, target_of
+from kwsearch.run_directory import SearchError
+from kwsearch.rungs import Rung
+from kwsearch.trials import UNIFORM, baseline, best_of
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found under one budget. budget: as the recipe gives it."""
+
+    budget: float
+    trials: tuple[FrozenTrial, ...]
+    finals: Finals | None = None
+    best_path: Path | None = None
+
+    @property
+    def best(self) -> FrozenTrial | None:
+        """The plan with the highest mean over the finalists' seeds; without finalists the one
+        with the highest accuracy.
+        """
+        if self.finals is not None and self.finals.best is not None:
+            return next(trial for trial in self.trials if trial.number == self.finals.best)
+        return best_of(self.trials)
+
+    def baseline(self, kind: str) -> FrozenTrial | None:
+        """The finished trial that is this baseline."""
+        return next((trial for trial in self.trials if baseline(trial) == kind), None)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A study's finished trials, in the order of their numbers, and what each budget gave.
+
+    held_out: images that trials are scored on.
+    """
+
+    recipe: Recipe
+    trials: tuple[FrozenTrial, ...]
+    held_out: int
+    budgets: tuple[Found, ...]
+    rungs: tuple[Rung, ...] = ()
+
+    @property
+    def found(self) -> bool:
+        """Whether there is a plan to use."""
+        return any(found.best is not None for found in self.budgets)
+
+
+def under(recipe: Recipe, value: float) -> Recipe:
+    """The recipe with a budget of the same kind in place of its own, and no sweep."""
+    (kind,) = (name for name, given in vars(target_of(recipe)).items() if given is not None)
+    search = recipe.search
+    if search is not None and search.budgets:
+        search = search.model_copy(update={"budgets": ()})
+    budget = type(recipe.budget).model_validate({kind: KINDS[kind](value)})  # type: ignore[union-attr]
+    return recipe.model_copy(update={"budget": budget, "search": search})
+
+
+def recipe_of_trial(recipe: Recipe, trial: FrozenTrial) -> Recipe:
+    """The recipe with a trial's plan. Raises SearchError for a trial that has none."""
+    if "groups" not in trial.user_attrs:
+        raise SearchError(f"trial {trial.number} has no plan: {baseline(trial) or 'not begun'}")
+    plan = RecipePlan.model_validate({"groups": trial.user_attrs["groups"]})
+    return recipe.model_copy(update={"plan": plan})
+
+
+def write_best(
+    path: Path, recipe: Recipe, network: Network, found: Found, provenance: Mapping[str, Any]
+) -> Path | None:
+    """The recipe of a budget with its best plan, where it comes from and what it is worth.
+
+    None if there is no plan.
+    """
+    best = found.best
+    if best is None:
+        return None
+    plan = Plan.from_groups(network, best.user_attrs["groups"])
+    provenance = dict(provenance)
+    first = found.baseline(UNIFORM)
+    uniform = first.values[0] if first is not None and first.values else None
+    said = [
+        f"Trial {best.number}, the best of {len(found.trials)}: {best.values[0]:.2%} on held-out "
+        "images" + (f" (uniform plan {uniform:.2%})." if uniform is not None else ".")
+    ]
+    if found.finals is not None and found.finals.verdict is not None:
+        seeds = max(len(runs) for runs in found.finals.accuracies.values())
+        provenance["verdict"] = verdict.sentence(found.finals.verdict)
+        said.append(f"On {found.finals.split} images, {seeds} seeds each:")
+        said += [f"    {part}" for part in provenance["verdict"].split("; ")]
+    filled = recipe.model_copy(
+        update={
+            "plan": RecipePlan.model_validate({"groups": plan.groups_to_list()}),
+            "provenance": {
+                **provenance,
+                "trial": best.number,
+                "trials": len(found.trials),
+                "score": best.values[0],
+                "uniform_score": uniform,
+                "params": best.user_attrs["params"],
+                "macs": best.user_attrs["macs"],
+            },
+        }
+    )
+    header = [
+        *said,
+        f"{best.user_attrs['params']:,} parameters, {best.user_attrs['macs']:,} MACs.",
+        f"    kwsearch budget {path}",
+    ]
+    write_recipe(filled, path, header)
+    return path
+
+
+def named(budgets: Sequence[float], value: float, name: str) -> str:
+    """The file of one budget: best.yaml, or best_0.5.yaml of a sweep."""
+    if len(budgets) == 1:
+        return name
+    stem, _, suffix = name.partition(".")
+    return f"{stem}_{value:.12g}.{suffix}"

@@ -1,0 +1,248 @@
+"""Studies as text: the trials, the verdict, how far rungs and scores can be trusted, the front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kwsearch import verdict
+from kwsearch.terminal import new_table
+from kwsearch.trials import (
+    REASON,
+    STATIC,
+    UNIFORM,
+    baseline,
+    budget_of,
+    by_budget,
+    front,
+    rung_pairs,
+    score_pairs,
+)
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+    from rich.table import Table
+
+    from kwsearch.results import Found, Result
+
+
+def trials_table(trials: Sequence[FrozenTrial]) -> Table:
+    """One line per trial, by budget, the best first."""
+    sweep = len(by_budget(trials)) > 1
+    table = new_table(
+        (*(["budget"] if sweep else []), "trial", "result"),
+        ("held-out accuracy", "parameters", "MACs", "seconds"),
+        ("n of warehouses",),
+    )
+    for trial in sorted(trials, key=_by_result):
+        attrs = trial.user_attrs
+        cells = [str(group["num_cells"]) for group in attrs.get("groups", ())]
+        shown = " ".join(cells) if len(cells) <= 8 else f"{' '.join(cells[:6])} … {cells[-1]}"
+        table.add_row(
+            *([f"{budget_of(trial):.12g}" if budget_of(trial) else ""] if sweep else []),
+            str(trial.number) if (name := baseline(trial)) is None else f"{trial.number} ({name})",
+            result_of(trial),
+            f"{trial.values[0]:.2%}" if trial.values else "",
+            f"{attrs['params']:,}" if "params" in attrs else "",
+            f"{attrs['macs']:,}" if "macs" in attrs else "",
+            f"{attrs['seconds']:.0f}" if "seconds" in attrs else "",
+            shown,
+        )
+    return table
+
+
+def _by_result(trial: FrozenTrial) -> tuple[float, bool, float, int]:
+    """By budget; finished trials first, by accuracy; then those that stopped early."""
+    score = trial.values[0] if trial.values else 0.0
+    return (budget_of(trial) or 0, trial.state.name != "COMPLETE", -score, trial.number)
+
+
+def result_lines(result: Result) -> list[str]:
+    """What was found under each budget, and how much of it may be chance."""
+    lines = []
+    for found in result.budgets:
+        head = f"budget {found.budget:.12g}: " if len(result.budgets) > 1 else ""
+        lines += _verdict_lines(result, found, head)
+    lines += trust_lines(result)
+    for found in result.budgets:
+        if found.best_path is not None:
+            lines.append(f"wrote {found.best_path}")
+    return lines
+
+
+def _verdict_lines(result: Result, found: Found, head: str) -> list[str]:
+    """The best plan against the baselines."""
+    best = found.best
+    if best is None:
+        return [f"{head}no trial finished: nothing to choose"]
+    lines = [
+        f"{head}best: trial {best.number}, {best.values[0]:.2%} on {result.held_out} held-out "
+        "images"
+    ]
+    if found.finals is not None and found.finals.verdict is not None:
+        first, *others = verdict.sentence(found.finals.verdict).split("; ")
+        lines.append(f"    verdict on {found.finals.split} images: {first}")
+        lines += [f"    {other}" for other in others]
+    else:
+        lines += _single_seed_lines(result, found, best)
+    return lines
+
+
+def _single_seed_lines(result: Result, found: Found, best: FrozenTrial) -> list[str]:
+    lines = []
+    score, images = best.values[0], result.held_out
+    if baseline(best) == UNIFORM:
+        lines.append("    the uniform plan: no other plan did better")
+    names = {UNIFORM: "uniform plan", STATIC: "static network of as many parameters"}
+    for kind, name in names.items():
+        other = found.baseline(kind)
+        if other is None or not other.values or other.number == best.number or not images:
+            continue
+        gap = score - other.values[0]
+        error = ((score * (1 - score) + other.values[0] * (1 - other.values[0])) / images) ** 0.5
+        reach = "within" if abs(gap) < 2 * error else "beyond"
+        lines.append(
+            f"    {gap * 100:+.2f} points against the {name}; {reach} two standard errors "
+            f"({2 * error * 100:.2f} points) of so few images and one seed"
+        )
+    if len(found.trials) > 2:
+        lines.append(f"    the best of {len(found.trials)} trials is in part the luckiest")
+    return lines
+
+
+def trust_lines(result: Result) -> list[str]:
+    """How well each rung and each score ranked the trials that were trained in full."""
+    lines = []
+    last = result.rungs[-1].step if result.rungs else 0
+    for found in result.budgets:
+        pairs = {
+            f"rung of {rung.step} epochs": rung_pairs(found.trials, rung.step, last)
+            for rung in result.rungs[:-1]
+            if rung.step
+        }
+        pairs.update({f"score {k}": v for k, v in score_pairs(found.trials).items()})
+        head = f"budget {found.budget:.12g}: " if len(result.budgets) > 1 else ""
+        for name, trust in verdict.trust({k: v for k, v in pairs.items() if v}).items():
+            lines.append(verdict.trust_sentence(head + name, trust))
+    return lines
+
+
+def front_table(result: Result) -> Table:
+    """The trials that no other beats in accuracy, parameters and MACs at once."""
+    table = new_table(
+        ("front: trial", "budget"), ("held-out accuracy", "test, mean", "parameters", "MACs")
+    )
+    tested = _test_means(result)
+    for trial in front(result.trials):
+        name = baseline(trial)
+        test = tested.get(trial.number)
+        table.add_row(
+            f"{trial.number} ({name})" if name else str(trial.number),
+            f"{budget_of(trial):.12g}",
+            f"{trial.values[0]:.2%}",
+            "" if test is None else f"{test:.2%}",
+            f"{trial.user_attrs['params']:,}",
+            f"{trial.user_attrs['macs']:,}",
+        )
+    return table
+
+
+def _test_means(result: Result) -> Mapping[int, float]:
+    """Mean accuracy on test images by trial, of the finalists."""
+    from kwsearch.finals import name_of
+
+    means = {}
+    for found in result.budgets:
+        if found.finals is None or found.finals.split != "test":
+            continue
+        for trial in found.trials:
+            runs = found.finals.accuracies.get(name_of(trial))
+            if runs:
+                means[trial.number] = sum(runs.values()) / len(runs)
+    return means
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """A finished study for `--json`. best, best_recipe, verdict: of a study of one budget."""
+    budgets = [
+        {
+            "budget": found.budget,
+            "best": found.best.number if found.best else None,
+            "best_recipe": str(found.best_path) if found.best_path else None,
+            "verdict": _verdict_json(found),
+        }
+        for found in result.budgets
+    ]
+    alone = {key: value for key, value in budgets[0].items() if key != "budget"}
+    return {
+        **(alone if len(budgets) == 1 else {}),
+        "budgets": budgets,
+        "front": [
+            {
+                "trial": trial.number,
+                "accuracy": trial.values[0],
+                "params": trial.user_attrs["params"],
+                "macs": trial.user_attrs["macs"],
+            }
+            for trial in front(result.trials)
+        ],
+        "held_out": result.held_out,
+        "trials": [trial_json(trial) for trial in result.trials],
+    }
+
+
+def _verdict_json(found: Found) -> dict[str, Any] | None:
+    finals = found.finals
+    if finals is None or finals.verdict is None:
+        return None
+    return {
+        "sentence": verdict.sentence(finals.verdict),
+        "winner": finals.verdict.winner,
+        "images": finals.split,
+        "accuracies": finals.accuracies,
+    }
+
+
+def trial_json(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial for `--json`."""
+    return {
+        "number": trial.number,
+        "state": trial.state.name.lower(),
+        "score": trial.values[0] if trial.values else None,
+        "epochs": trial.intermediate_values,
+        "choices": trial.params,
+        **trial.user_attrs,
+    }
+
+
+def trial_lines(trial: FrozenTrial) -> list[str]:
+    """What one trial is, how it went and what was chosen for it."""
+    attrs = trial.user_attrs
+    name = baseline(trial)
+    lines = [f"trial {trial.number}{f' ({name})' if name else ''}: {result_of(trial)}"]
+    if trial.values:
+        lines[0] += f", {trial.values[0]:.2%}"
+    if "params" in attrs:
+        lines.append(f"{attrs['params']:,} parameters, {attrs['macs']:,} MACs")
+    if "seconds" in attrs:
+        lines.append(f"{attrs['seconds']:,.1f} s, attempt {attrs['lease']['attempt']}")
+    accuracies = {step: value for step, value in trial.intermediate_values.items() if step}
+    if accuracies:
+        values = (f"{step}: {value:.2%}" for step, value in accuracies.items())
+        lines.append(f"accuracy by epoch  {'  '.join(values)}")
+    for key, value in {**attrs.get("scores", {}), **trial.params}.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        lines.append(f"    {key} = {shown}")
+    for group in attrs.get("groups", ()):
+        cell = "x".join(map(str, group["cell"]))
+        layers = len(group["layers"])
+        lines.append(
+            f"    {group['name']}: n = {group['num_cells']} cells of {cell}, {layers} layers"
+        )
+    return lines
+
+
+def result_of(trial: FrozenTrial) -> str:
+    """Complete, or why it is not."""
+    found: str = trial.user_attrs.get(REASON, trial.state.name.lower())
+    return found
