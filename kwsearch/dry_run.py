@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kwsearch.rungs import Rung
 
 if TYPE_CHECKING:
-    import torch
-
     from kwlayers.plan import Plan
-    from kwsearch.recipe import Proxy, Recipe
+    from kwsearch.recipe import Proxy
 
 SAMPLES = 100
-_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -28,6 +23,7 @@ class Forecast:
     valid_share: of random samples, the least of all budgets. step_s, train_bytes: of one training
     step of the uniform plan, measured here. train_images: of an epoch, None where neither the
     recipe nor this machine says.
+    most_bytes: that it may be. workers: trials at a time.
     seconds: of the whole study on one worker, if no trial were stopped early (most) and if all were
     at the first rung but the calibration (least); None without train_images.
     checkpoint_bytes: of one unfinished trial. disk_bytes: the most that can be unfinished.
@@ -42,6 +38,8 @@ class Forecast:
     trainings: int
     step_s: float
     train_bytes: int
+    most_bytes: int | None
+    workers: int
     train_images: int | None
     least_seconds: float | None
     most_seconds: float | None
@@ -63,54 +61,6 @@ def seconds_of(
     complete = min(trials, max(calibration, 2))
     final = trainings * full
     return complete * full + (trials - complete) * first + final, trials * full + final
-
-
-def measure_step(recipe: Recipe, plan: Plan, proxy: Proxy) -> tuple[float, int]:
-    """Seconds and peak bytes of one training step on random images, at the proxy's batch size.
-
-    Above the network itself, its gradients and the optimizer's state, which are in the bytes.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    from kwlayers.convert import convert_
-    from kwsearch.proxy import device_of, optimizer_of
-    from kwsearch.resolve import create_model, input_of
-    from kwsearch.timing import peak_bytes
-
-    if proxy.threads is not None:
-        torch.set_num_threads(proxy.threads)
-    device = device_of(proxy)
-    channels, height, width = input_of(recipe)
-    if proxy.resolution is not None:
-        height = width = proxy.resolution
-    model = convert_(create_model(recipe), plan).to(device).train()
-    optimizer = optimizer_of(model, proxy)
-    x = torch.randn(proxy.batch_size, channels, height, width, device=device)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        out = model(x)
-        labels = torch.arange(len(x), device=device) % out.shape[-1]
-        F.cross_entropy(out, labels).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-
-    held = sum(p.numel() * p.element_size() for p in model.parameters())
-    peak = peak_bytes(step, device)
-    seconds = []
-    for _ in range(_STEPS):
-        began = time.perf_counter()
-        step()
-        _wait(device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds), held + peak
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
 
 
 def images_of(proxy: Proxy) -> int | None:

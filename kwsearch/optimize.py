@@ -19,7 +19,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 
-from kwsearch import dry_run, finals, zoo
+from kwsearch import dry_run, finals, train_step, zoo
 from kwsearch.driver import Driver, Rules, SpaceExhausted, StudyFailed
 from kwsearch.driver import Watcher as DriverWatcher
 from kwsearch.dry_run import Forecast
@@ -51,12 +51,14 @@ from kwsearch.run_directory import (
 )
 from kwsearch.rungs import Rung, as_rungs, geometric, phase_of
 from kwsearch.rungs import check as check_rungs
-from kwsearch.space import Space
+from kwsearch.space import Space, fingerprint
 from kwsearch.static_twin import NoTwin, Twin, static_twin
+from kwsearch.train_step import TrainStep
 from kwsearch.trial import Trained
 from kwsearch.trials import AGAIN, FINGERPRINT, TEMPERATURE, baseline, budget_of
 
 if TYPE_CHECKING:
+    from kwlayers.plan import Plan
     from kwsearch.proxy import ProxyData
 
 __all__ = ["STUDY", "Result", "SearchError", "SpaceExhausted", "Study", "StudyFailed"]
@@ -106,6 +108,7 @@ class Study:
         self._check_choices()
         self.rungs = _rungs(self.search, self.proxy)
         self._resume = resume
+        self._measured: dict[str, int] = {}
 
     def _check_choices(self) -> None:
         """Raise SearchError for settings that exclude each other."""
@@ -141,12 +144,15 @@ class Study:
             log = EventLog(self.directory / EVENTS, self.watcher, self.echo)
             self.watcher = stack.enter_context(log)
             self._plan_spaces()
+            self._check_memory()
             held_out = 0
             if function == TRAINING:
                 held_out = self._check_images()
             self.study = study = self._open()
             if executor is None:
-                executor = LocalExecutor(self.search.workers, self.proxy.threads)
+                executor = LocalExecutor(
+                    self._workers(), self.proxy.threads, train_step.gpus(self.proxy)
+                )
                 stack.callback(executor.close)
             self._function, self._final = function, final
             driver = Driver(
@@ -154,7 +160,7 @@ class Study:
                 executor,
                 self._rules(),
                 self.watcher,
-                Proposer(self.search, self.budgets, self.watcher.say),
+                Proposer(self.search, self.budgets, self.watcher.say, self._fits),
                 self._job,
                 lambda trial: baseline(trial) is not None,
                 self._forget,
@@ -188,7 +194,8 @@ class Study:
         self.network = network_of(self.recipe)
         search, proxy, spaces = self.search, self.proxy, list(self._spaces().values())
         uniform = spaces[-1].uniform
-        step_s, train_bytes = dry_run.measure_step(self.recipe, uniform, proxy)
+        step = TrainStep(self.recipe, uniform, proxy)
+        step_s, workers = step.seconds(), slots_of(search, proxy, lambda: step.nbytes)
         trainings = (search.finalists + 2) * search.seeds * len(spaces) if search.finalists else 0
         images = dry_run.images_of(proxy)
         least = most = None
@@ -198,7 +205,7 @@ class Study:
                 step_s, steps, search.trials, search.calibration, self.rungs, trainings
             )
         checkpoint = dry_run.checkpoint_bytes(uniform, proxy)
-        unfinished = search.trials if len(self.rungs) > 1 else search.workers
+        unfinished = search.trials if len(self.rungs) > 1 else workers
         return Forecast(
             combinations=spaces[-1].size(),
             warehouses=spaces[-1].warehouses(),
@@ -208,12 +215,14 @@ class Study:
             rungs=tuple(rung.step for rung in self.rungs),
             trainings=trainings,
             step_s=step_s,
-            train_bytes=train_bytes,
+            train_bytes=step.nbytes,
+            most_bytes=search.space.limits.train_memory,
+            workers=workers,
             train_images=images,
             least_seconds=least,
             most_seconds=most,
             checkpoint_bytes=checkpoint,
-            disk_bytes=checkpoint * max(unfinished, search.workers),
+            disk_bytes=checkpoint * max(unfinished, workers),
         )
 
     def _twin(self, space: Space) -> Twin | None:
@@ -225,6 +234,34 @@ class Study:
         except NoTwin as reason:
             self.watcher.say(f"no static network to compare with: {reason}")
             return None
+
+    def _workers(self) -> int:
+        def nbytes() -> int:
+            return self._train_bytes(self.budgets[-1].space.uniform)
+
+        return slots_of(self.search, self.proxy, nbytes)
+
+    def _train_bytes(self, plan: Plan) -> int:
+        """Of one training step, measured once for each plan."""
+        name = fingerprint(plan)
+        if name not in self._measured:
+            self._measured[name] = TrainStep(self.recipe, plan, self.proxy).nbytes
+        return self._measured[name]
+
+    def _fits(self, plan: Plan) -> bool:
+        """Whether a plan trains within search.space.limits.train_memory."""
+        most = self.search.space.limits.train_memory
+        return most is None or self._train_bytes(plan) <= most
+
+    def _check_memory(self) -> None:
+        """Raise SearchError if not even the uniform plans fit the memory."""
+        for budget in self.budgets:
+            if not self._fits(budget.space.uniform):
+                raise SearchError(
+                    f"search.space.limits.train_memory: the uniform plan of budget "
+                    f"{budget.value:.12g} takes {self._train_bytes(budget.space.uniform):,} bytes "
+                    f"at batch {self.proxy.batch_size}: lower proxy.batch_size or proxy.resolution"
+                )
 
     def _note_provenance(self) -> None:
         """Write the recipe down, with the command that started the study."""
@@ -416,6 +453,11 @@ class Study:
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+
+
+def slots_of(search: Search, proxy: Proxy, nbytes: Callable[[], int]) -> int:
+    """Trials at a time. nbytes: the memory of one, for `auto` on GPUs."""
+    return train_step.slots(proxy, nbytes) if search.workers == "auto" else search.workers
 
 
 def _rungs(search: Search, proxy: Proxy) -> tuple[Rung, ...]:

@@ -14,6 +14,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from kwlayers.plan import Plan
 from kwsearch.driver import SpaceExhausted
 from kwsearch.recipe import Search
 from kwsearch.space import Space, fingerprint
@@ -51,15 +52,21 @@ class Proposer:
     """Fills in the trials of a study: what each trains, as its attributes.
 
     Trials go to the budget that has the fewest. The first of each is the uniform plan, the second
-    the static twin. `say` is told of a budget that has no more plans.
+    the static twin. `say` is told of a budget that has no more plans. fits: whether a plan can be
+    trained here; one that cannot gives way to a neighbour.
     """
 
     def __init__(
-        self, search: Search, budgets: Sequence[Budget], say: Callable[[str], object]
+        self,
+        search: Search,
+        budgets: Sequence[Budget],
+        say: Callable[[str], object],
+        fits: Callable[[Plan], bool] = lambda plan: True,
     ) -> None:
         self.search = search
         self.budgets = budgets
         self.say = say
+        self.fits = fits
         self._exhausted: set[float] = set()
 
     def __call__(self, study: optuna.Study) -> FrozenTrial:
@@ -139,13 +146,13 @@ class Proposer:
     ) -> dict[str, Any]:
         sample = space.sample(trial)
         plans = [t.user_attrs.get(FINGERPRINT) for t in own if not is_static(t)]
-        others = () if self.search.repeat else space.neighbours(sample, seed)
+        others = space.neighbours(sample, seed)
         for candidate in itertools.chain((sample,), others):
             plan = space.project(candidate)
             name = fingerprint(plan)
             if candidate.temperature_epochs is not None:
                 name += f" temperature {candidate.temperature_epochs}"
-            if name not in plans or self.search.repeat:
+            if (name not in plans or self.search.repeat) and self.fits(plan):
                 break
         else:
             raise SpaceExhausted(

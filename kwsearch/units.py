@@ -13,6 +13,7 @@ from fractions import Fraction
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30}(?:_[0-9]{1,30}){0,9})"
 _NUMBER = r"(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,2})?"
 COUNT_PATTERN = rf"^\s*(?:{_DIGITS}(?:\.[0-9]{{1,30}})?(?:[eE]\+?[0-9]{{1,2}})?)\s*[kKMGB]?\s*$"
+BYTES_PATTERN = rf"^\s*{_NUMBER}\s*(?:[kKMG]i?)?B\s*$"
 RATIO_PATTERN = rf"^\s*{_NUMBER}(?:\s*/\s*{_NUMBER})?\s*[xX]?\s*$"
 SIZE_PATTERN = r"^\s*[0-9]{1,9}(?:x[0-9]{1,9}x[0-9]{1,9})?\s*$"
 
@@ -65,6 +66,35 @@ def _ratio_as_float(value: object) -> float | None:
     except (OverflowError, ZeroDivisionError):
         pass
     return None
+
+
+def parse_bytes(value: object) -> int:
+    """Bytes, at least 1: 500000000, "500MB" (10^6 each), "12GB", "1.5GiB" (2^30 each)."""
+    number = _bytes_as_fraction(value)
+    if number is None or number < 1:
+        raise ValueError(
+            f"not an amount of memory (got {_shown(value)}; allowed whole bytes or a number with "
+            "kB, MB, GB, KiB, MiB or GiB, e.g. 500MB)"
+        )
+    return int(number)
+
+
+def _bytes_as_fraction(value: object) -> Fraction | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return Fraction(value)
+    if not isinstance(value, str) or not (found := re.fullmatch(BYTES_PATTERN, value)):
+        return None
+    text = found.group().strip().removesuffix("B").strip()
+    binary = text.endswith("i")
+    text = text.removesuffix("i")
+    scale = 1
+    if text[-1] in "kKMG":
+        power = "kMG".index(text[-1].replace("K", "k")) + 1
+        scale = 1024**power if binary else 1000**power
+        text = text[:-1].strip()
+    return Fraction(text) * scale
 
 
 def parse_budget(value: object) -> float:

@@ -151,7 +151,8 @@ def sentence(verdict: Verdict) -> str:
 def _share(found: Interval) -> str:
     if found.low is None or found.high is None:
         return f"{found.mean:.2%}"
-    return f"{found.mean:.2%} (95 % interval {found.low:.2%} to {found.high:.2%})"
+    low, high = max(found.low, 0.0), min(found.high, 1.0)
+    return f"{found.mean:.2%} (95 % interval {low:.2%} to {high:.2%})"
 
 
 def _against(verdict: Verdict, name: str, other: str) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds; no new trial after."
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Trials at a time.")
+@click.option("--workers", metavar="N|auto", help="Trials at a time; auto is as many as fit.")
 @click.option(
     "--deterministic", is_flag=True, help="The same trials and the same best with any --workers."
 )
@@ -45,7 +45,7 @@ def command(
     overrides: tuple[str, ...],
     trials: int | None,
     timeout: float | None,
-    workers: int | None,
+    workers: str | None,
     deterministic: bool,
     resume: bool,
     run_dir: Path | None,
@@ -83,9 +83,9 @@ def command(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     command_line = shlex.join(["kwsearch", *sys.argv[1:]])
+    # Before torch is loaded: its profiler, which measures memory, talks.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if dry_run:
-        # Before torch is loaded: its profiler, which measures memory, talks.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         with Live(quiet=True) as silent:
             planned = Study(loaded, directory, resume=False, watcher=silent)
         _print_forecast(planned.forecast(), as_json)
@@ -140,11 +140,20 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
         f"budget: {' / '.join(f'{n:,}' for n in forecast.params_allowed)} parameters at most; "
         f"{forecast.valid_share:.1%} of random samples are on it"
     )
-    click.echo(f"trials: {forecast.trials}, rungs at epoch {rungs}; finals: {forecast.trainings}")
+    click.echo(
+        f"trials: {forecast.trials}, {forecast.workers} at a time, rungs at epoch {rungs}; "
+        f"finals: {forecast.trainings}"
+    )
     click.echo(
         f"a step of the uniform plan: {forecast.step_s * 1e3:,.0f} ms, "
         f"{forecast.train_bytes / 1e6:,.0f} MB with weights, gradients and optimizer"
     )
+    if forecast.most_bytes is not None:
+        fits = "under" if forecast.train_bytes <= forecast.most_bytes else "OVER"
+        click.echo(
+            f"    {fits} search.space.limits.train_memory, {forecast.most_bytes / 1e6:,.0f} MB; "
+            "other plans are measured before they are trained"
+        )
     if forecast.least_seconds is None or forecast.most_seconds is None:
         click.echo("time: unknown, for want of the data set or proxy.subset")
     else:

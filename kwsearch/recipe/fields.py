@@ -69,6 +69,12 @@ _COUNT: dict[str, Any] = {
         {"type": "string", "pattern": units.COUNT_PATTERN},
     ]
 }
+_MEMORY: dict[str, Any] = {
+    "anyOf": [
+        {"type": "integer", "minimum": 1},
+        {"type": "string", "pattern": units.BYTES_PATTERN},
+    ]
+}
 _RATIO: dict[str, Any] = {
     "anyOf": [
         {"type": "number", "exclusiveMinimum": 0},
@@ -99,6 +105,7 @@ Portion = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1)]
 CellRatio = Annotated[tuple[Portion, Portion], BeforeValidator(_as_pair), WithJsonSchema(_PAIR)]
 Count = Annotated[int, BeforeValidator(units.parse_count), WithJsonSchema(_COUNT)]
 Ratio = Annotated[float, BeforeValidator(units.parse_ratio), WithJsonSchema(_RATIO)]
+Memory = Annotated[int, BeforeValidator(units.parse_bytes), WithJsonSchema(_MEMORY)]
 AnyBudget = Annotated[
     float,
     BeforeValidator(units.parse_budget),

@@ -30,6 +30,7 @@ from kwsearch.recipe.fields import (
     CellRatio,
     Count,
     Json,
+    Memory,
     Name,
     NotNegative,
     NotNegativeFloat,
@@ -202,6 +203,11 @@ class Limits(_Section):
     """What no plan of the search may exceed, besides the budget."""
 
     macs: Count | None = Field(default=None, description="MACs of one image, e.g. 1.8G")
+    train_memory: Memory | None = Field(
+        default=None,
+        description="bytes of one training step at the proxy's batch size, measured before a "
+        "plan is trained, e.g. 500MB or 12GB",
+    )
 
 
 class Space(_Section):
@@ -311,7 +317,11 @@ class Search(_Section):
         "is no verdict",
     )
     seeds: AtLeast1 = Field(default=3, description="trainings of each finalist, by seed")
-    workers: AtLeast1 = Field(default=1, description="trials at a time, each its own process")
+    workers: AtLeast1 | Literal["auto"] = Field(
+        default=1,
+        description="trials at a time, each its own process; auto is as many as the cores have "
+        "proxy.threads for, or as the GPUs have memory for",
+    )
     deterministic: Bool = Field(
         default=False,
         description="the same trials whatever the number of workers: asked for in generations of "

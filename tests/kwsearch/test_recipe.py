@@ -189,6 +189,7 @@ def test_what_is_left_out_has_the_documented_default() -> None:
         "plan": None,
         "search": {
             "trials": 40,
+            "budgets": (),
             "timeout": None,
             "seed": 0,
             "sampler": "tpe",
@@ -198,6 +199,8 @@ def test_what_is_left_out_has_the_documented_default() -> None:
             "rungs": (),
             "calibration": 6,
             "rung_tau": 0.3,
+            "zero_cost": None,
+            "repeat": False,
             "finalists": 3,
             "seeds": 3,
             "workers": 1,
@@ -213,7 +216,7 @@ def test_what_is_left_out_has_the_documented_default() -> None:
                 "spatial_partition": (),
                 "keep_static": (),
                 "temperature_epochs": (),
-                "limits": {"macs": None},
+                "limits": {"macs": None, "train_memory": None},
             },
         },
         "proxy": {
@@ -1192,7 +1195,7 @@ def test_the_schema_is_valid_and_describes_every_key() -> None:
             for key, field in one.get("properties", {}).items():
                 assert field.get("description"), f"{name}.{key}"
                 seen += 1
-    assert seen == 10 + 2 + 7 + 3 + 1 + 9 + 15 + 3 + 11 + 1 + 14 + 7
+    assert seen == 10 + 2 + 7 + 3 + 1 + 9 + 18 + 3 + 11 + 2 + 14 + 7
 
 
 def test_recipes_need_no_torch() -> None:

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kwsearch.units import format_count, parse_count, parse_ratio, parse_size, short_count
+from kwsearch.units import (
+    format_count,
+    parse_budget,
+    parse_bytes,
+    parse_count,
+    parse_ratio,
+    parse_size,
+    short_count,
+)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +161,38 @@ def test_what_is_no_size_is_refused_with_what_is_allowed(given: object) -> None:
         f"not an input size (got {given!r}; allowed channels, height and width, each at least 1, "
         "e.g. 3x224x224, [3, 224, 224] or 224)"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "nbytes"),
+    [
+        (500, 500),
+        ("500B", 500),
+        ("500MB", 500_000_000),
+        ("1.5 GB", 1_500_000_000),
+        ("12kB", 12_000),
+        ("12KB", 12_000),
+        ("12KiB", 12_288),
+        ("1GiB", 2**30),
+        ("0.5MiB", 524_288),
+    ],
+)
+def test_memory_is_read_in_decimal_and_binary_units(given: object, nbytes: int) -> None:
+    assert parse_bytes(given) == nbytes
+
+
+@pytest.mark.parametrize("given", ["12G", "12", "GB", "-1MB", "0B", 0, 0.5, True, None, "1e99B B"])
+def test_what_is_no_memory_is_refused_with_what_is_allowed(given: object) -> None:
+    with pytest.raises(ValueError, match=r"not an amount of memory .* e\.g\. 500MB"):
+        parse_bytes(given)
+
+
+def test_a_budget_is_a_ratio_or_a_count() -> None:
+    given = [0.5, "0.5x", "1/4", 2, "12.8M", "1_000"]
+    assert [parse_budget(value) for value in given] == [0.5, 0.5, 0.25, 2, 12_800_000, 1000]
+    for wrong in (0, -1, "M", "half", True, math.inf):
+        with pytest.raises(ValueError, match=r"not a budget .* 12\.8M"):
+            parse_budget(wrong)
 
 
 def test_a_count_is_written_with_commas() -> None:
