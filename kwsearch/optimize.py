@@ -8,6 +8,7 @@ directory remembers.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -169,6 +170,10 @@ class Study:
                 driver.run()
                 if driver.complete:
                     self._run_finals(executor, driver.rules.deadline)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise StudyFailed(f"the disk is full: {error}; make room and --resume") from error
             finally:
                 trials = tuple(_finished(study))
                 result = Result(self.recipe, trials, held_out, self._found(trials), self.rungs)

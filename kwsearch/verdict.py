@@ -138,7 +138,11 @@ def sentence(verdict: Verdict) -> str:
     leads = f"{verdict.leader} with {_share(verdict.accuracies[verdict.leader])}"
     if not verdict.baselines:
         return f"no significant winner: no baseline to compare {leads}"
-    text = f"winner: {leads}" if verdict.winner else f"no significant winner: best is {leads}"
+    text = (
+        f"winner: {leads}"
+        if verdict.winner
+        else f"no significant winner: the best that was searched is {leads}"
+    )
     clauses = [_against(verdict, verdict.leader, other) for other in verdict.baselines]
     text = "; ".join([text, *clauses])
     if len(verdict.p) > 1:

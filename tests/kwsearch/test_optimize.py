@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -299,6 +300,26 @@ def test_a_study_is_not_resumed_with_another_recipe(tmp_path: Path) -> None:
     run(study(tmp_path, "search.trials=1")[0], score)
     with pytest.raises(optimize.SearchError, match=r"another recipe \(budget, proxy differ\)"):
         run(study(tmp_path, "proxy.epochs=4", "budget={ratio: 1}", resume=True)[0], score)
+
+
+def test_a_full_disk_stops_the_study_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = 0
+
+    def write(directory: Path, trials: list[FrozenTrial]) -> None:
+        nonlocal written
+        written += 1
+        if written == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(optimize, "write_trials", write)
+    with pytest.raises(optimize.StudyFailed, match=r"disk is full: .* make room and --resume"):
+        run(study(tmp_path)[0], score)
+    monkeypatch.undo()
+    trials = run(study(tmp_path, resume=True)[0], score).trials
+    assert [trial.number for trial in trials] == list(range(8))
+    assert all(trial.state == TrialState.COMPLETE for trial in trials)
 
 
 def test_two_processes_do_not_share_a_run_directory(tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ def test_who_leads_without_significance_does_not_win() -> None:
     p = 1 - s * (1 + (1 - s**2) / 2)
     assert found.p == {("trial 9", "uniform"): pytest.approx(p, rel=1e-4)}
     assert sentence(found) == (
-        "no significant winner: best is trial 9 with 83.60% (95 % interval 79.43% to 87.77%); "
+        "no significant winner: the best that was searched is trial 9 with 83.60% "
+        "(95 % interval 79.43% to 87.77%); "
         f"+2.60 points against uniform (-1.93 to +7.13, p {p:.2g}, 5 seeds): may be chance"
     )
 
@@ -192,16 +193,19 @@ def test_more_comparisons_ask_for_more() -> None:
         ),
         (
             {"uniform": runs(0.8), "trial 7": runs(0.9)},
-            "no significant winner: best is trial 7 with 90.00%; +10.00 points against uniform "
+            "no significant winner: the best that was searched is trial 7 "
+            "with 90.00%; +10.00 points against uniform "
             "(1 seed: no test)",
         ),
         (
             {"static": {5: 0.8}, "trial 7": runs(0.9)},
-            "no significant winner: best is trial 7 with 90.00%; no seed in common with static",
+            "no significant winner: the best that was searched is trial 7 "
+            "with 90.00%; no seed in common with static",
         ),
         (
             {"uniform": runs(0.8, 0.8), "trial 7": runs(0.9, 0.9)},
-            "no significant winner: best is trial 7 with 90.00% (95 % interval 90.00% to 90.00%); "
+            "no significant winner: the best that was searched is trial 7 "
+            "with 90.00% (95 % interval 90.00% to 90.00%); "
             "+10.00 points against uniform (the same for each of 2 seeds: no test)",
         ),
     ],
