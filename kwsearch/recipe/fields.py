@@ -27,6 +27,13 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _number_or_auto(value: Any) -> Any:
+    value = _whole(value)
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise PydanticCustomError("number_or_auto", "not a whole number or auto")
+
+
 def _as_pair(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         if len(value) != 2:
@@ -66,24 +73,24 @@ _PORTION: dict[str, Any] = {"type": "number", "exclusiveMinimum": 0, "maximum": 
 _COUNT: dict[str, Any] = {
     "anyOf": [
         {"type": "integer", "minimum": 1},
-        {"type": "string", "pattern": units.COUNT_PATTERN},
+        {"type": "string", "pattern": units.COUNT_PATTERN, "examples": ["12.8M"]},
     ]
 }
 _MEMORY: dict[str, Any] = {
     "anyOf": [
         {"type": "integer", "minimum": 1},
-        {"type": "string", "pattern": units.BYTES_PATTERN},
+        {"type": "string", "pattern": units.BYTES_PATTERN, "examples": ["500MB"]},
     ]
 }
 _RATIO: dict[str, Any] = {
     "anyOf": [
         {"type": "number", "exclusiveMinimum": 0},
-        {"type": "string", "pattern": units.RATIO_PATTERN},
+        {"type": "string", "pattern": units.RATIO_PATTERN, "examples": ["0.5x"]},
     ]
 }
 _SIZE: dict[str, Any] = {
     "anyOf": [
-        {"type": "string", "pattern": units.SIZE_PATTERN},
+        {"type": "string", "pattern": units.SIZE_PATTERN, "examples": ["3x224x224"]},
         {"type": "integer", "minimum": 1},
         {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 3, "maxItems": 3},
     ]
@@ -98,6 +105,9 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Bool = Annotated[bool, Field(strict=True)]
 AtLeast1 = Annotated[int, Field(strict=True, ge=1), WHOLE]
 AtLeast4 = Annotated[int, Field(strict=True, ge=4), WHOLE]
+AutoOrAtLeast1 = Annotated[
+    Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_number_or_auto)
+]
 NotNegative = Annotated[int, Field(strict=True, ge=0), WHOLE]
 NotNegativeFloat = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
 Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]

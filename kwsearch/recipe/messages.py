@@ -179,8 +179,10 @@ def _option_in_words(option: Schema) -> str:
     if "enum" in option:
         *first, last = [_plain_value(value) for value in option["enum"]]
         return f"{', '.join(first)} or {last}"
-    if "pattern" in option:
+    if option.get("pattern") == NAME_PATTERN:
         return "letters, digits and underscores"
+    if "pattern" in option:
+        return f"text like {option['examples'][0]}"
     kind = option.get("type")
     if kind in ("integer", "number"):
         noun = "a whole number" if kind == "integer" else "a number"

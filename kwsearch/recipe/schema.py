@@ -26,6 +26,7 @@ from kwsearch.recipe.fields import (
     AnyBudget,
     AtLeast1,
     AtLeast4,
+    AutoOrAtLeast1,
     Bool,
     CellRatio,
     Count,
@@ -317,7 +318,7 @@ class Search(_Section):
         "is no verdict",
     )
     seeds: AtLeast1 = Field(default=3, description="trainings of each finalist, by seed")
-    workers: AtLeast1 | Literal["auto"] = Field(
+    workers: AutoOrAtLeast1 = Field(
         default=1,
         description="trials at a time, each its own process; auto is as many as the cores have "
         "proxy.threads for, or as the GPUs have memory for",
