@@ -498,6 +498,19 @@ WRONG_VALUES = [
     ('provenance: {"\\ude00": 1}', "r.yaml:4:14: provenance: a key is not Unicode text "
      "(got '\\ude00')"),
     ("provenance: {a: &a {b: *a}}", "r.yaml:4:17: not valid YAML (contains itself)"),
+    ("search: {workers: many}", "r.yaml:4:19: search.workers: not a whole number or auto "
+     "(got 'many'; allowed a whole number >= 1, or auto)"),
+    ("search: {workers: 0}", "r.yaml:4:19: search.workers: not a whole number or auto "
+     "(got 0; allowed a whole number >= 1, or auto)"),
+    ("search: {budgets: [1, half]}", "r.yaml:4:23: search.budgets.1: not a budget (got 'half'; "
+     "allowed a ratio, e.g. 0.5 or 0.5x, or a count, e.g. 12.8M)"),
+    ("search: {budgets: [0.5, 1/2]}", "r.yaml:4:25: search.budgets.1: given twice (got '1/2'; "
+     "allowed a number > 0, or text like 0.5x, or text like 12.8M)"),
+    ("search: {zero_cost: synflo}", "r.yaml:4:21: search.zero_cost: unknown value, did you mean "
+     "'synflow'? (got 'synflo'; allowed grad_norm, synflow or jacob_cov, or null)"),
+    ("search: {space: {limits: {train_memory: 12G}}}", "r.yaml:4:41: "
+     "search.space.limits.train_memory: not an amount of memory (got '12G'; allowed whole bytes "
+     "or a number with kB, MB, GB, KiB, MiB or GiB, e.g. 500MB)"),
     ('"a\\nb": 1', "r.yaml:4:1: a\\nb: unknown key (allowed format, model, input, method, budget, "
      "plan, search, proxy, training, provenance)"),
 ]  # fmt: skip
