@@ -31,7 +31,7 @@ from kwsearch.executors import (
     Started,
 )
 from kwsearch.interrupts import Interrupts, counted
-from kwsearch.run_directory import SearchError
+from kwsearch.run_directory import SAME_ERROR, StudyFailed
 from kwsearch.rungs import Rung, promotable, trusted
 from kwsearch.trials import (
     LEASE,
@@ -45,12 +45,7 @@ from kwsearch.trials import (
 )
 from kwsearch.verdict import pooled_tau
 
-_SAME_ERROR = 3
 _LOSSES = 5
-
-
-class StudyFailed(SearchError):
-    """A search that has started and cannot go on."""
 
 
 class SpaceExhausted(ValueError):
@@ -221,8 +216,9 @@ class Driver:
             self._end_paused()
 
     def _next(self) -> _Run | None:
-        if self._queue:
-            return self._open[self._queue.pop(0)]
+        for place, number in enumerate(self._queue):
+            if self._open[number].attempt or not self.over:
+                return self._open[self._queue.pop(place)]
         if self.rules.generation:
             return None
         promoted = self._promotable()
@@ -230,10 +226,10 @@ class Driver:
             promoted.rung += 1
             promoted.paused = False
             return promoted
-        return self._new()
+        return None if self.over else self._new()
 
     def _new(self) -> _Run | None:
-        if self.over or self._exhausted or self._begun() >= self.rules.trials:
+        if self._exhausted or self._begun() >= self.rules.trials:
             return None
         try:
             frozen = self.propose(self.study)
@@ -297,8 +293,7 @@ class Driver:
                 for n in paused
                 if (self._open[n].rung, str(self._open[n].budget)) == (index, budget)
             }
-            count = len(here) if not self._may_stop()[index] else len(here) // self.rules.eta
-            best = promotable(here, frozenset(), 1)[: max(count, 1)]
+            best, of = self._decision(index, here)
             for number in here:
                 run = self._open[number]
                 if number in best:
@@ -306,17 +301,35 @@ class Driver:
                     run.paused = False
                     self._queue.append(number)
                 else:
-                    self._end(run, f"not among the best {len(best)} of {len(here)}")
+                    self._end(run, f"not among the best {len(best)} of {of}")
             return
         self._ask_generation()
+
+    def _decision(self, index: int, here: Mapping[int, float]) -> tuple[list[int], int]:
+        """Who of a generation goes on from a rung, and of how many.
+
+        Written down before it is carried out: a driver that is killed in between is followed by
+        one that would see fewer of them, and know more of how the rung ranks.
+        """
+        budget = self._open[min(here)].budget
+        generation = min(here) // self.rules.generation
+        key = f"decided/{self.rules.rungs[index].step}/{budget}/{generation}"
+        known = self.study.user_attrs.get(key)
+        if known is None:
+            count = len(here) if not self._may_stop()[index] else len(here) // self.rules.eta
+            best = promotable(here, frozenset(), 1)[: max(count, 1)]
+            known = {"on": best, "of": len(here)}
+            self.study.set_user_attr(key, known)
+        return known["on"], known["of"]
 
     def _ask_generation(self) -> None:
         """Ask before any of them is trained: what is proposed depends on earlier ones only."""
         size = self.rules.generation
-        if self._open and self._begun() % size == 0:
+        begun = self._begun() % size
+        # All of it or nothing: a part would be told to whoever asks for the rest.
+        if (self._open or self.over) and not begun:
             return
-        left = size - self._begun() % size
-        for _ in range(left):
+        for _ in range(size - begun):
             run = self._new()
             if run is None:
                 break
@@ -413,7 +426,7 @@ class Driver:
         frozen = self._frozen(run)
         if last or self.keeps(frozen) or run.number in self._stops:
             return
-        if self.study.pruner.prune(self.study, frozen):
+        if self.study.pruner.prune(_OneBudget(self.study, run.budget), frozen):
             self._stops[run.number] = f"pruned after epoch {step}"
             self.executor.cancel(run.number)
 
@@ -436,9 +449,9 @@ class Driver:
             return
         self._tell(run, TrialState.FAIL, event.message)
         self._errors.append(event.message)
-        if event.kind == "error" and self._errors[-_SAME_ERROR:] == [event.message] * _SAME_ERROR:
+        if event.kind == "error" and self._errors[-SAME_ERROR:] == [event.message] * SAME_ERROR:
             raise StudyFailed(
-                f"{_SAME_ERROR} trials in a row failed with the same error: {event.message}"
+                f"{SAME_ERROR} trials in a row failed with the same error: {event.message}"
             )
 
     def _lost(self, run: _Run, message: str) -> None:
@@ -482,3 +495,15 @@ class Driver:
             }
             for budget, trials in by_budget(self._trials()).items()
         }
+
+
+class _OneBudget(optuna.Study):
+    """A study of which only the plans of one budget are seen: a pruner compares those."""
+
+    def __init__(self, study: optuna.Study, budget: float | None) -> None:
+        super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
+        self.budget = budget
+
+    def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        found = super()._get_trials(*args, **kwargs)
+        return [t for t in found if budget_of(t) == self.budget and not is_static(t)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from kwsearch.trials import REASON, baseline
+from kwsearch.trials import REASON, accuracy_of, baseline
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -68,7 +68,7 @@ class EventLog:
             "done",
             trial=trial.number,
             state=trial.state.name.lower(),
-            accuracy=trial.values[0] if trial.values else None,
+            accuracy=accuracy_of(trial),
             reason=trial.user_attrs.get(REASON),
         )
         self.watcher.done(trial)

@@ -16,7 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kwsearch.executors import Cancelled, Executor, Failed, Finished, Job, Lost
 from kwsearch.interrupts import Interrupts, counted
-from kwsearch.trials import baseline, is_static
+from kwsearch.run_directory import SAME_ERROR, StudyFailed
+from kwsearch.trials import FINGERPRINT, baseline, is_static
 from kwsearch.verdict import Verdict, judge
 
 _ATTEMPTS = 5
@@ -49,9 +50,16 @@ class Watcher(Protocol):
 def chosen(trials: Sequence[FrozenTrial], top: int) -> list[FrozenTrial]:
     """The best `top` plans and the baselines, of the trials that are complete."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    plans = [trial for trial in complete if baseline(trial) is None]
-    best = sorted(plans, key=lambda trial: (-trial.values[0], trial.number))[:top]
-    return best + [trial for trial in complete if baseline(trial) is not None]
+    baselines = [trial for trial in complete if baseline(trial) is not None]
+    # A plan that was trained twice is one candidate, and one like a baseline is none.
+    taken = {trial.user_attrs.get(FINGERPRINT) for trial in baselines}
+    best: list[FrozenTrial] = []
+    for trial in sorted(complete, key=lambda trial: (-trial.values[0], trial.number)):
+        plan = trial.user_attrs.get(FINGERPRINT)
+        if plan not in taken and len(best) < top:
+            taken.add(plan)
+            best.append(trial)
+    return best + baselines
 
 
 def run(
@@ -66,7 +74,8 @@ def run(
 
     job: of a training, for an attempt, in so many micro-batches, its trial number -1 - the place
     in `trainings`. stop: asked before each start. Ctrl-C lets those that run finish, a second one
-    stops them; either raises KeyboardInterrupt.
+    stops them; either raises KeyboardInterrupt. Raises StudyFailed for a full disk, and for the
+    same error three times in a row.
     """
     message = "stopping: trainings that run finish; Ctrl-C again stops now"
     with counted(watcher.say, message) as interrupts:
@@ -89,10 +98,20 @@ def _run(
     attempts = dict.fromkeys(waiting, 0)
     splits = dict.fromkeys(waiting, 1)
     busy: set[int] = set()
+    errors: list[str] = []
 
     def keep(training: Training, result: Mapping[str, Any]) -> None:
         study.set_user_attr(training.key, result)
         watcher.final(training.number, training.seed, result)
+
+    def failed(training: Training, message: str) -> None:
+        """Not kept: the next run tries again, when what was wrong may be mended."""
+        if "No space left on device" in message:
+            raise StudyFailed(f"the disk is full: {message}; make room and --resume")
+        watcher.final(training.number, training.seed, {"error": message})
+        errors.append(message)
+        if errors[-SAME_ERROR:] == [message] * SAME_ERROR:
+            raise StudyFailed(f"{SAME_ERROR} final trainings failed with the same error: {message}")
 
     while True:
         while waiting and len(busy) < executor.capacity and not stop() and not interrupts.count:
@@ -113,13 +132,15 @@ def _run(
             elif isinstance(event, Failed) and event.kind == "memory" and splits[place] == 1:
                 splits[place] = 2
                 waiting.insert(0, place)
-            elif isinstance(event, Failed):
+            elif isinstance(event, Failed) and event.kind == "diverged":
                 keep(trainings[place], {"error": event.message})
+            elif isinstance(event, Failed):
+                failed(trainings[place], event.message)
             elif isinstance(event, (Lost, Cancelled)):
                 if attempts[place] < _ATTEMPTS:
                     waiting.insert(0, place)
                 else:
-                    keep(trainings[place], {"error": "its process died"})
+                    failed(trainings[place], "its process died")
         interrupts.check()
 
 

@@ -21,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 
 from kwsearch import dry_run, finals, train_step, zoo
-from kwsearch.driver import Driver, Rules, SpaceExhausted, StudyFailed
+from kwsearch.driver import Driver, Rules, SpaceExhausted
 from kwsearch.driver import Watcher as DriverWatcher
 from kwsearch.dry_run import Forecast
 from kwsearch.events import EventLog
@@ -44,6 +44,7 @@ from kwsearch.run_directory import (
     EVENTS,
     JOURNAL,
     SearchError,
+    StudyFailed,
     mend,
     prepare,
     sole_driver,
@@ -166,18 +167,21 @@ class Study:
                 lambda trial: baseline(trial) is not None,
                 self._forget,
             )
+            left = 0
             try:
-                driver.run()
-                if driver.complete:
-                    self._run_finals(executor, driver.rules.deadline)
+                try:
+                    driver.run()
+                    if driver.complete:
+                        left = self._run_finals(executor, driver.rules.deadline)
+                finally:
+                    trials = tuple(_finished(study))
+                    result = Result(self.recipe, trials, held_out, self._found(trials), self.rungs)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
                 raise StudyFailed(f"the disk is full: {error}; make room and --resume") from error
-            finally:
-                trials = tuple(_finished(study))
-                result = Result(self.recipe, trials, held_out, self._found(trials), self.rungs)
-            if time.monotonic() >= driver.rules.deadline and len(trials) < self.search.trials:
+            unfinished = left > 0 or not driver.complete
+            if time.monotonic() >= driver.rules.deadline and unfinished:
                 self.watcher.say("time is up; --resume goes on")
             return result
 
@@ -360,7 +364,10 @@ class Study:
             changes["subset"] = phase.subset
         if phase.resolution is not None:
             changes["resolution"] = phase.resolution
-        proxy = self._proxy_of(trial).model_copy(update=changes)
+        proxy = self._proxy_of(trial)
+        # Of a phase that is shorter than it, the temperature takes all.
+        changes["temperature_epochs"] = min(proxy.temperature_epochs, phase.epochs)
+        proxy = proxy.model_copy(update=changes)
         arguments = {
             "trained": self._trained(trial, proxy, seed, checkpoint, splits),
             "first": phase.first,
@@ -387,11 +394,11 @@ class Study:
             splits,
         )
 
-    def _run_finals(self, executor: Executor, deadline: float) -> None:
-        """The verdict's trainings, once the search is over."""
+    def _run_finals(self, executor: Executor, deadline: float) -> int:
+        """The verdict's trainings, once the search is over; how many are left."""
         trials = _finished(self.study)
         if not self.search.finalists:
-            return
+            return 0
         chosen: list[FrozenTrial] = []
         for value in self.targets:
             own = [trial for trial in trials if budget_of(trial) == value]
@@ -428,8 +435,11 @@ class Study:
             self.watcher,
             lambda: time.monotonic() >= deadline,
         )
-        for path in (self.directory / CHECKPOINTS).glob("final-*.pt"):
-            path.unlink(missing_ok=True)
+        known = self.study.user_attrs
+        for training in trainings:
+            if training.key in known:
+                self._checkpoint(f"final-{training.number}-{training.seed}").unlink(missing_ok=True)
+        return sum(training.key not in known for training in trainings)
 
     def _checkpoint(self, name: str) -> Path:
         folder = self.directory / CHECKPOINTS

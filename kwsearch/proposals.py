@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -37,6 +38,8 @@ from kwsearch.trials import (
 GENERATION = 8
 # In a sweep, every third trial of a budget starts from the best of a neighbour.
 _LEARN = 3
+# Coordinates of an even start; parameters beyond them use them again.
+_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -71,21 +74,23 @@ class Proposer:
 
     def __call__(self, study: optuna.Study) -> FrozenTrial:
         """Raises SpaceExhausted if no budget has a plan that is not trained."""
-        while True:
-            known = study.get_trials(deepcopy=False)
-            # One that was asked for and never begun comes first, under its number.
-            left = [t for t in known if t.state == TrialState.RUNNING and LEASE not in t.user_attrs]
-            number = left[0].number if left else _count(known)
-            budget = self._next_budget([t for t in known if t.number != number])
-            if budget is None:
-                raise SpaceExhausted("all plans of every budget are trained")
+        known = study.get_trials(deepcopy=False)
+        left = [t for t in known if t.state == TrialState.RUNNING and LEASE not in t.user_attrs]
+        if left:  # asked for by an earlier driver, and never begun
+            return left[0]
+        while (budget := self._next_budget(known)) is not None:
             try:
-                return self._fill(study, budget, known, left[0] if left else None, number)
+                made = self._fill(budget, known)
             except SpaceExhausted as error:
                 if len(self.budgets) == 1:
                     raise
                 self._exhausted.add(budget.value)
-                self.say(f"budget {budget.value:g}: {error}")
+                self.say(f"budget {budget.value:.12g}: {error}")
+            else:
+                # At once, so that a kill leaves all of it or nothing.
+                study._storage.create_new_trial(study._study_id, template_trial=made)
+                return study.get_trials(deepcopy=False)[len(known)]
+        raise SpaceExhausted("all plans of every budget are trained")
 
     def _next_budget(self, known: Sequence[FrozenTrial]) -> Budget | None:
         counts = dict.fromkeys((budget.value for budget in self.budgets), 0)
@@ -95,36 +100,29 @@ class Proposer:
         open_ = [budget for budget in self.budgets if budget.value not in self._exhausted]
         return min(open_, key=lambda budget: counts[budget.value], default=None)
 
-    def _fill(
-        self,
-        study: optuna.Study,
-        budget: Budget,
-        known: Sequence[FrozenTrial],
-        left: FrozenTrial | None,
-        number: int,
-    ) -> FrozenTrial:
-        """Ask for trial `number`, or take up the one that is left, and note what it trains."""
+    def _fill(self, budget: Budget, known: Sequence[FrozenTrial]) -> FrozenTrial:
+        """The next trial, with what it trains: asked of a copy of the study that has the plans of
+        one budget only. Static networks have no choices, and other budgets other accuracies.
+        """
         # By trial, so that a resumed study draws what an uninterrupted one would.
-        seed = self.search.seed * 1_000_003 + number
-        own = [t for t in known if budget_of(t) == budget.value and t.number != number]
-        study.sampler = self._sampler(budget.value, seed, len(own))
-        if left is None and not any(t.state == TrialState.WAITING for t in known):
-            given = self._given(budget, own, known)
-            if given is not None:
-                study.enqueue_trial(given)
-        trial = Trial(study, left._trial_id) if left else study.ask()
-        assert trial.number == number
+        seed = (self.search.seed * 1_000_003 + len(known)) % 2**32
+        own = [trial for trial in known if budget_of(trial) == budget.value]
+        study = _copy([trial for trial in own if not is_static(trial)])
+        study.sampler = self._sampler(seed, len(own))
+        given = self._given(budget, own, known)
+        if given is not None:
+            study.enqueue_trial(given)
+        trial = study.ask()
         if len(own) == 1 and budget.twin is not None:
             facts = _static_facts(budget.twin)
         else:
             facts = self._plan_facts(budget.space, trial, own, seed)
             if not own:
                 facts[KIND] = UNIFORM
-        if "params" not in study.get_trials(deepcopy=False)[number].constraints:
-            trial.set_constraint("params", float(facts["params"] - budget.space.allowed))
+        trial.set_constraint("params", float(facts["params"] - budget.space.allowed))
         for key, fact in {**facts, BUDGET: budget.value}.items():
             trial.set_user_attr(key, fact)
-        return study.get_trials(deepcopy=False)[number]
+        return study.get_trials(deepcopy=False)[-1]
 
     def _given(
         self, budget: Budget, own: Sequence[FrozenTrial], known: Sequence[FrozenTrial]
@@ -172,57 +170,54 @@ class Proposer:
             facts[TEMPERATURE] = candidate.temperature_epochs
         return facts
 
-    def _sampler(self, budget: float, seed: int, place: int) -> BaseSampler:
-        """The sampler of the trial at `place` among those of a budget."""
+    def _sampler(self, seed: int, place: int) -> BaseSampler:
+        """The sampler of the trial at `place` among those of its budget."""
         search, samplers = self.search, optuna.samplers
+        if search.sampler == "random":
+            return samplers.RandomSampler(seed=seed)
+        if place < search.startup:
+            return _Even(search.seed, place)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            if search.sampler == "random":
-                return samplers.RandomSampler(seed=seed)
-            if place < search.startup:
-                # One sequence for the study: its own seed, and a place that the study counts.
-                return samplers.QMCSampler(
-                    seed=search.seed,
-                    scramble=True,
-                    independent_sampler=samplers.RandomSampler(seed=seed),
-                    warn_asynchronous_seeding=False,
-                    warn_independent_sampling=False,
-                )
-            sampler: BaseSampler
             if search.sampler == "gp":
-                sampler = samplers.GPSampler(
+                return samplers.GPSampler(
                     seed=seed, n_startup_trials=0, warn_independent_sampling=False
                 )
-            elif search.sampler == "nsgaii":
-                sampler = samplers.NSGAIISampler(seed=seed, population_size=GENERATION)
-            else:
-                sampler = samplers.TPESampler(
-                    seed=seed,
-                    multivariate=True,
-                    group=True,
-                    constant_liar=True,
-                    n_startup_trials=0,
-                )
-        return _Within(budget, sampler) if len(self.budgets) > 1 else sampler
+            if search.sampler == "nsgaii":
+                return samplers.NSGAIISampler(seed=seed, population_size=GENERATION)
+            return samplers.TPESampler(
+                seed=seed,
+                multivariate=True,
+                group=True,
+                constant_liar=True,
+                n_startup_trials=0,
+            )
 
 
-class _Within(BaseSampler):
-    """A sampler to which the study's trials are those of one budget."""
+class _Even(BaseSampler):
+    """The point at `place` of a scrambled Sobol sequence, a coordinate per parameter asked for.
 
-    def __init__(self, budget: float, sampler: BaseSampler) -> None:
-        self.budget = budget
-        self.sampler = sampler
+    Evenly spread over the choices, which are asked for first, whatever has been tried and whoever
+    asks.
+    """
+
+    def __init__(self, seed: int, place: int) -> None:
+        from scipy.stats import qmc
+
+        sequence = qmc.Sobol(_DIMENSIONS, scramble=True, seed=seed)
+        if place:
+            sequence.fast_forward(place)
+        self._point = itertools.cycle(sequence.random(1)[0].tolist())
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        return self.sampler.infer_relative_search_space(_OneBudget(study, self.budget), trial)
+        return {}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        view = _OneBudget(study, self.budget)
-        return self.sampler.sample_relative(view, trial, search_space)
+        return {}
 
     def sample_independent(
         self,
@@ -231,24 +226,36 @@ class _Within(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        view = _OneBudget(study, self.budget)
-        return self.sampler.sample_independent(view, trial, param_name, param_distribution)
+        share: float = next(self._point)
+        if isinstance(param_distribution, CategoricalDistribution):
+            return param_distribution.choices[int(share * len(param_distribution.choices))]
+        assert isinstance(param_distribution, FloatDistribution)
+        low, high = math.log(param_distribution.low), math.log(param_distribution.high)
+        return math.exp(low + share * (high - low))
 
 
-class _OneBudget(optuna.Study):
-    """A study of which only the trials of one budget are seen."""
-
-    def __init__(self, study: optuna.Study, budget: float) -> None:
-        super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
-        self.budget = budget
-
-    def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
-        return [t for t in super()._get_trials(*args, **kwargs) if budget_of(t) == self.budget]
-
-
-def _count(known: Sequence[FrozenTrial]) -> int:
-    """The number of the next trial."""
-    return sum(trial.state != TrialState.WAITING for trial in known)
+def _copy(trials: Sequence[FrozenTrial]) -> optuna.Study:
+    """A study in memory that has these trials: all that a sampler looks at."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(direction="maximize")
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    study.add_trials(
+        [
+            optuna.trial.create_trial(
+                state=trial.state,
+                values=trial.values,
+                params=trial.params,
+                distributions=trial.distributions,
+                intermediate_values=trial.intermediate_values,
+                system_attrs=trial.system_attrs,
+            )
+            for trial in trials
+        ]
+    )
+    return study
 
 
 def _static_facts(twin: Twin) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from kwsearch.recipe import Recipe, RecipePlan, write_recipe
 from kwsearch.resolve import KINDS, target_of
 from kwsearch.run_directory import SearchError
 from kwsearch.rungs import Rung
-from kwsearch.trials import UNIFORM, baseline, best_of
+from kwsearch.trials import UNIFORM, accuracy_of, baseline, best_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -93,7 +93,7 @@ def write_best(
     plan = Plan.from_groups(network, best.user_attrs["groups"])
     provenance = dict(provenance)
     first = found.baseline(UNIFORM)
-    uniform = first.values[0] if first is not None and first.values else None
+    uniform = None if first is None else accuracy_of(first)
     said = [
         f"Trial {best.number}, the best of {len(found.trials)}: {best.values[0]:.2%} on held-out "
         "images" + (f" (uniform plan {uniform:.2%})." if uniform is not None else ".")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from kwsearch.recipe import Proxy, Recipe, Search, load_recipe, write_recipe
-from kwsearch.trials import BUDGET, REASON, SECONDS, baseline
+from kwsearch.trials import BUDGET, REASON, SECONDS, accuracy_of, baseline
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -25,12 +25,18 @@ JOURNAL, RECIPE, BEST = "study.journal", "recipe.lock.yaml", "best.yaml"
 CHECKPOINTS, TRIALS, EVENTS, LOCK = "checkpoints", "trials.csv", "events.ndjson", "driver.lock"
 
 
+# So many alike in a row stop a study.
+SAME_ERROR = 3
 # What may differ when a study goes on.
 _FREE = {"trials", "timeout", "workers", "finalists", "seeds"}
 
 
 class SearchError(ValueError):
     """A search that cannot start or go on, for a reason that the user can mend."""
+
+
+class StudyFailed(SearchError):
+    """A search that has started and cannot go on."""
 
 
 def prepare(directory: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
@@ -80,7 +86,7 @@ def write_trials(directory: Path, trials: Sequence[FrozenTrial]) -> None:
                 baseline(trial) or "",
                 trial.user_attrs.get(BUDGET, ""),
                 trial.state.name.lower(),
-                trial.values[0] if trial.values else "",
+                "" if (accuracy := accuracy_of(trial)) is None else accuracy,
                 trial.last_step or 0,
                 *(trial.user_attrs.get(fact, "") for fact in facts),
                 *(trial.params.get(key, "") for key in chosen),

@@ -11,6 +11,7 @@ from kwsearch.trials import (
     REASON,
     STATIC,
     UNIFORM,
+    accuracy_of,
     baseline,
     budget_of,
     by_budget,
@@ -42,7 +43,7 @@ def trials_table(trials: Sequence[FrozenTrial]) -> Table:
             *([f"{budget_of(trial):.12g}" if budget_of(trial) else ""] if sweep else []),
             str(trial.number) if (name := baseline(trial)) is None else f"{trial.number} ({name})",
             result_of(trial),
-            f"{trial.values[0]:.2%}" if trial.values else "",
+            "" if (accuracy := accuracy_of(trial)) is None else f"{accuracy:.2%}",
             f"{attrs['params']:,}" if "params" in attrs else "",
             f"{attrs['macs']:,}" if "macs" in attrs else "",
             f"{attrs['seconds']:.0f}" if "seconds" in attrs else "",
@@ -53,8 +54,8 @@ def trials_table(trials: Sequence[FrozenTrial]) -> Table:
 
 def _by_result(trial: FrozenTrial) -> tuple[float, bool, float, int]:
     """By budget; finished trials first, by accuracy; then those that stopped early."""
-    score = trial.values[0] if trial.values else 0.0
-    return (budget_of(trial) or 0, trial.state.name != "COMPLETE", -score, trial.number)
+    accuracy = accuracy_of(trial)
+    return (budget_of(trial) or 0, accuracy is None, -(accuracy or 0.0), trial.number)
 
 
 def result_lines(result: Result) -> list[str]:
@@ -96,10 +97,11 @@ def _single_seed_lines(result: Result, found: Found, best: FrozenTrial) -> list[
     names = {UNIFORM: "uniform plan", STATIC: "static network of as many parameters"}
     for kind, name in names.items():
         other = found.baseline(kind)
-        if other is None or not other.values or other.number == best.number or not images:
+        theirs = None if other is None else accuracy_of(other)
+        if other is None or theirs is None or other.number == best.number or not images:
             continue
-        gap = score - other.values[0]
-        error = ((score * (1 - score) + other.values[0] * (1 - other.values[0])) / images) ** 0.5
+        gap = score - theirs
+        error = ((score * (1 - score) + theirs * (1 - theirs)) / images) ** 0.5
         reach = "within" if abs(gap) < 2 * error else "beyond"
         lines.append(
             f"    {gap * 100:+.2f} points against the {name}; {reach} two standard errors "
@@ -208,7 +210,7 @@ def trial_json(trial: FrozenTrial) -> dict[str, Any]:
     return {
         "number": trial.number,
         "state": trial.state.name.lower(),
-        "score": trial.values[0] if trial.values else None,
+        "score": accuracy_of(trial),
         "epochs": trial.intermediate_values,
         "choices": trial.params,
         **trial.user_attrs,
@@ -220,8 +222,9 @@ def trial_lines(trial: FrozenTrial) -> list[str]:
     attrs = trial.user_attrs
     name = baseline(trial)
     lines = [f"trial {trial.number}{f' ({name})' if name else ''}: {result_of(trial)}"]
-    if trial.values:
-        lines[0] += f", {trial.values[0]:.2%}"
+    accuracy = accuracy_of(trial)
+    if accuracy is not None:
+        lines[0] += f", {accuracy:.2%}"
     if "params" in attrs:
         lines.append(f"{attrs['params']:,} parameters, {attrs['macs']:,} MACs")
     if "seconds" in attrs:

@@ -98,7 +98,8 @@ def score_trial(
             return model
         return convert_(model, Plan.from_groups(_network(trained.recipe), trained.groups))
 
-    batch = slice(0, settings.batch_size)
+    # Out of memory before: of fewer images, and then its scores are another scale.
+    batch = slice(0, max(settings.batch_size // trained.splits, 2))
     x, y = images.batch(images.train.x[batch]), images.train.y[batch]
     found = score_all(make_model, x, y, trained.seed)
     finite = {key: score for key, score in found.items() if math.isfinite(score)}

@@ -24,6 +24,11 @@ SCORES = "scores"
 KIND, UNIFORM, STATIC = "kind", "uniform", "static"
 
 
+def accuracy_of(trial: FrozenTrial) -> float | None:
+    """Of a complete trial; optuna gives stopped ones a value, too, which is that of their rung."""
+    return trial.values[0] if trial.state.name == "COMPLETE" else None
+
+
 def is_static(trial: FrozenTrial) -> bool:
     """Whether a trial is that of the static twin."""
     return baseline(trial) == STATIC

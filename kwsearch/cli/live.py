@@ -79,10 +79,11 @@ class Live:
 
     def done(self, trial: FrozenTrial) -> None:
         from kwsearch.study_report import result_of
-        from kwsearch.trials import baseline
+        from kwsearch.trials import accuracy_of, baseline
 
         self._end(trial.number)
-        text = f"{trial.values[0]:.2%}" if trial.values else result_of(trial)
+        accuracy = accuracy_of(trial)
+        text = result_of(trial) if accuracy is None else f"{accuracy:.2%}"
         if self._is_best(trial):
             text += "  best so far"
         name = baseline(trial)

@@ -30,7 +30,7 @@ def command(run: Path, as_json: bool) -> None:
         f"trials: {found['finished']} of {found['trials']} finished ({states or 'none yet'})"
     )
     for trial in found["unfinished"]:
-        accuracy = "" if trial["accuracy"] is None else f", {trial['accuracy']:.2%}"
+        accuracy = f", {trial['accuracy']:.2%}" if trial["epoch"] else ""
         click.echo(f"    trial {trial['number']}: after epoch {trial['epoch']}{accuracy}")
     for best in found["best"]:
         head = f"budget {best['budget']:.12g}, " if len(found["best"]) > 1 else ""
@@ -53,7 +53,8 @@ def _status(study: Snapshot) -> dict[str, Any]:
             {
                 "number": trial.number,
                 "epoch": trial.last_step or 0,
-                "accuracy": trial.intermediate_values.get(trial.last_step or 0),
+                # At step 0 there is a score, if anything.
+                "accuracy": trial.intermediate_values[trial.last_step] if trial.last_step else None,
             }
             for trial in study.trials
             if not trial.state.is_finished() and LEASE in trial.user_attrs

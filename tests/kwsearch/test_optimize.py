@@ -25,8 +25,7 @@ from kwsearch import optimize, study_report
 from kwsearch.dry_run import seconds_of
 from kwsearch.executors import Cancelled, Event, Failed, Finished, Job, Reported
 from kwsearch.executors.local import LocalExecutor
-from kwsearch.proposals import Budget, Proposer
-from kwsearch.recipe import Recipe, Search, load_recipe, parse_recipe
+from kwsearch.recipe import Proxy, Recipe, load_recipe, parse_recipe
 from kwsearch.resolve import network_of
 from kwsearch.rungs import as_rungs
 from kwsearch.space import fingerprint
@@ -640,13 +639,60 @@ def test_a_final_training_that_fails_is_left_out_of_the_verdict(tmp_path: Path) 
             else:
                 super().run(job)
 
-    search, watcher = study(tmp_path, *FINALS)
+    search, watcher = study(tmp_path, *FINALS, "search.seeds=2")
     result = search.run(Broken(score), "nowhere:trial", "nowhere:final")
     assert result.budgets[0].finals is not None
     assert "static network" not in result.budgets[0].finals.accuracies
     assert [result for _, _, result in watcher.finals if "error" in result] == [
         {"error": "KeyError: 'x'"}
-    ] * 3
+    ] * 2
+    # A third of the same ends it.
+    search, _ = study(tmp_path, *FINALS, "search.seeds=5", resume=True)
+    with pytest.raises(optimize.StudyFailed, match="3 final trainings failed with the same"):
+        search.run(Broken(score), "nowhere:trial", "nowhere:final")
+
+
+def test_a_final_training_that_failed_is_tried_again_by_the_next_run(tmp_path: Path) -> None:
+    class Full(Finals):
+        def run(self, job: Job) -> None:
+            message = "OSError: [Errno 28] No space left on device"
+            self.events = [Failed(job.trial, job.attempt, "error", message, "")]
+            if not job.function.endswith("final"):
+                super().run(job)
+
+    search, _ = study(tmp_path, *FINALS)
+    with pytest.raises(optimize.StudyFailed, match=r"the disk is full: .* make room and --resume"):
+        search.run(Full(score), "nowhere:trial", "nowhere:final")
+    found = finals_of(tmp_path, resume=True).budgets[0].finals
+    assert found is not None
+    assert all(len(runs) == 3 for runs in found.accuracies.values())
+
+
+def test_time_that_is_up_in_the_finals_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Finals):
+        """The first final training takes all the time that is left."""
+
+        def run(self, job: Job) -> None:
+            if job.function.endswith("final"):
+                monkeypatch.setattr(time, "monotonic", lambda: 1e12)
+            super().run(job)
+
+    search, watcher = study(tmp_path, *FINALS, "search.timeout=1e9")
+    search.run(Late(score), "nowhere:trial", "nowhere:final")
+    assert len(watcher.finals) == 1
+    assert "time is up; --resume goes on" in watcher.said
+
+
+def test_a_plan_that_was_trained_twice_is_one_finalist(tmp_path: Path) -> None:
+    space = "search.space={split: 1, sharing: [stage, layer]}"
+    result = finals_of(tmp_path, space, "search.repeat=true", "search.trials=10")
+    plans = [t for t in result.trials if not is_static(t)]
+    assert len(set(plans_of(plans))) == 2
+    found = result.budgets[0].finals
+    assert found is not None
+    assert len(found.accuracies) == 3  # the other plan, uniform, static
 
 
 class Interrupting(Finals):
@@ -743,30 +789,173 @@ def test_budgets_of_a_sweep_are_of_the_budgets_kind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
 def test_samplers_of_a_sweep_see_their_own_budget_only(tmp_path: Path, sampler: str) -> None:
-    """What the other budgets' trials scored changes nothing."""
+    """How accurate the plans of another budget are changes nothing but which is best there."""
 
-    def drawn(folder: str, other: float) -> dict[str, object]:
-        journal = JournalStorage(JournalFileBackend(str(tmp_path / folder)))
-        found = optuna.create_study(storage=journal, direction="maximize")
-        for number in range(20):
-            x = number / 20
-            own = number % 2
-            found.add_trial(
-                optuna.trial.create_trial(
-                    params={"x": x},
-                    distributions={"x": optuna.distributions.FloatDistribution(0, 1)},
-                    values=[1 - (x - 0.8) ** 2 if own else other * x],
-                    user_attrs={"budget": 0.5 if own else 2},
-                )
-            )
-        search = Search(sampler=sampler, startup=0)
-        proposer = Proposer(search, [Budget(0.5, None, None), Budget(2, None, None)], print)
-        found.sampler = proposer._sampler(0.5, 7, 10)
-        trial = found.ask()
-        trial.suggest_float("x", 0, 1)
-        return trial.params
+    def run_with(folder: str, scale: float) -> list[dict[str, object]]:
+        def scaled(plan: Plan, report: Callable[[int, float], None]) -> float:
+            large = plan.cost().params.total > 0.6 * 272_474
+            return score(plan, report) * (scale if large else 1)
 
-    assert drawn("a", 9.0) == drawn("b", -9.0)
+        overrides = ("search.budgets=[0.5, 1]", "search.trials=16", "search.startup=3")
+        search, _ = study(tmp_path / folder, *overrides, f"search.sampler={sampler}")
+        return [t.params for t in run(search, scaled).budgets[0].trials]
+
+    assert run_with("a", 1.0) == run_with("b", 0.001)
+
+
+def test_a_static_network_does_not_blind_the_samplers(tmp_path: Path) -> None:
+    """It has no parameters, and gp models what all trials have."""
+    names = ("random", "gp")
+    drawn = {
+        name: [
+            t.params
+            for t in run(
+                study(tmp_path / name, f"search.sampler={name}", "search.startup=0", SPLIT)[0],
+                score,
+            ).trials
+        ]
+        for name in names
+    }
+    assert drawn["random"] != drawn["gp"]
+
+
+SPLIT = "search.space={split: 2}"
+
+
+def test_the_median_is_that_of_the_own_budget(tmp_path: Path) -> None:
+    def by_size(plan: Plan, report: Callable[[int, float], None]) -> float:
+        value = plan.cost().params.total / 1e6 + score(plan, lambda *a: None) / 1000
+        for epoch in (1, 2, 3):
+            report(epoch, value)
+        return value
+
+    overrides = ("search.budgets=[0.5, 1]", "search.trials=24", "search.pruner=median")
+    small, large = run(study(tmp_path, *overrides)[0], by_size).budgets
+    # Every small plan is worse than every large one; about half of each are pruned.
+    for found in (small, large):
+        states = [trial.state for trial in found.trials]
+        assert 6 <= states.count(TrialState.COMPLETE) <= 11
+
+
+def test_an_even_start_spreads_over_the_choices_whoever_asks(tmp_path: Path) -> None:
+    overrides = (
+        "search.trials=10",
+        "search.space={split: 2, sharing: [stage, layer], cell_ratio: [1, 0.5]}",
+    )
+    chosen = [
+        [t.params for t in run(study(tmp_path / f"{i}", *overrides, more)[0], score).trials]
+        for i, more in enumerate(("search.deterministic=false", "search.deterministic=true"))
+    ]
+    assert chosen[0][:8] == chosen[1][:8]
+    # Six points of a Sobol sequence, of which any aligned four have each quarter once.
+    quarters = {(p["sharing"], p["cell_ratio"]) for p in chosen[0][4:8]}
+    assert len(quarters) == 4
+
+
+def test_any_seed_will_do(tmp_path: Path) -> None:
+    for seed in (12345, 2**32 - 1):
+        run(study(tmp_path / str(seed), f"search.seed={seed}", "search.startup=3")[0], score)
+
+
+def test_a_stopped_trial_has_no_accuracy(tmp_path: Path) -> None:
+    search, _ = study(tmp_path, *ZERO, "search.rungs=[{epochs: 3}]")
+    result = search.run(Scored(score, lambda value: 1e9 * value), "nowhere:nothing")
+    stopped = [t for t in result.trials if t.state == TrialState.PRUNED]
+    assert stopped
+    assert all(study_report.trial_json(trial)["score"] is None for trial in stopped)
+    rows = (tmp_path / "trials.csv").read_text().splitlines()
+    assert all(row.split(",")[4] == "" for row in rows if ",pruned," in row)
+    told = [json.loads(line) for line in (tmp_path / "events.ndjson").read_text().splitlines()]
+    done = {event["trial"]: event["accuracy"] for event in told if event["event"] == "done"}
+    assert all(done[trial.number] is None for trial in stopped)
+
+
+def test_the_temperature_of_a_short_phase_ends_with_it(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Seen(Inline):
+        def run(self, job: Job) -> None:
+            proxy = Proxy.model_validate_json(job.arguments["trained"].proxy)
+            seen.append((proxy.epochs, proxy.temperature_epochs))
+            super().run(job)
+
+    search, _ = study(
+        tmp_path,
+        "search.pruner=halving",
+        "search.trials=1",
+        "proxy={epochs: 9, temperature_epochs: 4}",
+        "search.rungs=[{epochs: 2, subset: 100}, {epochs: 9}]",
+    )
+    search.run(Seen(score), "nowhere:nothing")
+    assert seen == [(2, 2), (9, 4)]
+
+
+class Killed(BaseException):
+    """The driver dies here."""
+
+
+KILLS = {
+    "tpe": ("search.trials=6", "search.startup=3"),
+    "sweep": ("search.budgets=[0.5, 1]", "search.trials=9", "search.startup=3"),
+    "repeat": (
+        "search.space={split: 1, sharing: [stage, layer]}",
+        "search.repeat=true",
+        "search.trials=6",
+    ),
+    "generations": (
+        "search.pruner=halving",
+        "search.deterministic=true",
+        "search.zero_cost=synflow",
+        "search.rungs=[{epochs: 1, subset: 50}, {epochs: 3}]",
+        "search.calibration=3",
+        "search.trials=11",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KILLS)
+def test_a_study_killed_at_any_write_ends_like_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Every 11th write to the journal here; the slow run kills at every one."""
+    kill_at_writes(tmp_path, monkeypatch, case, 11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", KILLS)
+def test_a_study_killed_at_every_write_ends_like_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    kill_at_writes(tmp_path, monkeypatch, case, 1)
+
+
+def kill_at_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, stride: int) -> None:
+    append = JournalFileBackend.append_logs
+    writes, last = 0, 10**9
+
+    def counted(self: JournalFileBackend, logs: list[dict[str, object]]) -> None:
+        nonlocal writes
+        if writes >= last:
+            raise Killed
+        writes += 1
+        append(self, logs)
+
+    monkeypatch.setattr(JournalFileBackend, "append_logs", counted)
+
+    def outcome(directory: Path) -> list[tuple[object, ...]]:
+        search, _ = study(directory, *KILLS[case], resume=True)
+        trials = search.run(Scored(score, lambda value: value), "nowhere:nothing").trials
+        return [(t.number, t.params, t.state, t.values, t.user_attrs.get("kind")) for t in trials]
+
+    whole = outcome(tmp_path / "whole")
+    total = writes
+    assert total > 30
+    for kill in range(1, total, stride):
+        writes, last = 0, kill
+        with pytest.raises(Killed):
+            outcome(tmp_path / str(kill))
+        last = 10**9
+        assert outcome(tmp_path / str(kill)) == whole, f"killed at write {kill}"
 
 
 class Scored(Inline):
