@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """trials: all of them, by number. running: whether a driver has the study."""
+    """trials: all of them, by number. attributes: of the study. running: whether one drives it."""
 
     directory: Path
     recipe: Recipe
     trials: tuple[FrozenTrial, ...]
+    attributes: dict[str, Any]
     running: bool
 
     def trial(self, number: int) -> FrozenTrial:
@@ -44,22 +45,24 @@ def take(directory: Path) -> Snapshot:
         # The last line may be in the middle of being written.
         copy.write(content[: content.rfind(b"\n") + 1])
         copy.flush()
-        trials = _trials(copy.name)
-    return Snapshot(directory, recipe, trials, _is_running(directory))
+        trials, attributes = _read(copy.name)
+    return Snapshot(directory, recipe, trials, attributes, _is_running(directory))
 
 
-def _trials(journal: str) -> tuple[FrozenTrial, ...]:
+def _read(journal: str) -> tuple[tuple[FrozenTrial, ...], dict[str, Any]]:
+    """The trials and the attributes of the study; none if it is only about to be created."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(journal))
-    return tuple(
-        trial
-        for study in storage.get_all_studies()
-        for trial in storage.get_all_trials(study._study_id, deepcopy=False)
-    )
+    trials: tuple[FrozenTrial, ...] = ()
+    attributes: dict[str, Any] = {}
+    for study in storage.get_all_studies():
+        trials += tuple(storage.get_all_trials(study._study_id, deepcopy=False))
+        attributes.update(storage.get_study_user_attrs(study._study_id))
+    return trials, attributes
 
 
 def _is_running(directory: Path) -> bool:

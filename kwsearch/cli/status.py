@@ -39,11 +39,16 @@ def command(run: Path, as_json: bool) -> None:
 
 
 def _status(study: Snapshot) -> dict[str, Any]:
+    from kwsearch import finals
     from kwsearch.recipe import Search
-    from kwsearch.trials import LEASE, SECONDS, best_of, by_budget
+    from kwsearch.results import Found
+    from kwsearch.trials import LEASE, SECONDS, by_budget
 
     finished = [trial for trial in study.trials if trial.state.is_finished()]
-    best = {budget: best_of(trials) for budget, trials in by_budget(finished).items()}
+    best = {}
+    for budget, trials in by_budget(finished).items():
+        found = Found(budget or 0.0, tuple(trials), finals.results(study.attributes, trials))
+        best[budget] = found.best
     return {
         "running": study.running,
         "trials": (study.recipe.search or Search()).trials,

@@ -610,6 +610,31 @@ def test_best_yaml_says_the_verdict(tmp_path: Path) -> None:
     assert recipe.provenance["trial"] == result.budgets[0].finals.best
 
 
+def test_status_says_the_best_of_the_finals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kwsearch import cli
+
+    class Upset(Finals):
+        """The finals turn the order of the search round."""
+
+        def run(self, job: Job) -> None:
+            super().run(job)
+            if job.function.endswith("final"):
+                (event,) = self.events
+                assert isinstance(event, Finished)
+                value = 1 - event.value["test"]
+                self.events = [Finished(job.trial, job.attempt, {"valid": value, "test": value})]
+
+    search, _ = study(tmp_path, *FINALS)
+    (found,) = search.run(Upset(score), "nowhere:trial", "nowhere:final").budgets
+    assert found.best is not None
+    assert found.best != max((t for t in found.trials if t.values), key=lambda t: t.values[0])
+    assert cli.run(["status", str(tmp_path), "--json"]) == 0
+    (best,) = json.loads(capsys.readouterr().out)["best"]
+    assert best["number"] == found.best.number
+
+
 def test_finals_are_taken_up_where_they_were_left(tmp_path: Path) -> None:
     class Interrupted(Finals):
         count = 0
