@@ -30,8 +30,8 @@ from kwsearch.executors import (
     Reported,
     Started,
 )
+from kwsearch.failures import NO_SPACE, Errors, disk_is_full
 from kwsearch.interrupts import Interrupts, counted
-from kwsearch.run_directory import SAME_ERROR, StudyFailed
 from kwsearch.rungs import Rung, promotable, trusted
 from kwsearch.trials import (
     LEASE,
@@ -145,7 +145,7 @@ class Driver:
         self._queue: list[int] = []  # of them, those that wait for a slot
         self._busy: set[int] = set()  # and those that have a job
         self._stops: dict[int, str] = {}  # jobs cancelled to prune, with the reason
-        self._errors: list[str] = []
+        self._errors = Errors("trials in a row")
         self._interrupts = Interrupts()
         self._exhausted = False
 
@@ -436,8 +436,8 @@ class Driver:
             self._storage.set_trial_intermediate_value(run.trial_id, step, value)
 
     def _failed(self, run: _Run, event: Failed) -> None:
-        if "No space left on device" in event.message:
-            raise StudyFailed(f"the disk is full: {event.message}; make room and --resume")
+        if NO_SPACE in event.message:
+            raise disk_is_full(event.message)
         if event.kind == "memory" and run.splits == 1:
             run.splits = 2
             self._note(run, SPLITS, 2)
@@ -448,11 +448,7 @@ class Driver:
             self._tell(run, TrialState.PRUNED, event.message)
             return
         self._tell(run, TrialState.FAIL, event.message)
-        self._errors.append(event.message)
-        if event.kind == "error" and self._errors[-SAME_ERROR:] == [event.message] * SAME_ERROR:
-            raise StudyFailed(
-                f"{SAME_ERROR} trials in a row failed with the same error: {event.message}"
-            )
+        self._errors.add(event.message, stops=event.kind == "error")
 
     def _lost(self, run: _Run, message: str) -> None:
         run.losses += 1

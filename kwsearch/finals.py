@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from kwsearch.executors import Cancelled, Executor, Failed, Finished, Job, Lost
-from kwsearch.interrupts import Interrupts, counted
-from kwsearch.run_directory import SAME_ERROR, StudyFailed
+from kwsearch.executors import Cancelled, Event, Executor, Failed, Finished, Job, Lost
+from kwsearch.failures import NO_SPACE, Errors, disk_is_full
+from kwsearch.interrupts import counted
 from kwsearch.trials import FINGERPRINT, baseline, is_static
 from kwsearch.verdict import Verdict, judge
 
@@ -77,28 +77,12 @@ def run(
     stops them; either raises KeyboardInterrupt. Raises StudyFailed for a full disk, and for the
     same error three times in a row.
     """
-    message = "stopping: trainings that run finish; Ctrl-C again stops now"
-    with counted(watcher.say, message) as interrupts:
-        _run(study, executor, trainings, job, watcher, stop, interrupts)
-    if interrupts.count:
-        raise KeyboardInterrupt
-
-
-def _run(
-    study: optuna.Study,
-    executor: Executor,
-    trainings: Sequence[Training],
-    job: Callable[[Training, int, int], Job],
-    watcher: Watcher,
-    stop: Callable[[], bool],
-    interrupts: Interrupts,
-) -> None:
     known = study.user_attrs
     waiting = [place for place, training in enumerate(trainings) if training.key not in known]
     attempts = dict.fromkeys(waiting, 0)
     splits = dict.fromkeys(waiting, 1)
     busy: set[int] = set()
-    errors: list[str] = []
+    errors = Errors("final trainings")
 
     def keep(training: Training, result: Mapping[str, Any]) -> None:
         study.set_user_attr(training.key, result)
@@ -106,42 +90,46 @@ def _run(
 
     def failed(training: Training, message: str) -> None:
         """Not kept: the next run tries again, when what was wrong may be mended."""
-        if "No space left on device" in message:
-            raise StudyFailed(f"the disk is full: {message}; make room and --resume")
+        if NO_SPACE in message:
+            raise disk_is_full(message)
         watcher.final(training.number, training.seed, {"error": message})
-        errors.append(message)
-        if errors[-SAME_ERROR:] == [message] * SAME_ERROR:
-            raise StudyFailed(f"{SAME_ERROR} final trainings failed with the same error: {message}")
+        errors.add(message)
 
-    while True:
-        while waiting and len(busy) < executor.capacity and not stop() and not interrupts.count:
-            place = waiting.pop(0)
-            attempts[place] += 1
-            executor.submit(job(trainings[place], attempts[place], splits[place]))
-            busy.add(place)
-        if not busy:
-            return
-        for event in executor.wait(1.0):
-            place = -1 - event.trial
-            if place not in busy or event.attempt != attempts[place]:
-                continue
-            if isinstance(event, (Finished, Failed, Lost, Cancelled)):
-                busy.discard(place)
-            if isinstance(event, Finished):
-                keep(trainings[place], event.value)
-            elif isinstance(event, Failed) and event.kind == "memory" and splits[place] == 1:
-                splits[place] = 2
+    def handle(place: int, event: Event) -> None:
+        if isinstance(event, (Finished, Failed, Lost, Cancelled)):
+            busy.discard(place)
+        if isinstance(event, Finished):
+            keep(trainings[place], event.value)
+        elif isinstance(event, Failed) and event.kind == "memory" and splits[place] == 1:
+            splits[place] = 2
+            waiting.insert(0, place)
+        elif isinstance(event, Failed) and event.kind == "diverged":
+            keep(trainings[place], {"error": event.message})
+        elif isinstance(event, Failed):
+            failed(trainings[place], event.message)
+        elif isinstance(event, (Lost, Cancelled)):
+            if attempts[place] < _ATTEMPTS:
                 waiting.insert(0, place)
-            elif isinstance(event, Failed) and event.kind == "diverged":
-                keep(trainings[place], {"error": event.message})
-            elif isinstance(event, Failed):
-                failed(trainings[place], event.message)
-            elif isinstance(event, (Lost, Cancelled)):
-                if attempts[place] < _ATTEMPTS:
-                    waiting.insert(0, place)
-                else:
-                    failed(trainings[place], "its process died")
-        interrupts.check()
+            else:
+                failed(trainings[place], "its process died")
+
+    message = "stopping: trainings that run finish; Ctrl-C again stops now"
+    with counted(watcher.say, message) as interrupts:
+        while True:
+            while waiting and len(busy) < executor.capacity and not stop() and not interrupts.count:
+                place = waiting.pop(0)
+                attempts[place] += 1
+                executor.submit(job(trainings[place], attempts[place], splits[place]))
+                busy.add(place)
+            if not busy:
+                break
+            for event in executor.wait(1.0):
+                place = -1 - event.trial
+                if place in busy and event.attempt == attempts[place]:
+                    handle(place, event)
+            interrupts.check()
+    if interrupts.count:
+        raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from kwsearch.dry_run import Forecast
 from kwsearch.events import EventLog
 from kwsearch.executors import Executor, Job
 from kwsearch.executors.local import LocalExecutor
+from kwsearch.failures import StudyFailed, disk_is_full
 from kwsearch.proposals import GENERATION, Budget, Proposer, seed_of
 from kwsearch.recipe import Proxy, Recipe, Search
 from kwsearch.resolve import (
@@ -44,7 +45,6 @@ from kwsearch.run_directory import (
     EVENTS,
     JOURNAL,
     SearchError,
-    StudyFailed,
     mend,
     prepare,
     sole_driver,
@@ -179,7 +179,7 @@ class Study:
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
-                raise StudyFailed(f"the disk is full: {error}; make room and --resume") from error
+                raise disk_is_full(error) from error
             unfinished = left > 0 or not driver.complete
             if time.monotonic() >= driver.rules.deadline and unfinished:
                 self.watcher.say("time is up; --resume goes on")

@@ -25,18 +25,12 @@ JOURNAL, RECIPE, BEST = "study.journal", "recipe.lock.yaml", "best.yaml"
 CHECKPOINTS, TRIALS, EVENTS, LOCK = "checkpoints", "trials.csv", "events.ndjson", "driver.lock"
 
 
-# So many alike in a row stop a study.
-SAME_ERROR = 3
 # What may differ when a study goes on.
 _FREE = {"trials", "timeout", "workers", "finalists", "seeds"}
 
 
 class SearchError(ValueError):
     """A search that cannot start or go on, for a reason that the user can mend."""
-
-
-class StudyFailed(SearchError):
-    """A search that has started and cannot go on."""
 
 
 def prepare(directory: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:

@@ -13,8 +13,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from kwsearch.driver import Driver, Rules, SpaceExhausted, StudyFailed
+from kwsearch.driver import Driver, Rules, SpaceExhausted
 from kwsearch.executors import Cancelled, Event, Failed, Finished, Job, Lost, Reported, Started
+from kwsearch.failures import StudyFailed
 from kwsearch.rungs import as_rungs
 
 NINE = as_rungs([(1, None, None), (3, None, None), (9, None, None)])
