@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kwlayers import plan_model
 from kwlayers.plan import Plan
 from kwsearch import data, proxy, zoo
 from kwsearch.checkpoint import CheckpointError
 from kwsearch.recipe import Proxy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = Proxy(
     data="digits",
@@ -29,21 +30,6 @@ SHORT = Proxy(
     augment="flip",
     device="cpu",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():  # type: ignore[no-untyped-def]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def plan() -> Plan:
-    with torch.device("meta"):
-        model = zoo.create("resnet20")
-    return plan_model(model, (3, 32, 32), params=60_000)
 
 
 def run(plan: Plan, settings: Proxy, seed: int = 0) -> list[float]:

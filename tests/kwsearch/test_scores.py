@@ -11,25 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kwlayers import KWConv2d, Warehouse, convert_, plan_model, set_temperature_
+from kwlayers import KWConv2d, Warehouse, convert_, set_temperature_
 from kwlayers.plan import Plan
 from kwsearch import zoo
 from kwsearch.scores import SCORES, grad_norm, jacob_cov, score_all, synflow
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():  # type: ignore[no-untyped-def]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def plan() -> Plan:
-    with torch.device("meta"):
-        model = zoo.create("resnet20")
-    return plan_model(model, (3, 32, 32), params=60_000)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def linear(*matrices: list[list[float]], bias: list[float] | None = None) -> nn.Sequential:
