@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kwlayers.conv import KWConv1d, KWConv2d, KWConv3d, KWLinear
     from kwlayers.convert import convert_
     from kwlayers.cost import Cost
+    from kwlayers.optim import parameter_groups
     from kwlayers.plan import Group, Network, Plan, PlanError, Site
     from kwlayers.planner import BudgetError, Settings, Share, plan_model, plan_network
     from kwlayers.schedule import TemperatureSchedule, set_temperature_
@@ -35,6 +36,7 @@ _HOME = {
     "TemperatureSchedule": "schedule",
     "Warehouse": "warehouse",
     "convert_": "convert",
+    "parameter_groups": "optim",
     "plan_model": "planner",
     "plan_network": "planner",
     "set_temperature_": "schedule",
@@ -59,6 +61,7 @@ __all__ = [
     "TemperatureSchedule",
     "Warehouse",
     "convert_",
+    "parameter_groups",
     "plan_model",
     "plan_network",
     "set_temperature_",

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kwlayers.convert import convert_
+from kwlayers.optim import parameter_groups
 from kwlayers.plan import Plan
 from kwlayers.schedule import TemperatureSchedule
 from kwsearch import checkpoint as checkpoints
@@ -277,12 +278,8 @@ def augment(x: Tensor, how: str, generator: torch.Generator) -> Tensor:
 
 
 def optimizer_of(model: nn.Module, proxy: Proxy) -> torch.optim.Optimizer:
-    """Weight decay on kernels, cells and matrices, not on norms and biases."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": proxy.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    """The optimizer that the proxy names."""
+    groups = parameter_groups(model, proxy.weight_decay)
     if proxy.optimizer == "sgd":
         return torch.optim.SGD(
             groups, lr=proxy.lr, momentum=proxy.momentum, nesterov=proxy.momentum > 0
