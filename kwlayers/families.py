@@ -164,8 +164,6 @@ _FAMILIES: dict[str, Sequence[Rule]] = {
     ),
 }
 
-NAMES = ("ResNet", "MobileNetV2", "ConvNeXt", "ViT/DeiT")
-
 
 @dataclass(frozen=True)
 class Recognised:
@@ -200,10 +198,15 @@ def _label(name: str, rules: Sequence[Rule], context: _Context) -> Label | None:
 
 
 def _plausible(family: str, sites: Sequence[Site]) -> bool:
-    """Rule out networks that only borrow a family's names (EfficientNet-Lite, MnasNet)."""
+    """Rule out networks that only borrow a family's names (ResNeXt, EfficientNet-Lite, EVA-02)."""
+    grouped = [site for site in sites if site.groups > 1]
+    if family == "resnet":
+        return not grouped
+    if family == "vit":
+        inner = [site for site in sites if ".mlp." in site.name]
+        return all(site.out_channels % site.in_channels == 0 for site in inner[::2])
     if not family.startswith("mobilenetv2"):
         return True
-    depthwise = [site for site in sites if site.groups > 1]
-    return len(depthwise) == sum(_MOBILENET_DEPTHS) and all(
-        site.kernel_size == (3, 3) for site in depthwise
+    return len(grouped) == sum(_MOBILENET_DEPTHS) and all(
+        site.kernel_size == (3, 3) for site in grouped
     )

@@ -35,6 +35,9 @@ class Site:
     samples: kernels needed, i.e. the entries along the batch axis of its inputs; 1 for a
         layer that is called once on an ordinary batch.
     fixed: why the layer cannot be converted; empty if it can.
+    in_positions, out_positions: of its first call, per image. order: of that call.
+    block: the repeated block that holds it. beside: the first layer to read the same tensor.
+    constant: whether its input is the same for every image.
     """
 
     name: str
@@ -47,6 +50,12 @@ class Site:
     positions: int = 1
     samples: int = 1
     fixed: str = ""
+    in_positions: int = 0
+    out_positions: int = 0
+    order: int = 0
+    block: str = ""
+    beside: str = ""
+    constant: bool = False
 
     @property
     def kernel(self) -> geometry.Shape:

@@ -6,20 +6,20 @@ Deciding needs no torch (`plan_network`); `plan_model` traces the model first.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kwlayers import geometry
 from kwlayers.cost import group_params
-from kwlayers.families import NAMES, recognise
 from kwlayers.plan import Group, Network, Plan, PlanError, Site, match_layers
 from kwlayers.solver import Solution, Variable, solve
+from kwlayers.stages import INFERRED, place, plain_name
 
 if TYPE_CHECKING:
     from torch import nn
 
+_MUCH_ATTENTION = 1 / 4
 MAX_RATIO = 1000  # beyond it a ratio is a slip of the pen
 
 Patterns = Sequence[str]
@@ -251,16 +251,14 @@ def lay_out(
     keep_static: glob patterns of layers that are left out of their warehouses.
     stage_sharing: the rule of each stage (see `stage_of`), where it is not `settings.sharing`.
     """
-    notes: list[str] = []
+    notes = _static_notes(network)
     kept = frozenset(match_layers(network, keep_static, "keep_static"))
     if isinstance(settings.sharing, str):
-        shares = _automatic(network, settings, notes, kept, stage_sharing or {})
+        shares = _automatic(network, settings, kept, stage_sharing or {})
     else:
         shares = _explicit(network, settings.sharing, kept)
     if not shares:
-        raise PlanError(
-            "no layer can be converted: " + ("; ".join(notes) or "the network has none")
-        )
+        raise _nothing_to_convert(network, notes)
     norm = settings.norm
     if norm == "auto":
         norm = "batch" if network.batch_norm else "layer"
@@ -296,66 +294,101 @@ def lay_out(
     return Layout(network, tuple(groups), ratios, tuple(notes))
 
 
+def _nothing_to_convert(network: Network, notes: Sequence[str]) -> PlanError:
+    labels = place(network.sites).labels
+    by_default = [
+        f"{site.name} stays static: {labels[site.name].static} "
+        "(groups of glob patterns convert it all the same)"
+        for site in network.sites
+        if not site.fixed and labels[site.name].static
+    ]
+    why = "; ".join([*notes, *by_default]) or "the network has none"
+    return PlanError(f"no layer can be converted: {why}")
+
+
+def _static_notes(network: Network) -> list[str]:
+    """Which layers cannot be converted, and why: a line per reason."""
+    names: dict[str, list[str]] = {}
+    for site in network.sites:
+        if site.fixed:
+            names.setdefault(site.fixed, []).append(site.name)
+    return [
+        f"{listed[0]} stays static: {reason}"
+        if len(listed) == 1
+        else f"{listed[0]} and {len(listed) - 1} more stay static: {reason}"
+        for reason, listed in names.items()
+    ]
+
+
 def stage_of(network: Network) -> dict[str, int]:
-    """The stage of each layer that can share a warehouse. Raises PlanError if none are known."""
-    known = recognise(network.sites)
-    if known is None:
-        raise _no_stages("sharing by stage", "one sharing for all")
-    labels = {site.name: known.labels[site.name] for site in network.sites if not site.fixed}
+    """The stage of each layer that can share a warehouse."""
+    labels = {site.name: place(network.sites).labels[site.name] for site in network.sites}
     return {
-        name: label.stage for name, label in labels.items() if not (label.static or label.alone)
+        site.name: label.stage
+        for site in network.sites
+        if not (site.fixed or (label := labels[site.name]).static or label.alone)
     }
-
-
-def _no_stages(what: str, instead: str) -> PlanError:
-    return PlanError(
-        f"{what} needs the stages of the network, and its module names are none of "
-        f"{', '.join(NAMES)} (torchvision's or timm's): use {instead}"
-    )
 
 
 def _automatic(
     network: Network,
     settings: Settings,
-    notes: list[str],
     kept: frozenset[str],
     stage_sharing: Mapping[int, str],
 ) -> dict[str, Share]:
     """Shares by stage, position or layer, in the order of their first layers."""
-    known = recognise(network.sites)
-    if known is None and settings.sharing != "layer":
-        raise _no_stages(
-            f"sharing {settings.sharing!r}", "sharing='layer' or groups of glob patterns"
-        )
-    static = (
-        {name: label.static for name, label in known.labels.items() if label.static}
-        if known
-        else _default_static(network.sites)
-    )
+    placed = place(network.sites)
     members: dict[str, list[str]] = {}
     for site in network.sites:
-        reason = site.fixed or static.get(site.name, "")
-        if reason:
-            if site.fixed:
-                notes.append(f"{site.name} stays static: {site.fixed}")
+        label = placed.labels[site.name]
+        if site.fixed or label.static or site.name in kept:
             continue
-        if site.name in kept:
-            continue
-        label = known.labels[site.name] if known else None
-        rule = settings.sharing
-        if label is not None and not label.alone:
-            rule = stage_sharing.get(label.stage, rule)
-        if label is None or rule == "layer":
-            plain = re.sub(r"\W", "_", site.name, flags=re.ASCII)
-            name = _distinct(plain if plain.strip("_") else "layer", members)
+        rule = settings.sharing if label.alone else stage_sharing.get(label.stage, settings.sharing)
+        if rule == "layer":
+            name = _distinct(plain_name(site.name), members)
         else:
             position = str(label.position) if rule == "position" else ""
             name = label.alone or f"stage{label.stage}_{label.kind}{position}"
         members.setdefault(name, []).append(site.name)
     shares = {}
     for name, layers in members.items():
-        shares.update(_split(name, [network[layer] for layer in layers], settings))
+        parts = [[network[layer] for layer in layers]]
+        if placed.family == INFERRED:
+            parts = _akin(parts[0], settings)
+        for number, sites in enumerate(parts):
+            part = name if number == 0 else _distinct(f"{name}_{number + 1}", members)
+            shares.update(_split(part, sites, settings))
     return shares
+
+
+def _akin(sites: list[Site], settings: Settings) -> list[list[Site]]:
+    """Set apart layers whose attention would outweigh what it mixes: cells that are crumbs.
+
+    A layer joins others while their attention at ratio 1 is at most _MUCH_ATTENTION of their
+    kernels (all of them if the kernels have one shape), or less than it is apart.
+    """
+    parts: list[list[Site]] = []
+    for site in sites:
+        for part in parts:
+            both = [*part, site]
+            joined = _attention_at_1(both, settings)
+            kernels = sum(math.prod(other.kernel) for other in both)
+            one_shape = len({other.kernel[:2] for other in both}) == 1
+            apart = _attention_at_1(part, settings) + _attention_at_1([site], settings)
+            if joined <= max(kernels * (1 if one_shape else _MUCH_ATTENTION), apart):
+                part.append(site)
+                break
+        else:
+            parts.append([site])
+    return parts
+
+
+def _attention_at_1(sites: Sequence[Site], settings: Settings) -> int:
+    """Weights of the attention's last layers, h (n + 1) m, if these layers shared at ratio 1."""
+    cell, _ = geometry.cell_shape([site.kernel for site in sites], settings.cell_ratio, True)
+    mixtures = [geometry.num_mixtures(site.kernel, cell) for site in sites]
+    hidden = (geometry.hidden_width(site.in_channels, settings.reduction) for site in sites)
+    return (sum(mixtures) + 1) * sum(h * m for h, m in zip(hidden, mixtures, strict=True))
 
 
 def _split(name: str, sites: list[Site], settings: Settings) -> dict[str, Share]:
@@ -369,16 +402,6 @@ def _split(name: str, sites: list[Site], settings: Settings) -> dict[str, Share]
             part += "_" + "x".join(map(str, site.kernel_size))
         parts.setdefault(part, []).append(site.name)
     return {part: Share(tuple(layers)) for part, layers in parts.items()}
-
-
-def _default_static(sites: Sequence[Site]) -> dict[str, str]:
-    """For an unknown network: its first convolution and its last linear layer."""
-    stems = [site.name for site in sites if site.kind != "linear"][:1]
-    heads = [site.name for site in sites if site.kind == "linear"][-1:]
-    return {
-        **dict.fromkeys(stems, "the first convolution stays static"),
-        **dict.fromkeys(heads, "the last linear layer stays static"),
-    }
 
 
 def named_groups(

@@ -7,15 +7,17 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from kwlayers.blocks import blocks_of
 from kwlayers.counter import MacCounter
 from kwlayers.plan import Network, PlanError, Site
 
-# Exact types only: a subclass may compute something else from its weight.
+# Exact types only: a subclass may compute something else.
 CONVERTIBLE: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
     nn.Conv2d: "conv2d",
@@ -23,10 +25,14 @@ CONVERTIBLE: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
 }
 
+_LAYERS = tuple(CONVERTIBLE)
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Their fast paths take the weights of their children.
 _READ_WEIGHTS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+_QUANTISED = ("torch.ao.nn.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic")
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -47,24 +53,35 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
     refuse_wrapped(model)
     twin = _meta_copy(model).eval()
     params = sum(parameter.numel() for parameter in model.parameters())
-    counter, calls = MacCounter(), _Calls()
-    for name, module in twin.named_modules():
-        if type(module) in CONVERTIBLE:
-            module.register_forward_hook(calls.hook(name), with_kwargs=True)
-    dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+    counter = MacCounter()
     try:
-        with torch.no_grad(), _no_fast_path(), counter:
-            twin(torch.empty(1, *size, dtype=dtype, device="meta"))
+        with counter:
+            calls = _Calls.of(twin, 1, size)
     except Exception as error:
         shown = "x".join(map(str, size))
         raise PlanError(
             f"the model does not run on an input of {shown} (on meta): {error}"
         ) from error
-    sites = tuple(_site(name, module, calls, reason) for name, module, reason in candidates(model))
+    constant = _constant(twin, size, calls)
+    found = candidates(model)
+    blocks = blocks_of(model, [name for name, _, _ in found])
+    sites = tuple(
+        replace(_site(name, module, calls, reason), block=blocks[name], constant=name in constant)
+        for name, module, reason in found
+    )
     macs_of_sites = sum(site.positions * math.prod(site.kernel) for site in sites)
     assert counter.macs >= macs_of_sites, (counter.macs, macs_of_sites)
     has_batch_norm = any(isinstance(module, _BATCH_NORMS) for module in model.modules())
     return Network(sites, params, counter.macs, size, has_batch_norm)
+
+
+def _constant(twin: nn.Module, size: tuple[int, ...], calls: _Calls) -> set[str]:
+    """Layers whose input is as large for two images as for one, as tables of positions are."""
+    try:
+        twice = _Calls.of(twin, 2, size)
+    except Exception:  # it takes one image at a time: nothing can be said
+        return set()
+    return {name for name, entries in calls.entries.items() if twice.entries[name] == entries}
 
 
 @contextmanager
@@ -85,6 +102,12 @@ def refuse_wrapped(model: nn.Module) -> None:
         raise PlanError(
             f"the model is wrapped in {type(model).__name__}: plan and convert it before wrapping"
         )
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(_QUANTISED):
+            raise PlanError(
+                f"the model is quantised ({name} is a {type(module).__module__}."
+                f"{type(module).__name__}): plan and convert the floating-point model"
+            )
     from kwlayers.warehouse import Warehouse
 
     if any(isinstance(module, Warehouse) for module in model.modules()):
@@ -107,7 +130,7 @@ def _meta_copy(model: nn.Module) -> nn.Module:
         raise PlanError(f"the model cannot be copied for tracing: {error}") from error
 
 
-def _empty(tensor: torch.Tensor) -> torch.Tensor:
+def _empty(tensor: Tensor) -> Tensor:
     if nn.parameter.is_lazy(tensor):
         raise PlanError("the model has lazy layers: run it once on real data first")
     # Not empty_like: on meta it imports a second's worth of symbolic shapes.
@@ -130,7 +153,7 @@ def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     }
     found = []
     for name, module in model.named_modules():
-        if type(module) not in CONVERTIBLE:
+        if not isinstance(module, _LAYERS):
             continue
         reason = ""
         if not name:
@@ -141,6 +164,8 @@ def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
             reason = f"{inside[id(module)]} reads its weight without calling it"
         elif any(getattr(module, hooks) for hooks in _HOOKS):
             reason = "it carries hooks"
+        elif type(module) not in CONVERTIBLE:
+            reason = f"{type(module).__name__} may compute something else from its weight"
         found.append((name, module, reason))
     return found
 
@@ -148,19 +173,16 @@ def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 def _site(name: str, module: nn.Module, calls: _Calls, reason: str) -> Site:
     if name not in calls.samples:
         reason = reason or "the forward never calls it"
-    kind = CONVERTIBLE[type(module)]
-    work = {"positions": calls.positions[name], "samples": calls.samples[name]}
+    work: dict[str, Any] = {
+        "positions": calls.positions[name],
+        "samples": calls.samples[name],
+        "bias": module.bias is not None,
+        "fixed": reason,
+        **calls.first.get(name, {}),
+    }
+    kind = next(kind for layer, kind in CONVERTIBLE.items() if isinstance(module, layer))
     if isinstance(module, nn.Linear):
-        return Site(
-            name,
-            kind,
-            module.in_features,
-            module.out_features,
-            (1,),
-            bias=module.bias is not None,
-            fixed=reason,
-            **work,
-        )
+        return Site(name, kind, module.in_features, module.out_features, (1,), **work)
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return Site(
         name,
@@ -169,27 +191,64 @@ def _site(name: str, module: nn.Module, calls: _Calls, reason: str) -> Site:
         module.out_channels,
         tuple(module.kernel_size),
         groups=module.groups,
-        bias=module.bias is not None,
-        fixed=reason,
         **work,
     )
 
 
 class _Calls:
-    """Output positions and kernels needed of each layer, summed over its calls."""
+    """What the layers of a model are called with.
+
+    positions, samples: output positions and kernels needed, summed over calls. entries: numbers
+    of the inputs. first: of the first call, as `Site` has it.
+    """
 
     def __init__(self) -> None:
         self.positions: Counter[str] = Counter()
         self.samples: Counter[str] = Counter()
+        self.entries: Counter[str] = Counter()
+        self.first: dict[str, dict[str, Any]] = {}
+        # Kept, so that no other tensor gets the same identity.
+        self._inputs: dict[int, tuple[Tensor, str]] = {}
+
+    @classmethod
+    def of(cls, twin: nn.Module, batch: int, size: tuple[int, ...]) -> _Calls:
+        """Run a model on `meta` and watch its layers."""
+        calls = cls()
+        handles = [
+            module.register_forward_hook(calls.hook(name), with_kwargs=True)
+            for name, module in twin.named_modules()
+            if isinstance(module, _LAYERS)
+        ]
+        dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+        try:
+            with torch.no_grad(), _no_fast_path():
+                twin(torch.empty(batch, *size, dtype=dtype, device="meta"))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
 
     def hook(self, name: str) -> Any:
-        def record(module: nn.Module, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+        def record(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
             x = args[0] if args else kwargs["input"]
             weight = module.weight
-            assert isinstance(weight, torch.Tensor)
-            self.positions[name] += out.numel() // weight.shape[0]
+            assert isinstance(weight, Tensor)
+            linear = isinstance(module, nn.Linear)
+            channels = weight.shape[1] if linear else module.in_channels
+            assert isinstance(channels, int)
+            out_positions = out.numel() // weight.shape[0]
+            _, reader = self._inputs.setdefault(id(x), (x, name))
+            if name not in self.first:
+                self.first[name] = {
+                    "in_positions": x.numel() // channels,
+                    "out_positions": out_positions,
+                    "order": len(self.first),
+                    "beside": "" if reader == name else reader,
+                }
+            self.positions[name] += out_positions
+            self.entries[name] += x.numel()
             # A convolution's batched input has its weight's rank; a linear's at least 2 axes.
-            batched = x.dim() > 1 if isinstance(module, nn.Linear) else x.dim() == weight.dim()
+            batched = x.dim() > 1 if linear else x.dim() == weight.dim()
             self.samples[name] += x.shape[0] if batched else 1
 
         return record

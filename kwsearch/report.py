@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from kwlayers.cost import LayerCost, warehouse_params
-from kwlayers.families import recognise
 from kwlayers.plan import Group, Plan
+from kwlayers.stages import place
 from kwsearch.terminal import new_table
 
 if TYPE_CHECKING:
@@ -64,14 +64,12 @@ def stage_rows(plan: Plan) -> dict[str, tuple[Row, str]]:
 
 
 def _stages(plan: Plan) -> dict[str, str]:
-    """The stage of each group by its first layer; the group itself where stages are unknown."""
-    known = recognise(plan.network.sites)
+    """The stage of each group by its first layer."""
+    labels = place(plan.network.sites).labels
     stages = {}
     for group in plan.groups:
-        label = known.labels[group.layers[0]] if known else None
-        if label is None:
-            stages[group.name] = group.name
-        elif label.static:
+        label = labels[group.layers[0]]
+        if label.static:
             stages[group.name] = group.layers[0]
         else:
             stages[group.name] = label.alone or f"stage {label.stage}"

@@ -350,15 +350,6 @@ def test_an_unknown_network_is_shared_by_layer_between_a_static_stem_and_head() 
     assert layers(plan) == {"body_a": ("body.a",), "body_b": ("body.b",), "body_c": ("body.c",)}
 
 
-@pytest.mark.parametrize("sharing", ["stage", "position"])
-def test_an_unknown_network_has_no_stages_and_the_error_says_what_to_use(sharing: str) -> None:
-    assert refusal(unknown_network(), Settings(sharing=sharing)) == (
-        f"sharing {sharing!r} needs the stages of the network, and its module names are none of "
-        "ResNet, MobileNetV2, ConvNeXt, ViT/DeiT (torchvision's or timm's): use sharing='layer' "
-        "or groups of glob patterns"
-    )
-
-
 def test_a_layer_that_cannot_be_converted_stays_static_with_a_note() -> None:
     found = unknown_network(conv("twice", 16, 16, fixed="its weight is tied to another layer's"))
     plan = plan_network(found, Settings(sharing="layer"), ratio=1)
@@ -368,7 +359,10 @@ def test_a_layer_that_cannot_be_converted_stays_static_with_a_note() -> None:
 
 def test_a_network_without_convertible_layers_is_refused_with_the_reason() -> None:
     tied = replace(unknown_network(), sites=(conv("a", 8, 8), conv("b", 8, 8, fixed="it is tied")))
-    message = "no layer can be converted: b stays static: it is tied"
+    message = (
+        "no layer can be converted: b stays static: it is tied; a stays static: the first "
+        "convolution stays static (groups of glob patterns convert it all the same)"
+    )
     assert refusal(tied, Settings(sharing="layer")) == message
     empty = replace(unknown_network(), sites=())
     message = "no layer can be converted: the network has none"
@@ -386,7 +380,10 @@ def test_any_module_name_makes_a_warehouse_name_of_its_own(
     names: tuple[str, ...], groups: list[str]
 ) -> None:
     found = Network(
-        (conv("begin", 3, 8), *(conv(name, 8, 8) for name in names)), 10_000, 10**6, (3, 4, 4)
+        (conv("begin", 3, 8), *(conv(name, 8, 8) for name in names), conv("end", 8, 3)),
+        10_000,
+        10**6,
+        (3, 4, 4),
     )
     plan = plan_network(found, Settings(sharing="layer"), ratio=1)
     assert [group.name for group in plan.groups] == groups

@@ -53,10 +53,13 @@ def test_layers_are_found_in_module_order_with_their_shapes() -> None:
     )
     found = trace(model, (3, 17, 21))
     # Positions: (17 - 3) // 2 + 1 = 8 by (21 - 5) // 2 + 1 = 9.
+    first = {"in_positions": 17 * 21, "out_positions": 72, "order": 0}
+    second = {"in_positions": 72, "out_positions": 72, "order": 1}
+    last = {"in_positions": 1, "out_positions": 1, "order": 2}
     assert found.sites == (
-        Site("0", "conv2d", 3, 8, (3, 5), positions=72),
-        Site("2.0", "conv2d", 8, 16, (1, 1), groups=4, bias=True, positions=72),
-        Site("5", "linear", 16, 10, (1,), bias=True),
+        Site("0", "conv2d", 3, 8, (3, 5), positions=72, **first),
+        Site("2.0", "conv2d", 8, 16, (1, 1), groups=4, bias=True, positions=72, **second),
+        Site("5", "linear", 16, 10, (1,), bias=True, **last),
     )
     assert found["2.0"].kernel == (16, 2, 1, 1)
     assert found.params == 8 * 3 * 15 + (16 * 2 + 16) + (160 + 10)
@@ -69,7 +72,8 @@ def test_1d_and_3d_convolutions_are_found() -> None:
     assert [site.kind for site in found.sites] == ["conv1d", "conv1d"]
     assert found.macs == 16 * 6 * 4 * 5 + 16 * 6 * 6
     found = trace(nn.Sequential(nn.Conv3d(2, 4, (1, 2, 3), padding=1)), (2, 4, 4, 4))
-    assert found.sites[0] == Site("0", "conv3d", 2, 4, (1, 2, 3), bias=True, positions=6 * 5 * 4)
+    first = {"positions": 6 * 5 * 4, "in_positions": 64, "out_positions": 6 * 5 * 4}
+    assert found.sites[0] == Site("0", "conv3d", 2, 4, (1, 2, 3), bias=True, **first)
     assert found.macs == 120 * 4 * 2 * 6
 
 
@@ -87,7 +91,10 @@ def test_subclasses_of_layers_are_left_alone() -> None:
             return 2 * super().forward(x)
 
     found = trace(nn.Sequential(nn.Conv2d(3, 8, 1), Scaled(8, 8, 1)), (3, 4, 4))
-    assert [site.name for site in found.sites] == ["0"]
+    assert {site.name: site.fixed for site in found.sites} == {
+        "0": "",
+        "1": "Scaled may compute something else from its weight",
+    }
     assert found.macs == 16 * (24 + 64)
 
 
@@ -168,7 +175,10 @@ def test_multihead_attention_is_left_alone_and_counted() -> None:
         attend, attention=nn.MultiheadAttention(8, 2, batch_first=True), out=nn.Linear(8, 3)
     )
     found = trace(model, (5, 8))
-    assert [site.name for site in found.sites] == ["out"]
+    assert {site.name: site.fixed for site in found.sites} == {
+        "attention.out_proj": "MultiheadAttention reads its weight without calling it",
+        "out": "",
+    }
     # Projections 4 * 8^2 per token, and two products of 5 x 5 with all 8 channels.
     assert found.macs == 5 * 8 * 3 + 4 * 5 * 64 + 2 * 25 * 8
 
@@ -455,6 +465,7 @@ def test_a_transformer_encoder_layer_keeps_its_linears() -> None:
     network = trace(nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 3)), (5, 4))
     assert {site.name: bool(site.fixed) for site in network.sites} == {
         "0": False,
+        "1.self_attn.out_proj": True,
         "1.linear1": True,
         "1.linear2": True,
         "2": False,
