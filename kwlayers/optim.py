@@ -18,7 +18,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         raise ValueError(f"weight_decay {weight_decay}: at least 0")
     listed = getattr(model, "no_weight_decay", None)
     spared = set(listed()) if callable(listed) else set()
-    decay, keep = [], []
+    decay: list[nn.Parameter] = []
+    keep: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             bare = parameter.dim() <= 1 or name in spared

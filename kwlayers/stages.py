@@ -52,11 +52,11 @@ def _infer(sites: Sequence[Site]) -> dict[str, Label]:
         opens = before not in ((0, 0), after)
         stage += opens
         for site in block:
-            kind, shape = kind_of(site), site.kernel[:2]
+            kind, (outputs, inputs) = kind_of(site), site.kernel[:2]
             reads_input = reads_before and _reader(site) == _reader(first)
-            behind = opens and (reads_input or (stage - 1, kind, *shape) in shapes)
+            behind = opens and (reads_input or (stage - 1, kind, outputs, inputs) in shapes)
             labels[site.name] = Label(stage - behind, kind, positions[site.name])
-            shapes.add((stage - behind, kind, *shape))
+            shapes.add((stage - behind, kind, outputs, inputs))
         before = after
     return labels
 
