@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from kwlayers.cost import Cost
     from kwlayers.optim import parameter_groups
     from kwlayers.plan import Group, Network, Plan, PlanError, Site
-    from kwlayers.planner import BudgetError, Settings, Share, plan_model, plan_network
+    from kwlayers.planner import BudgetError, plan_model, plan_network
     from kwlayers.schedule import TemperatureSchedule, set_temperature_
+    from kwlayers.sharing import Rule, Settings, Share
     from kwlayers.sites import trace
     from kwlayers.warehouse import Warehouse
 
@@ -30,8 +31,9 @@ _HOME = {
     "Network": "plan",
     "Plan": "plan",
     "PlanError": "plan",
-    "Settings": "planner",
-    "Share": "planner",
+    "Rule": "sharing",
+    "Settings": "sharing",
+    "Share": "sharing",
     "Site": "plan",
     "TemperatureSchedule": "schedule",
     "Warehouse": "warehouse",
@@ -55,6 +57,7 @@ __all__ = [
     "Network",
     "Plan",
     "PlanError",
+    "Rule",
     "Settings",
     "Share",
     "Site",

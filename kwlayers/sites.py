@@ -164,6 +164,8 @@ def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
             reason = f"{inside[id(module)]} reads its weight without calling it"
         elif any(getattr(module, hooks) for hooks in _HOOKS):
             reason = "it carries hooks"
+        elif type(module.weight) not in (nn.Parameter, Tensor):
+            reason = f"its weight is a {type(module.weight).__name__}"
         elif type(module) not in CONVERTIBLE:
             reason = f"{type(module).__name__} may compute something else from its weight"
         found.append((name, module, reason))
@@ -173,6 +175,8 @@ def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 def _site(name: str, module: nn.Module, calls: _Calls, reason: str) -> Site:
     if name not in calls.samples:
         reason = reason or "the forward never calls it"
+    if name in calls.weights_read:
+        reason = reason or "something else reads its weight"
     work: dict[str, Any] = {
         "positions": calls.positions[name],
         "samples": calls.samples[name],
@@ -199,7 +203,8 @@ class _Calls:
     """What the layers of a model are called with.
 
     positions, samples: output positions and kernels needed, summed over calls. entries: numbers
-    of the inputs. first: of the first call, as `Site` has it.
+    of the inputs. first: of the first call, as `Site` has it. weights_read: layers whose weight
+    something other than their own call asked for.
     """
 
     def __init__(self) -> None:
@@ -207,6 +212,7 @@ class _Calls:
         self.samples: Counter[str] = Counter()
         self.entries: Counter[str] = Counter()
         self.first: dict[str, dict[str, Any]] = {}
+        self.weights_read: set[str] = set()
         # Kept, so that no other tensor gets the same identity.
         self._inputs: dict[int, tuple[Tensor, str]] = {}
 
@@ -214,16 +220,21 @@ class _Calls:
     def of(cls, twin: nn.Module, batch: int, size: tuple[int, ...]) -> _Calls:
         """Run a model on `meta` and watch its layers."""
         calls = cls()
+        layers = {n: m for n, m in twin.named_modules() if isinstance(m, _LAYERS)}
+        classes = {module: type(module) for module in layers.values()}
         handles = [
             module.register_forward_hook(calls.hook(name), with_kwargs=True)
-            for name, module in twin.named_modules()
-            if isinstance(module, _LAYERS)
+            for name, module in layers.items()
         ]
+        for name, module in layers.items():
+            module.__class__ = _watched(type(module), name, calls.weights_read)
         dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
         try:
             with torch.no_grad(), _no_fast_path():
                 twin(torch.empty(batch, *size, dtype=dtype, device="meta"))
         finally:
+            for module, own in classes.items():
+                module.__class__ = own
             for handle in handles:
                 handle.remove()
         return calls
@@ -252,3 +263,23 @@ class _Calls:
             self.samples[name] += x.shape[0] if batched else 1
 
         return record
+
+
+def _watched(kind: type[nn.Module], name: str, weights_read: set[str]) -> type[nn.Module]:
+    """The class of a layer that notes its name when its weight is read from outside."""
+
+    class Watched(kind):  # type: ignore[misc, valid-type]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            self.__dict__["_called"] = True
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                self.__dict__["_called"] = False
+
+        def __getattr__(self, key: str) -> Any:
+            if key == "weight" and not self.__dict__.get("_called"):
+                weights_read.add(name)
+            return super().__getattr__(key)
+
+    Watched.__name__ = kind.__name__
+    return Watched

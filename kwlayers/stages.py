@@ -70,6 +70,8 @@ def _static(called: Sequence[Site]) -> dict[str, str]:
     for site in called:
         if site.block and _role(site) in pooled:
             reasons[site.name] = "its input is pooled to one position, as in squeeze-and-excitation"
+        if site.kernel[:2] == (1, 1):
+            reasons[site.name] = "it has a single channel in and out"
         if site.constant:
             reasons[site.name] = "its input does not depend on the image"
     if called and not called[-1].block:

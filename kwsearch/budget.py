@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kwlayers.plan import Network, Plan, PlanError
-from kwlayers.planner import BudgetError, Settings, lay_out, out_of_reach, plan_ratio
+from kwlayers.planner import BudgetError, lay_out, out_of_reach, plan_ratio
+from kwlayers.sharing import Settings
 from kwlayers.solver import Solution
 from kwsearch import published
 from kwsearch.published import Published

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kwlayers.plan import Network, Plan
-from kwlayers.planner import Settings, Share, plan_ratio
+from kwlayers.planner import plan_ratio
+from kwlayers.sharing import Settings, Share
 
 PAPER = "Li & Yao, KernelWarehouse: Rethinking the Design of Dynamic Convolution, ICML 2024"
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kwlayers.plan import Group, Network, Plan, PlanError
-from kwlayers.planner import BudgetError, Layout, Settings, Sharing, lay_out, stage_of
+from kwlayers.planner import BudgetError, Layout, lay_out
+from kwlayers.sharing import Settings, Sharing, stage_of
 from kwlayers.solver import Variable
 from kwsearch.budget import Target, meet
 

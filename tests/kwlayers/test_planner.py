@@ -13,7 +13,17 @@ import torch
 from torch import nn
 
 import kwlayers
-from kwlayers import BudgetError, Network, Plan, PlanError, Settings, Share, Site, plan_network
+from kwlayers import (
+    BudgetError,
+    Network,
+    Plan,
+    PlanError,
+    Rule,
+    Settings,
+    Share,
+    Site,
+    plan_network,
+)
 from kwlayers.families import recognise
 from kwsearch import zoo
 
@@ -361,7 +371,7 @@ def test_a_network_without_convertible_layers_is_refused_with_the_reason() -> No
     tied = replace(unknown_network(), sites=(conv("a", 8, 8), conv("b", 8, 8, fixed="it is tied")))
     message = (
         "no layer can be converted: b stays static: it is tied; a stays static: the first "
-        "convolution stays static (groups of glob patterns convert it all the same)"
+        "convolution stays static (a rule with a share converts it all the same)"
     )
     assert refusal(tied, Settings(sharing="layer")) == message
     empty = replace(unknown_network(), sites=())
@@ -483,3 +493,68 @@ def test_kinds_of_layers_that_stages_mix_get_warehouses_of_their_own() -> None:
         "stage0_mlp_linear",
         "stage0_mlp_conv2d",
     ]
+
+
+# Rules: exceptions from the sharing
+
+
+def resnet(rules: list[Rule], **settings: Any) -> Plan:
+    return plan_network(network("resnet18"), Settings(rules=tuple(rules), **settings), ratio=1)
+
+
+def test_a_rule_keeps_layers_static() -> None:
+    plan = resnet([Rule("layer1.*", static=True), Rule(["layer4.1.conv?"], static=True)])
+    found = layers(plan)
+    assert found["stage0_conv"] == ("layer2.0.conv1", "layer2.0.downsample.0")
+    assert found["stage3_conv"] == ("layer4.0.conv2",)
+
+
+def test_a_rule_gives_layers_a_warehouse_of_their_own_with_its_settings() -> None:
+    rule = Rule(["*.downsample.0", "fc_not*", "fc"], share="short", cell_ratio=(0.5, 1), ratio=2)
+    with pytest.raises(PlanError, match=r"rule 1 \(\*\.downsample\.0, fc_not\*, fc\): no conv"):
+        resnet([rule])
+    plan = resnet([Rule("*.downsample.0", share="short", cell_ratio=(0.5, 1), ratio=2)])
+    found = layers(plan)
+    assert found["short"] == tuple(f"layer{i}.0.downsample.0" for i in (2, 3, 4))
+    assert "layer2.0.downsample.0" not in found["stage0_conv"]
+    (short,) = (group for group in plan.groups if group.name == "short")
+    # 128 x 64, 256 x 128, 512 x 256 in cells of 64 x 64: 2 + 8 + 32 mixtures, two cells each.
+    assert (short.cell, plan.mixtures(short), short.num_cells) == ((64, 64, 1, 1), (2, 8, 32), 84)
+
+
+def test_a_rule_converts_what_is_static_by_default_and_a_later_rule_wins() -> None:
+    assert layers(resnet([Rule("fc", share="head")]))["head"] == ("fc",)
+    rules = [Rule("layer4.*", static=True), Rule("layer4.1.*", share="stage3_conv")]
+    found = layers(resnet(rules))
+    assert found["stage3_conv"] == ("layer4.1.conv1", "layer4.1.conv2")
+    assert "layer4.0.conv1" not in found["stage2_conv"]
+    assert "stage3_conv" not in layers(resnet(rules[::-1]))
+
+
+def test_a_rule_without_a_share_sets_what_whole_warehouses_have() -> None:
+    plan = resnet([Rule(["layer4.0.conv2", "layer4.1.*"], ratio=0.5, reduction=1 / 8)])
+    assert [g.ratio for g in plan.groups] == [1, 1, 1, 0.5]
+    assert [g.reduction for g in plan.groups] == [1 / 16, 1 / 16, 1 / 16, 1 / 8]
+    with pytest.raises(PlanError) as error:
+        resnet([Rule("layer4.1.*", ratio=0.5)])
+    assert str(error.value) == (
+        "rule 1 (layer4.1.*): its settings are for a part of warehouse 'stage3_conv', without "
+        "layer4.0.conv2: cover all of its layers, or give the matched ones a share of their own"
+    )
+    with pytest.raises(PlanError, match=r"rule 1 \(conv1\): the layers are in no warehouse"):
+        resnet([Rule("conv1", ratio=0.5)])
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"static": True, "ratio": 1}, {"static": True, "share": "a"}]
+)
+def test_a_rule_is_either_static_or_a_share_or_settings(given: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match=r"rule for layer1\.\*: either static, or a share or set"):
+        Rule("layer1.*", **given)
+
+
+def test_rules_hold_for_explicit_groups_too() -> None:
+    groups = {"early": ["layer[12].*"], "late": ["layer[34].*"]}
+    found = layers(resnet([Rule("layer2.*", share="late")], sharing=groups))
+    assert all(name.startswith("layer1") for name in found["early"])
+    assert found["late"][0] == "layer2.0.conv1"

@@ -98,6 +98,55 @@ def test_subclasses_of_layers_are_left_alone() -> None:
     assert found.macs == 16 * (24 + 64)
 
 
+def test_a_layer_whose_weight_is_read_by_another_is_left_alone() -> None:
+    def tied(net: Any, x: Tensor) -> Tensor:
+        return nn.functional.linear(net.inner(x).to(net.other.weight.dtype), net.used.weight)
+
+    model = Net(tied, inner=nn.Linear(8, 8), other=nn.Linear(8, 8), used=nn.Linear(8, 8))
+    model.other.register_parameter("bias", None)
+    found = trace(model, (5, 8))
+    assert {site.name: site.fixed for site in found.sites} == {
+        "inner": "",
+        "other": "the forward never calls it",
+        "used": "the forward never calls it",
+    }
+
+    def both(net: Any, x: Tensor) -> Tensor:
+        return net.inner(net.other(x)) @ net.other.weight
+
+    model = Net(both, inner=nn.Linear(8, 8), other=nn.Linear(8, 8))
+    found = trace(model, (5, 8))
+    assert {site.name: site.fixed for site in found.sites} == {
+        "inner": "",
+        "other": "something else reads its weight",
+    }
+    assert type(model.other) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning")
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_quantised_model_is_refused(dynamic: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    if dynamic:
+        model[1] = torch.ao.nn.quantized.dynamic.Linear(4, 4)
+    else:
+        model[1] = torch.ao.nn.quantized.Linear(4, 4)
+    with pytest.raises(
+        PlanError, match=r"quantised \(1 is a torch\.ao\.nn\.quantized\..*Linear\): plan"
+    ):
+        trace(model, (4,))
+
+
+def test_a_weight_that_is_no_plain_tensor_is_left_alone() -> None:
+    class Packed(Tensor):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[1].weight.detach().as_subclass(Packed))
+    (first, second) = trace(model, (4,)).sites
+    assert (first.fixed, second.fixed) == ("", "its weight is a Packed")
+
+
 def test_batch_norm_is_noticed_wherever_it_is() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8))
     assert not trace(plain, (3, 4, 4)).batch_norm

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kwlayers.plan import PlanError
-from kwlayers.planner import BudgetError, Settings, lay_out
+from kwlayers.planner import BudgetError, lay_out
+from kwlayers.sharing import Settings
 from kwsearch import zoo
 from kwsearch.budget import Target, meet, plan_ratio_of
 from kwsearch.networks import trace_model

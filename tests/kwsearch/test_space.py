@@ -13,7 +13,8 @@ import torch
 
 from kwlayers import convert_
 from kwlayers.plan import Network, Plan, PlanError, Site
-from kwlayers.planner import BudgetError, Settings
+from kwlayers.planner import BudgetError
+from kwlayers.sharing import Settings
 from kwsearch.budget import Target
 from kwsearch.networks import build_model, trace_model
 from kwsearch.recipe import Space as Section
@@ -241,20 +242,13 @@ def test_the_sharing_of_each_stage_is_a_choice_of_its_own() -> None:
     ]
 
 
-def test_sharing_by_stage_needs_stages_and_rules_to_choose_from() -> None:
+def test_sharing_by_stage_needs_rules_to_choose_from() -> None:
     target = Target(params=8_000_000)
     with pytest.raises(PlanError, match="nothing to choose from; list rules besides 'stage'"):
         space("resnet18", target, Section(sharing_by_stage=True))
     groups = Settings(sharing={"all": ["layer*.conv?"]})
     with pytest.raises(PlanError, match="sharing_by_stage: the method's sharing is explicit"):
         Space(network("resnet18"), groups, target, Section(sharing_by_stage=True))
-    with pytest.raises(PlanError, match="sharing by stage needs the stages of the network"):
-        Space(
-            layers(16, 32),
-            Settings(sharing="layer"),
-            target,
-            Section(sharing_by_stage=True, sharing=["stage", "layer"]),
-        )
 
 
 def test_layers_that_are_kept_static_are_in_no_warehouse() -> None:
