@@ -92,6 +92,11 @@ class _KWLayer(nn.Module):
             warehouse.hand_out(mixtures)
         warehouse.reset_parameters(cells.start, cells.length)
 
+    def reset_parameters(self) -> None:
+        """A bias of zeros: after `to_empty`. The attention and the warehouse have their own."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     @property
     def warehouse(self) -> Warehouse:
         """Where the cells are. Not a submodule of the layer."""

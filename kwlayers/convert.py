@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from kwlayers import geometry
-from kwlayers.conv import like
+from kwlayers.conv import _KWLayer, like
 from kwlayers.ops import check_settings
 from kwlayers.plan import Group, Plan, PlanError, Site
 from kwlayers.sites import CONVERTIBLE, candidates, refuse_wrapped
 from kwlayers.warehouse import Warehouse
+from kwlayers.warm_start import WarmStart, check, start_
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,12 +27,13 @@ log = logging.getLogger("kwlayers")
 class Warehouses(nn.ModuleDict):
     """All warehouses of a converted model, by name, and which layers use them.
 
-    layers: {warehouse name: module names}.
+    layers: {warehouse name: module names}. warm_start: what it kept, None without one.
     """
 
     def __init__(self, layers: dict[str, tuple[str, ...]]) -> None:
         super().__init__()
         self.layers = layers
+        self.warm_start: WarmStart | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The identity: a converted nn.Sequential runs over this container, too."""
@@ -45,6 +48,7 @@ def convert_(
     model: nn.Module,
     plan: Plan,
     *,
+    warm_start: bool | Literal["cells"] = False,
     backend: str | None = None,
     workspace_mb: float | None = None,
 ) -> nn.Module:
@@ -53,9 +57,17 @@ def convert_(
     Layers keep their names, their bias parameters, device, dtype and mode; a layer that
     several parents hold stays shared. The warehouses are registered once, as
     `model.kw_warehouses`, which says what was changed. The parameters of the result are
-    `plan.cost().params.total`. Cells start as published (Kaiming-normal per layer): the static
-    weights are dropped. backend, workspace_mb: of every layer, as `kwlayers.ops.kw_conv` takes
-    them; None for the fastest path of each layer.
+    `plan.cost().params.total`. backend, workspace_mb: of every layer, as `kwlayers.ops.kw_conv`
+    takes them; None for the fastest path of each layer.
+
+    warm_start: by default the static weights are dropped and cells start as published
+    (Kaiming-normal per layer). True: cells and attention start so that the model computes what it
+    did; where a warehouse has fewer cells than mixtures, what is closest to it. That is at
+    temperature 0, where it stays: train without `TemperatureSchedule`. "cells": the attention
+    starts as published, and the model computes what it did at temperature 1, which is set; where
+    cells are too few, they go to the largest parts of the kernels and the rest is zero. Cells
+    that no mixture needs start as published; those of frozen weights only are frozen.
+    `model.kw_warehouses.warm_start` is the `WarmStart` that says how close each layer is.
 
     Raises PlanError, before anything is changed, if the model does not fit the plan.
     """
@@ -80,6 +92,7 @@ def convert_(
                 "choose another"
             )
     check_settings(backend, workspace_mb)
+    check(warm_start, {name: layer.weight for name, layer in layers.items()})
     params = sum(p.numel() for p in model.parameters())
     if params != plan.network.params:
         raise PlanError(
@@ -87,7 +100,8 @@ def convert_(
             f"{params:,}: plan again for this model"
         )
     warehouses = Warehouses({group.name: group.layers for group in plan.groups})
-    swaps: dict[nn.Module, nn.Module] = {}
+    swaps: dict[nn.Module, _KWLayer] = {}
+    errors: dict[str, float] = {}
     for group in plan.groups:
         first = layers[group.layers[0]].weight
         mixtures = plan.mixtures(group)
@@ -112,17 +126,30 @@ def convert_(
             group.num_cells,
             "x".join(map(str, group.cell)),
         )
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in swaps:
-                parent._modules[name] = swaps[child]
+        if warm_start:
+            own = {name: layers[name] for name in group.layers}
+            pairs = {name: (swaps[layer].attention, layer.weight) for name, layer in own.items()}
+            found = start_(warm_start, warehouse, pairs)
+            log.info("%s: warm start, relative errors to %.2g", group.name, max(found.values()))
+            errors |= found
+    if warm_start:
+        warehouses.warm_start = WarmStart(errors, 1.0 if warm_start == "cells" else 0.0)
+    replace_(model, swaps)
     setattr(model, WAREHOUSES, warehouses)
     expected, built = plan.cost().params.total, sum(p.numel() for p in model.parameters())
     assert built == expected, f"built {built} parameters, planned {expected}"
     return model
 
 
-def _converted(layer: nn.Module, group: Group, warehouse: Warehouse, **settings: Any) -> nn.Module:
+def replace_(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the new modules where the old ones are, under every parent."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in swaps:
+                parent._modules[name] = swaps[child]
+
+
+def _converted(layer: nn.Module, group: Group, warehouse: Warehouse, **settings: Any) -> _KWLayer:
     return like(
         layer,
         warehouse,

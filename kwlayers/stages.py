@@ -32,7 +32,9 @@ def _infer(sites: Sequence[Site]) -> dict[str, Label]:
         key=lambda site: order.get(_reader(site), site.order),
     )
     labels = {site.name: Label(0, "fixed") for site in sites}
-    labels |= {name: Label(0, "static", static=why) for name, why in _static(called).items()}
+    labels |= {
+        name: Label(0, "static", static=why) for name, why in _static(called, _last(sites)).items()
+    }
     left = [site for site in called if not labels[site.name].static]
     has_blocks = any(site.block for site in left)
     blocks: dict[str, list[Site]] = {}
@@ -61,7 +63,13 @@ def _infer(sites: Sequence[Site]) -> dict[str, Label]:
     return labels
 
 
-def _static(called: Sequence[Site]) -> dict[str, str]:
+def _last(sites: Sequence[Site]) -> Site | None:
+    """The layer that is called last, convertible or not."""
+    called = [site for site in sites if site.positions]
+    return max(called, key=lambda site: site.order, default=None)
+
+
+def _static(called: Sequence[Site], last: Site | None) -> dict[str, str]:
     """Why layers stay static by default, by name. called: in the order of their calls."""
     reasons: dict[str, str] = {}
     mapped = {site.block for site in called if site.out_positions > 1}
@@ -74,8 +82,7 @@ def _static(called: Sequence[Site]) -> dict[str, str]:
             reasons[site.name] = "it has a single channel in and out"
         if site.constant:
             reasons[site.name] = "its input does not depend on the image"
-    if called and not called[-1].block:
-        last = called[-1]
+    if last is not None and not last.block:
         for site in called:
             same = (site.kind, site.out_channels) == (last.kind, last.out_channels)
             if site is last or (same and site.kind == "linear" and not site.block):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -47,10 +48,8 @@ class Warehouse(nn.Module):
         """Kaiming-normal (fan out) cells `start` to `start + length`, as one kernel."""
         run = self.cells.detach()[start : self.num_cells if length is None else start + length]
         if run.numel():
-            # In another memory format flatten copies: fill the copy, then the cells.
-            kernel = run.flatten(0, 1)
-            nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
-            run.copy_(kernel.view(run.shape))
+            fan_out = run.shape[0] * self.cell[0] * math.prod(self.cell[2:])
+            run.normal_(0, math.sqrt(2 / fan_out))
 
     def next_cells(self, mixtures: int) -> geometry.Assignment:
         """The cells of the next `mixtures` mixtures; past `num_mixtures` they come round again."""

@@ -22,9 +22,9 @@ from kwlayers.ops.paths import PATHS
 from kwlayers.ops.workspace import Workspace
 from kwlayers.plan import Network, PlanError
 from kwlayers.schedule import set_temperature_
-from kwsearch import timing, zoo
+from kwsearch import timing
 from kwsearch.budget import Outcome, Target, meet
-from kwsearch.networks import build_model, trace_model
+from kwsearch.networks import build_model, source, trace_model
 
 Run = TypeVar("Run")
 
@@ -45,7 +45,7 @@ class Case:
     """One step of one network. size: of square images. step: "forward" or "train".
 
     dtype: bfloat16 and float16 are autocast over parameters of float32. backend: of ours, None
-    for the fastest path of each layer.
+    for the fastest path of each layer. trust: whether the model may be the user's own code.
     """
 
     model: str
@@ -57,11 +57,12 @@ class Case:
     device: str = "cpu"
     channels_last: bool = False
     backend: str | None = None
+    trust: bool = False
 
     @property
     def input_size(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        return (zoo.get(self.model).input_size[0], self.size, self.size)
+        return _input_size(self.model, self.size)
 
     @property
     def training(self) -> bool:
@@ -139,18 +140,26 @@ def outcome_of(case: Case) -> Outcome:
 
     Raises BenchError where the model does not take images of that size, and what planning raises.
     """
-    return _outcome(case.model, case.ratio, case.size)
+    return _outcome(case.model, case.ratio, case.size, case.trust)
+
+
+def _input_size(model: str, size: int) -> tuple[int, int, int]:
+    """Square images, with the channels that the model has by default; 3 of own code."""
+    default = source(model).input_size or (3, size, size)
+    if len(default) != 3:
+        raise BenchError(f"{model}: it takes videos, and bench has images only")
+    return (default[0], size, size)
 
 
 @functools.cache
-def _outcome(model: str, ratio: float, size: int) -> Outcome:
-    return meet(_network(model, size), Target(ratio), None, model)
+def _outcome(model: str, ratio: float, size: int, trust: bool) -> Outcome:
+    return meet(_network(model, size, trust), Target(ratio), None, model)
 
 
 @functools.cache
-def _network(model: str, size: int) -> Network:
+def _network(model: str, size: int, trust: bool) -> Network:
     try:
-        return trace_model(model, (zoo.get(model).input_size[0], size, size))
+        return trace_model(model, _input_size(model, size), trust=trust)
     except PlanError as error:
         reason = str(error).removeprefix(f"{model}: ")
         raise BenchError(f"{model} at {size} px: {reason}") from None
@@ -168,7 +177,7 @@ def networks(
     made: dict[str, nn.Module] = {}
     for kind in kinds:
         with torch.device(case.device):
-            model = build_model(case.model, case.input_size)
+            model = build_model(case.model, case.input_size, trust=case.trust)
             if kind != "static":
                 backend = "published" if kind == "published" else case.backend
                 convert_(model, outcome_of(case).plan, backend=backend)
@@ -210,7 +219,8 @@ def step_of(model: nn.Module, case: Case, x: Tensor) -> timing.Step:
     "forward" is without gradients. "train" is gradients set to None, forward, cross-entropy and
     backward, without an optimizer; in float16 without a gradient scaler.
     """
-    labels = torch.arange(case.batch, device=case.device) % zoo.get(case.model).num_classes
+    classes = source(case.model).num_classes or 1  # Of own code, the first alone.
+    labels = torch.arange(case.batch, device=case.device) % classes
 
     def forward() -> None:
         with torch.no_grad(), case.autocast:
@@ -233,7 +243,7 @@ def calls(case: Case) -> dict[str, Call]:
     """
     plan = outcome_of(case).plan
     with torch.device("meta"):
-        model = build_model(case.model, case.input_size)
+        model = build_model(case.model, case.input_size, trust=case.trust)
         convert_(model, plan, backend="published")
     found: dict[str, Call] = {}
 

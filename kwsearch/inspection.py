@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 class Layer:
     """One layer of a plan. cost: of one image, by part.
 
-    stage: None for layers outside the stages. warehouse, mixtures (m), cells (n): of a dynamic
-    layer. static: why it stays static; empty if it does not.
+    block: the repeated block that holds it. stage: None for layers outside the stages. warehouse,
+    mixtures (m), cells (n): of a dynamic layer. static: why it stays static; empty if it does not.
     """
 
     name: str
+    block: str
     kind: str
     kernel: tuple[int, ...]
     groups: int
@@ -49,11 +50,12 @@ def layers_of(plan: Plan) -> tuple[Layer, ...]:
         found.append(
             Layer(
                 name=site.name,
+                block=site.block,
                 kind=site.kind if site.kind == "linear" or site.groups == 1 else label.kind,
                 kernel=site.kernel,
                 groups=site.groups,
                 positions=site.out_positions,
-                stage=None if why and not group or label.alone else label.stage,
+                stage=None if why or label.alone else label.stage,
                 warehouse=group.name if group else None,
                 mixtures=cost.mixtures,
                 cells=group.num_cells if group else 0,
@@ -64,32 +66,34 @@ def layers_of(plan: Plan) -> tuple[Layer, ...]:
     return tuple(found)
 
 
-def tree_table(layers: Sequence[Layer], scale: int = 1) -> Table:
-    """One line per layer under the lines of the modules that hold it. scale: 2 for FLOPs."""
+def tree(layers: Sequence[Layer], scale: int = 1) -> tuple[Table, list[str]]:
+    """A table of the layers under the blocks that hold them, and its notes. scale: 2 for FLOPs."""
     unit = "MACs" if scale == 1 else "FLOPs"
-    table = new_table(
-        ("layer", "kernel", "stage", "warehouse, or why not"),
-        ("m", "n", "attention", "unchanged", f"conv {unit}", "mixing", "attention"),
-    )
-    for depth, name, layer in _tree(layers):
-        shown = plain("  " * depth + name)
-        if layer is None:
-            table.add_row(shown)
-            continue
-        row = layer.cost
+    params = ("attention\nparams", "unchanged\nparams")
+    work = tuple(f"{part}\n{unit}" for part in ("conv", "mixing", "attention"))
+    table = new_table(("layer", "kernel", "stage", "warehouse"), ("m", "n"), params, work)
+    reasons: dict[str, int] = {}
+    block = ""
+    for layer in layers:
+        if layer.block != block and layer.block:
+            table.add_row(plain(layer.block))
+        block = layer.block
+        own = f"  {layer.name[len(block) + 1 :]}" if block else layer.name
         kernel = "x".join(map(str, layer.kernel))
-        static = layer.warehouse is None
+        row = layer.cost
+        counts = (row.conv + row.unchanged_macs, row.mixing, row.attention_macs)
+        dynamic = layer.warehouse is not None
+        note = "" if dynamic else f"static ({reasons.setdefault(layer.static, len(reasons) + 1)})"
         table.add_row(
-            shown,
+            plain(own),
             kernel if layer.groups == 1 else f"{kernel} /{layer.groups}",
             "" if layer.stage is None else str(layer.stage),
-            plain(layer.warehouse or layer.static),
-            *(("", "") if static else (str(layer.mixtures), str(layer.cells))),
+            plain(layer.warehouse or note),
+            *((str(layer.mixtures), str(layer.cells)) if dynamic else ("", "")),
             *map(_short, (row.attention, row.unchanged)),
-            *map(_short, (scale * (row.conv + row.unchanged_macs),)),
-            *map(_short, (scale * row.mixing, scale * row.attention_macs)),
+            *(_short(scale * count) for count in counts),
         )
-    return table
+    return table, [f"({number}) {reason}" for reason, number in reasons.items()]
 
 
 def layers_json(layers: Sequence[Layer]) -> list[dict[str, Any]]:
@@ -108,19 +112,6 @@ def layers_json(layers: Sequence[Layer]) -> list[dict[str, Any]]:
         }
         for layer in layers
     ]
-
-
-def _tree(layers: Sequence[Layer]) -> Iterator[tuple[int, str, Layer | None]]:
-    """(depth, name, layer) in module order; None for a module that holds layers."""
-    opened: list[str] = []
-    for layer in layers:
-        *parents, own = layer.name.split(".")
-        while opened != parents[: len(opened)]:
-            opened.pop()
-        for parent in parents[len(opened) :]:
-            yield len(opened), parent, None
-            opened.append(parent)
-        yield len(opened), own, layer
 
 
 def _short(count: int) -> str:

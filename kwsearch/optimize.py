@@ -20,7 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 
-from kwsearch import dry_run, finals, train_step, zoo
+from kwsearch import dry_run, finals, networks, train_step
 from kwsearch.driver import Driver, Rules, SpaceExhausted
 from kwsearch.driver import Watcher as DriverWatcher
 from kwsearch.dry_run import Forecast
@@ -34,6 +34,7 @@ from kwsearch.resolve import (
     check_replannable,
     input_of,
     network_of,
+    outputs_of,
     settings_of,
     targets_of,
     versions,
@@ -60,7 +61,7 @@ from kwsearch.trial import Trained
 from kwsearch.trials import AGAIN, FINGERPRINT, TEMPERATURE, baseline, budget_of
 
 if TYPE_CHECKING:
-    from kwlayers.plan import Plan
+    from kwlayers.plan import Network, Plan
     from kwsearch.proxy import ProxyData
 
 __all__ = ["STUDY", "Result", "SearchError", "SpaceExhausted", "Study", "StudyFailed"]
@@ -80,7 +81,8 @@ class Watcher(DriverWatcher, finals.Watcher, Protocol):
 class Study:
     """A search in a run directory.
 
-    watcher is told how it goes; echo takes every event as a line of JSON, too.
+    watcher is told how it goes; echo takes every event as a line of JSON, too. trust: whether
+    the network may be the user's own code, here and in the workers; a resumed study asks again.
 
     Raises SearchError for what a user can mend: a directory with another recipe's study, one
     that another process is using, a recipe without a budget.
@@ -95,8 +97,10 @@ class Study:
         watcher: Watcher,
         command: str = "",
         echo: Callable[[str], object] | None = None,
+        trust: bool = False,
     ) -> None:
         self.recipe = recipe
+        self.trust = trust
         self.search = recipe.search or Search()
         self.proxy = recipe.proxy or Proxy()
         self.directory = directory
@@ -125,6 +129,11 @@ class Study:
         if self.search.deterministic and self.search.pruner == "median":
             raise SearchError(
                 "search.deterministic decides at rungs: set search.pruner to halving or none"
+            )
+        if self.proxy.init == "warm_start" and self.search.space.temperature_epochs:
+            raise SearchError(
+                "search.space.temperature_epochs: with proxy.init warm_start the temperature is 0: "
+                "leave one of them out"
             )
         longest = max(self.search.space.temperature_epochs, default=0)
         if longest > self.proxy.epochs:
@@ -185,8 +194,20 @@ class Study:
                 self.watcher.say("time is up; --resume goes on")
             return result
 
+    def _trace(self) -> Network:
+        """The network, which must be one that trains on images. Raises PlanError."""
+        network = network_of(self.recipe, self.trust)
+        size = network.input_size
+        if len(size) != 3:
+            raise SearchError(
+                f"{self.recipe.model.name} takes inputs of {'x'.join(map(str, size))}: a search "
+                "trains on images, CxHxW"
+            )
+        outputs_of(self.recipe, size, self.trust)
+        return network
+
     def _plan_spaces(self) -> None:
-        self.network = network_of(self.recipe)
+        self.network = self._trace()
         self.budgets = [
             Budget(value, space, self._twin(space)) for value, space in self._spaces().items()
         ]
@@ -200,10 +221,10 @@ class Study:
 
     def forecast(self) -> Forecast:
         """What the search would be, without starting it and without data."""
-        self.network = network_of(self.recipe)
+        self.network = self._trace()
         search, proxy, spaces = self.search, self.proxy, list(self._spaces().values())
         uniform = spaces[-1].uniform
-        step = TrainStep(self.recipe, uniform, proxy)
+        step = TrainStep(self.recipe, uniform, proxy, self.trust)
         step_s, workers = step.seconds(), slots_of(search, proxy, lambda: step.nbytes)
         trainings = (search.finalists + 2) * search.seeds * len(spaces) if search.finalists else 0
         images = dry_run.images_of(proxy)
@@ -235,14 +256,20 @@ class Study:
         )
 
     def _twin(self, space: Space) -> Twin | None:
-        size = input_of(self.recipe)
         name = self.recipe.model.name
-        classes = self.recipe.model.num_classes or zoo.get(name).num_classes
+        source = networks.source(name, self.trust)
+        classes = self.recipe.model.num_classes or source.num_classes
         try:
-            return static_twin(name, space.allowed, size, classes)
+            twin = static_twin(name, space.allowed, input_of(self.recipe), classes, self.trust)
         except NoTwin as reason:
             self.watcher.say(f"no static network to compare with: {reason}")
             return None
+        if not source.scalable:
+            self.watcher.say(
+                f"the static network to compare with is {name} as it is: {twin.params:,} "
+                f"parameters, where plans may have {space.allowed:,}"
+            )
+        return twin
 
     def _workers(self) -> int:
         def nbytes() -> int:
@@ -254,7 +281,7 @@ class Study:
         """Of one training step, measured once for each plan."""
         name = fingerprint(plan)
         if name not in self._measured:
-            self._measured[name] = TrainStep(self.recipe, plan, self.proxy).nbytes
+            self._measured[name] = TrainStep(self.recipe, plan, self.proxy, self.trust).nbytes
         return self._measured[name]
 
     def _fits(self, plan: Plan) -> bool:
@@ -297,16 +324,8 @@ class Study:
 
     def _check_fit(self, images: ProxyData) -> None:
         """Before the first trial: the model takes these images and has their classes."""
-        import torch
-
-        from kwlayers.sites import trace
-        from kwsearch.resolve import create_model
-
         size = (images.channels, *images.train.x.shape[-2:])
-        with torch.device("meta"), torch.no_grad():
-            model = create_model(self.recipe).eval()
-            trace(model, size)
-            outputs = model(torch.empty(1, *size)).shape[-1]
+        outputs = outputs_of(self.recipe, size, self.trust)
         if outputs < images.train.num_classes:
             raise SearchError(
                 f"{images.train.name} has {images.train.num_classes} classes, the model "
@@ -340,14 +359,11 @@ class Study:
             deadline=time.monotonic() + (search.timeout or math.inf),
         )
 
-    @property
-    def _settled(self) -> int:
-        """While the temperature falls, accuracy falls with it and ranks nothing."""
-        return min(self.proxy.temperature_epochs + 1, self.proxy.epochs)
-
     def _pruner(self) -> optuna.pruners.BasePruner:
         if self.search.pruner == "median":
-            return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=self._settled)
+            return optuna.pruners.MedianPruner(
+                n_startup_trials=4, n_warmup_steps=_settled(self.proxy)
+            )
         return optuna.pruners.NopPruner()
 
     def _job(self, trial: FrozenTrial, rung: int, attempt: int, splits: int) -> Job:
@@ -392,6 +408,8 @@ class Study:
             seed,
             str(checkpoint),
             splits,
+            self.trust,
+            self.proxy.model_dump_json() if self.proxy.init == "warm_start" else None,
         )
 
     def _run_finals(self, executor: Executor, deadline: float) -> int:
@@ -475,14 +493,20 @@ def slots_of(search: Search, proxy: Proxy, nbytes: Callable[[], int]) -> int:
     return train_step.slots(proxy, nbytes) if search.workers == "auto" else search.workers
 
 
+def _settled(proxy: Proxy) -> int:
+    """While the temperature falls, accuracy falls with it and ranks nothing."""
+    falling = 0 if proxy.init == "warm_start" else proxy.temperature_epochs
+    return min(falling + 1, proxy.epochs)
+
+
 def _rungs(search: Search, proxy: Proxy) -> tuple[Rung, ...]:
     """Raises SearchError for rungs that do not end in the full trial."""
     if search.pruner != "halving":
         return as_rungs([(proxy.epochs, None, None)])
     stops = [(stop.epochs, stop.subset, stop.resolution) for stop in search.rungs]
     if not stops:
-        least = min(proxy.temperature_epochs + 1, proxy.epochs)
-        stops = [(count, None, None) for count in geometric(proxy.epochs, search.eta, least)]
+        counts = geometric(proxy.epochs, search.eta, _settled(proxy))
+        stops = [(count, None, None) for count in counts]
     problem = check_rungs(stops, proxy.epochs)
     if problem is not None:
         raise SearchError(f"search.rungs: {problem}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,11 @@ def load(proxy: Proxy, input_size: tuple[int, ...]) -> ProxyData:
 
     Raises data.DataError.
     """
+    if len(input_size) != 3:
+        raise data.DataError(
+            f"the proxy's data are images, the input is {'x'.join(map(str, input_size))}: only "
+            "networks of images can be searched"
+        )
     channels, height, width = input_size
     size = (height, width) if proxy.resolution is None else (proxy.resolution, proxy.resolution)
     images = data.load(proxy.data, "train", size=size)
@@ -95,6 +100,7 @@ def train(
     until: int | None = None,
     checkpoint: Path | None = None,
     splits: int = 1,
+    initial: Mapping[str, Tensor] | None = None,
     done: Callable[[nn.Module], object] | None = None,
 ) -> float:
     """Train a network and return its accuracy (0 to 1) on the held-out images.
@@ -105,7 +111,8 @@ def train(
     checkpoint: written after each epoch, before its report; if the file exists, the run goes on
     from it and the epochs it holds are not reported again. An unreadable file is overwritten.
     splits: micro-batches per batch, to save memory. Their gradients add up to the batch's, except
-    that batch norms see a micro-batch. done: is given the trained network.
+    that batch norms see a micro-batch. initial: weights of the static network that it starts from,
+    warm (`kwlayers.convert_`) and at temperature 0. done: is given the trained network.
 
     On the CPU and with as many threads, the same seed gives the same run, whatever interrupts it
     and wherever it stops. Raises Diverged, checkpoint.CheckpointError for a file of another run,
@@ -116,10 +123,13 @@ def train(
     torch.manual_seed(seed)
     device = device_of(proxy)
     model = make_model()
+    if initial is not None:
+        model.load_state_dict(initial)
     if plan is not None:
-        convert_(model, plan)
+        convert_(model, plan, warm_start=initial is not None)
     images = moved(images, device)
-    run = _Run(model.to(device), images, proxy, seed, dynamic=plan is not None)
+    cold = plan is not None and initial is None
+    run = _Run(model.to(device), images, proxy, seed, dynamic=cold)
     key = _key(model, plan, proxy, seed)
     if checkpoint is not None and (state := checkpoints.load(checkpoint, key)) is not None:
         run.load_state_dict(state)

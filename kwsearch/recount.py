@@ -7,8 +7,9 @@ and pooling, and skips fused attention.
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,22 +39,56 @@ class Recount:
 
 
 def recount_plan(
-    model: str, plan: Plan, input_size: InputSize | None, num_classes: int | None
+    model: str,
+    plan: Plan,
+    input_size: InputSize | None,
+    num_classes: int | None,
+    trust: bool = False,
 ) -> list[Recount]:
-    """Build the planned network (on the CPU, with weights) and count it in three ways."""
+    """Build the planned network (on the CPU, with weights) and count it in three ways.
+
+    trust: whether it may be the user's own code.
+    """
     from kwlayers.convert import convert_
 
-    network = build_model(model, input_size, num_classes).eval()
-    # The published form does the operations that are counted; faster ones do others.
-    convert_(network, plan, backend="published")
-    cost = plan.cost()
+    network = build_model(model, input_size, num_classes, trust=trust).eval()
     x_shape = (1, *plan.network.input_size)
+    with _single_operators():
+        static, unseen = _fvcore(network, x_shape)
+        # The published form does the operations that are counted; faster ones do others.
+        convert_(network, plan, backend="published")
+        counted, _ = _fvcore(network, x_shape)
+        flops = _flop_counter(network, x_shape)
+    cost = plan.cost()
     built = sum(parameter.numel() for parameter in network.parameters())
+    reasons = [
+        (f"{_EXTRA.get(name, name)}, which it counts", count)
+        for name, count in counted.items()
+        if name not in _PRODUCTS
+    ]
+    if "aten::scaled_dot_product_attention" in unseen:
+        seen = sum(count for name, count in static.items() if name in _PRODUCTS)
+        reasons.append(("fused attention, which it cannot see", seen - plan.network.macs))
     return [
         Recount("parameters of the built network", built, cost.params.total),
-        Recount("FlopCounterMode / 2", _flop_counter(network, x_shape), cost.macs.total),
-        _fvcore(network, x_shape, plan),
+        Recount("FlopCounterMode / 2", flops, cost.macs.total),
+        Recount("fvcore", sum(counted.values()), cost.macs.total, tuple(reasons)),
     ]
+
+
+@contextmanager
+def _single_operators() -> Iterator[None]:
+    """Attention by products: FlopCounterMode does not know the operators that fuse it on a CPU."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _flop_counter(network: nn.Module, x_shape: tuple[int, ...]) -> int:
@@ -65,15 +100,18 @@ def _flop_counter(network: nn.Module, x_shape: tuple[int, ...]) -> int:
     return int(counter.get_total_flops()) // 2
 
 
+# fvcore's names of what we count, too, and words for some of what we do not.
+_PRODUCTS = {"conv", "linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum"}
 _EXTRA = {
-    "batch_norm": "batch norms, which it counts",
-    "layer_norm": "layer norms, which it counts",
-    "group_norm": "group norms, which it counts",
-    "adaptive_avg_pool2d": "pooling, which it counts",
+    "batch_norm": "batch norms",
+    "layer_norm": "layer norms",
+    "group_norm": "group norms",
+    "adaptive_avg_pool2d": "pooling",
 }
 
 
-def _fvcore(network: nn.Module, x_shape: tuple[int, ...], plan: Plan) -> Recount:
+def _fvcore(network: nn.Module, x_shape: tuple[int, ...]) -> tuple[dict[str, int], Collection[str]]:
+    """MACs by operator, and the operators that it does not count."""
     import torch
 
     with torch.no_grad(), warnings.catch_warnings():
@@ -84,11 +122,4 @@ def _fvcore(network: nn.Module, x_shape: tuple[int, ...], plan: Plan) -> Recount
         analysis = FlopCountAnalysis(network, torch.zeros(x_shape))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         counted = {name: int(count) for name, count in analysis.by_operator().items()}
-        skipped = analysis.unsupported_ops()
-    reasons = [(why, counted[name]) for name, why in _EXTRA.items() if name in counted]
-    if "aten::scaled_dot_product_attention" in skipped:
-        of_layers = sum(s.positions * math.prod(s.kernel) for s in plan.network.sites)
-        missing = plan.network.macs - of_layers
-        reasons.append(("fused attention, which it cannot see", -missing))
-    total = sum(counted.values())
-    return Recount("fvcore", total, plan.cost().macs.total, tuple(reasons))
+        return counted, analysis.unsupported_ops().keys()

@@ -8,10 +8,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from kwlayers.plan import Network, Plan, PlanError
-from kwlayers.planner import Settings, Share, named_groups
-from kwsearch import units, zoo
+from kwlayers.sharing import Rule, Settings, Share, named_groups
+from kwsearch import networks, units
 from kwsearch.budget import Outcome, Target, meet
-from kwsearch.networks import build_model, trace_model
 from kwsearch.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,19 +25,34 @@ KINDS: dict[str, Callable[[float], float]] = {
 }
 
 
-def create_model(recipe: Recipe, width: float | None = None) -> nn.Module:
-    """The recipe's static model, on the current device; scaled to `width` if given."""
-    return build_model(recipe.model.name, recipe.input, recipe.model.num_classes, width)
+def create_model(recipe: Recipe, width: float | None = None, trust: bool = False) -> nn.Module:
+    """The recipe's static model, on the current device; scaled to `width` if given.
+
+    trust: whether it may be the user's own code, here and below.
+    """
+    model = recipe.model
+    return networks.build_model(model.name, recipe.input, model.num_classes, width, trust)
 
 
-def network_of(recipe: Recipe) -> Network:
+def network_of(recipe: Recipe, trust: bool = False) -> Network:
     """What tracing the recipe's model finds."""
-    return trace_model(recipe.model.name, recipe.input, recipe.model.num_classes)
+    model = recipe.model
+    return networks.trace_model(model.name, recipe.input, model.num_classes, trust)
+
+
+def outputs_of(recipe: Recipe, input_size: Sequence[int], trust: bool = False) -> int:
+    """Classes that the recipe's model tells apart, on inputs of this size.
+
+    Raises PlanError if it does not run on them, or gives something else.
+    """
+    choice = recipe.model
+    model = networks.planning_model(choice.name, recipe.input, choice.num_classes, trust)
+    return networks.count_outputs(model, tuple(input_size))
 
 
 def input_of(recipe: Recipe) -> tuple[int, ...]:
     """The recipe's input size, or the model's own."""
-    return recipe.input or zoo.get(recipe.model.name).input_size
+    return recipe.input or networks.source(recipe.model.name).size()
 
 
 def settings_of(recipe: Recipe) -> Settings:
@@ -51,6 +65,7 @@ def settings_of(recipe: Recipe) -> Settings:
         basis_ratio=method.basis_ratio,
         spatial_partition=method.spatial_partition,
         norm=method.norm,
+        rules=tuple(Rule(**rule.model_dump()) for rule in method.rules),
     )
 
 
@@ -133,7 +148,18 @@ def method_dict(settings: Settings) -> dict[str, Any]:
             name: list(given.layers if isinstance(given, Share) else given)
             for name, given in named_groups(sharing).items()
         }
-    return {**vars(settings), "sharing": sharing, "cell_ratio": list(settings.cell_ratio)}
+    rules = [
+        {"layers": list(rule.patterns), **({"static": True} if rule.static else {})}
+        | ({} if rule.share is None else {"share": rule.share})
+        | rule.own
+        for rule in settings.rules
+    ]
+    return {
+        **vars(settings),
+        "sharing": sharing,
+        "cell_ratio": list(settings.cell_ratio),
+        "rules": rules,
+    }
 
 
 def recipe_of(
@@ -148,7 +174,7 @@ def recipe_of(
     data: dict[str, Any] = {
         "format": 1,
         "model": model if num_classes is None else {"name": model, "num_classes": num_classes},
-        "input": list(input_size or zoo.get(model).input_size),
+        "input": list(input_size or outcome.plan.network.input_size),
         "method": method_dict(outcome.settings),
         "plan": {"groups": outcome.plan.groups_to_list()},
     }

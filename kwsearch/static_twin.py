@@ -1,4 +1,7 @@
-"""The static network to compare with: the same architecture, as wide as a budget allows."""
+"""The static network to compare with: the same architecture, as wide as a budget allows.
+
+Only networks of the zoo have a width; another is compared with as it is, if the budget allows it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kwsearch.networks import InputSize, build_model
+from kwsearch.networks import InputSize, build_model, source, trace_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,26 +22,36 @@ _STEPS = 8192
 
 
 class NoTwin(ValueError):
-    """No width of the model meets the budget."""
+    """No static network of the model meets the budget. Says why."""
 
 
 @dataclass(frozen=True)
 class Twin:
-    """A static network by its width, with its exact parameters and MACs of one image."""
+    """A static network by its width, with its exact parameters and MACs of one image.
+
+    trust: whether it may be the user's own code.
+    """
 
     model: str
     width: float
     params: int
     macs: int
     input_size: InputSize
-    num_classes: int
+    num_classes: int | None
+    trust: bool = False
 
     def create(self) -> nn.Module:
         """The network with fresh weights, on the current device."""
-        return build_model(self.model, self.input_size, self.num_classes, self.width)
+        return build_model(self.model, self.input_size, self.num_classes, self.width, self.trust)
 
 
-def static_twin(model: str, params: int, input_size: InputSize, num_classes: int) -> Twin:
+def static_twin(
+    model: str,
+    params: int,
+    input_size: InputSize,
+    num_classes: int | None,
+    trust: bool = False,
+) -> Twin:
     """The widest `model` of at most `params` parameters in total.
 
     Raises zoo.UnknownModelError, and NoTwin if even the narrowest has more.
@@ -46,6 +59,15 @@ def static_twin(model: str, params: int, input_size: InputSize, num_classes: int
     import torch
 
     from kwlayers.sites import trace
+
+    if not source(model, trust).scalable:
+        network = trace_model(model, input_size, num_classes, trust)
+        if network.params > params:
+            raise NoTwin(
+                f"params {params:,}: below those of {model}, {network.params:,}, and only "
+                "networks of the zoo can be made narrower"
+            )
+        return Twin(model, 1.0, network.params, network.macs, input_size, num_classes, trust)
 
     def count(step: int) -> int:
         return _params(model, step / _STEPS, input_size, num_classes)
@@ -68,7 +90,7 @@ def static_twin(model: str, params: int, input_size: InputSize, num_classes: int
 
 
 @functools.cache
-def _params(model: str, width: float, input_size: InputSize, num_classes: int) -> int:
+def _params(model: str, width: float, input_size: InputSize, num_classes: int | None) -> int:
     import torch
 
     with torch.device("meta"):

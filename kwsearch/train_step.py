@@ -25,9 +25,10 @@ class TrainStep:
 
     Those are its weights, gradients and the optimizer's state, and what the step holds on top;
     as torch's allocator counts, exact and the same every time.
+    trust: whether the network may be the user's own code.
     """
 
-    def __init__(self, recipe: Recipe, plan: Plan, proxy: Proxy) -> None:
+    def __init__(self, recipe: Recipe, plan: Plan, proxy: Proxy, trust: bool = False) -> None:
         import torch
 
         from kwlayers.convert import convert_
@@ -43,7 +44,8 @@ class TrainStep:
         if proxy.resolution is not None:
             height = width = proxy.resolution
         with torch.random.fork_rng():
-            self.model = convert_(create_model(recipe), plan).to(self.device).train()
+            model = create_model(recipe, trust=trust)
+            self.model = convert_(model, plan).to(self.device).train()
             self.x = torch.randn(proxy.batch_size, channels, height, width, device=self.device)
         self.optimizer = optimizer_of(self.model, proxy)
         Workspace.clear()  # it counts, whoever had it before

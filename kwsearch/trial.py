@@ -15,9 +15,9 @@ from kwsearch.recipe import Proxy, Recipe
 from kwsearch.trials import SCORES
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from kwlayers.plan import Network
+    from kwlayers.plan import Network, Plan
     from kwsearch.proxy import ProxyData
 
 
@@ -26,7 +26,9 @@ class Trained:
     """What is trained, as plain data that a worker can be sent.
 
     recipe, proxy: as JSON. groups: of the plan; None for the static twin of that `width`.
-    checkpoint: a file. splits: micro-batches per batch.
+    checkpoint: a file. splits: micro-batches per batch. trust: whether the network may be the
+    user's own code; a recipe cannot say that. init: the proxy (JSON) that trains the static network
+    whose weights it starts from; None for fresh weights.
     """
 
     recipe: str
@@ -36,6 +38,36 @@ class Trained:
     seed: int
     checkpoint: str
     splits: int
+    trust: bool = False
+    init: str | None = None
+
+    def plan(self) -> Plan | None:
+        """Of the network that is trained; None for the static twin."""
+        from kwlayers.plan import Plan
+
+        if self.groups is None:
+            return None
+        return Plan.from_groups(_network(self.recipe, self.trust), self.groups)
+
+    def create_model(self) -> nn.Module:
+        """The static network, on the current device."""
+        from kwsearch.resolve import create_model
+
+        return create_model(Recipe.model_validate_json(self.recipe), self.width, self.trust)
+
+    def initial(self) -> dict[str, Tensor] | None:
+        """The static weights to start from, trained first if nobody has; None for fresh ones."""
+        from kwsearch import static_start
+
+        if self.init is None:
+            return None
+        return static_start.weights(
+            self.create_model,
+            _images(self.recipe, self.init),
+            Proxy.model_validate_json(self.init),
+            Path(self.checkpoint).parent,
+            self.width,
+        )
 
     def train(
         self,
@@ -44,15 +76,11 @@ class Trained:
         done: Callable[[nn.Module], object] | None = None,
     ) -> float:
         """As `kwsearch.proxy.train`."""
-        from kwlayers.plan import Plan
         from kwsearch import proxy
-        from kwsearch.resolve import create_model
 
-        recipe = Recipe.model_validate_json(self.recipe)
-        plan = None if self.groups is None else Plan.from_groups(_network(self.recipe), self.groups)
         return proxy.train(
-            lambda: create_model(recipe, self.width),
-            plan,
+            self.create_model,
+            self.plan(),
             _images(self.recipe, self.proxy),
             Proxy.model_validate_json(self.proxy),
             self.seed,
@@ -60,6 +88,7 @@ class Trained:
             until=until,
             checkpoint=Path(self.checkpoint),
             splits=self.splits,
+            initial=self.initial(),
             done=done,
         )
 
@@ -83,20 +112,19 @@ def score_trial(
     left out of the scores.
     """
     from kwlayers.convert import convert_
-    from kwlayers.plan import Plan
     from kwsearch import proxy
-    from kwsearch.resolve import create_model
     from kwsearch.scores import score_all
 
-    recipe = Recipe.model_validate_json(trained.recipe)
     settings = Proxy.model_validate_json(trained.proxy)
     images = proxy.moved(_images(trained.recipe, trained.proxy), proxy.device_of(settings))
 
+    initial = trained.initial()
+
     def make_model() -> nn.Module:
-        model = create_model(recipe, trained.width)
-        if trained.groups is None:
-            return model
-        return convert_(model, Plan.from_groups(_network(trained.recipe), trained.groups))
+        model, plan = trained.create_model(), trained.plan()
+        if initial is not None:
+            model.load_state_dict(initial)
+        return model if plan is None else convert_(model, plan, warm_start=initial is not None)
 
     # Out of memory before: of fewer images, and then its scores are another scale.
     batch = slice(0, max(settings.batch_size // trained.splits, 2))
@@ -126,10 +154,10 @@ def train_final(report: Callable[[int, float], None], *, trained: Trained) -> di
 
 # A worker trains many plans of one network, on the same images.
 @functools.lru_cache(maxsize=1)
-def _network(recipe: str) -> Network:
+def _network(recipe: str, trust: bool) -> Network:
     from kwsearch.resolve import network_of
 
-    return network_of(Recipe.model_validate_json(recipe))
+    return network_of(Recipe.model_validate_json(recipe), trust)
 
 
 @functools.lru_cache(maxsize=2)

@@ -15,7 +15,7 @@ _NUMBER = r"(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,2
 COUNT_PATTERN = rf"^\s*(?:{_DIGITS}(?:\.[0-9]{{1,30}})?(?:[eE]\+?[0-9]{{1,2}})?)\s*[kKMGB]?\s*$"
 BYTES_PATTERN = rf"^\s*{_NUMBER}\s*(?:[kKMG]i?)?B\s*$"
 RATIO_PATTERN = rf"^\s*{_NUMBER}(?:\s*/\s*{_NUMBER})?\s*[xX]?\s*$"
-SIZE_PATTERN = r"^\s*[0-9]{1,9}(?:x[0-9]{1,9}x[0-9]{1,9})?\s*$"
+SIZE_PATTERN = r"^\s*[0-9]{1,9}(?:x[0-9]{1,9}){0,3}\s*$"
 
 _UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
@@ -111,21 +111,21 @@ def parse_budget(value: object) -> float:
     )
 
 
-def parse_size(value: object) -> tuple[int, int, int]:
-    """(channels, height, width): "3x224x224", [3, 224, 224]; "224" means 3x224x224."""
+def parse_size(value: object) -> tuple[int, ...]:
+    """(channels, *sizes): "3x224x224", [3, 224, 224]; "224" means 3x224x224; one to three sizes."""
     sizes: object = value
     if isinstance(value, str) and re.fullmatch(SIZE_PATTERN, value):
         sizes = [int(part) for part in value.split("x")]
     elif isinstance(value, int):
         sizes = [value]
     if isinstance(sizes, (list, tuple)) and all(type(size) is int and size >= 1 for size in sizes):
-        if len(sizes) == 3:
-            return (sizes[0], sizes[1], sizes[2])
+        if len(sizes) in (2, 3, 4):
+            return tuple(sizes)
         if len(sizes) == 1 and not isinstance(value, (list, tuple)):
             return (3, sizes[0], sizes[0])
     raise ValueError(
-        f"not an input size (got {_shown(value)}; allowed channels, height and width, "
-        "each at least 1, e.g. 3x224x224, [3, 224, 224] or 224)"
+        f"not an input size (got {_shown(value)}; allowed channels and one to three sizes, each "
+        "at least 1, e.g. 3x224x224, [3, 224, 224] or 224, 1x16000, 3x16x112x112)"
     )
 
 

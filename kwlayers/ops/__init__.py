@@ -15,6 +15,7 @@ from kwlayers.ops.geometry import Blocks, ConvGeometry
 from kwlayers.ops.lean import kw_conv_lean
 from kwlayers.ops.library import choose_for, kw_conv_op
 from kwlayers.ops.paths import PATHS, paths_of
+from kwlayers.ops.portable import kw_conv_portable
 from kwlayers.ops.published import kw_conv_published
 from kwlayers.ops.reference import kw_conv_ref
 from kwlayers.ops.workspace import MEBIBYTE
@@ -24,6 +25,8 @@ __all__ = ["BACKENDS", "Choice", "ConvGeometry", "check_settings", "choose", "kw
 # (x, attention, cells, geometry, workspace in bytes)
 Backend = Callable[[Tensor, Tensor, Tensor, ConvGeometry, int], Tensor]
 WORKSPACE_MB = {"cpu": 16, "cuda": 256}
+# Made of torch's own operators, which every compiler knows.
+_PLAIN = ("reference", "published", "portable")
 
 
 def kw_conv(
@@ -40,8 +43,9 @@ def kw_conv(
     backend: a key of `BACKENDS`, or None for the fastest (`choose`). workspace_mb: MiB for the
     kernels that are mixed at a time, kept between calls; by default 16, on a GPU 256. Under
     autocast the three are cast as for torch's own convolutions. The fast paths have first
-    derivatives only, "published" and "reference" any. Raises ValueError for sizes that do not
-    fit, and for a backend that does not exist or cannot do the layer.
+    derivatives only, "published", "portable" and "reference" any. Raises ValueError for sizes
+    that do not fit, for a backend that does not exist or cannot do the layer, and for cells that
+    are a shard (a DTensor) where x is a plain tensor.
     """
     check_settings(backend, workspace_mb)
     _check(x, attention, cells, geometry)
@@ -72,7 +76,7 @@ def _run(
     if x.shape[0] == 0 or (backend is None and _needs_plain(x)):
         backend = "reference" if backend == "reference" else "published"
     compiled = torch.compiler.is_compiling() or is_fake(x)
-    if compiled and backend not in ("reference", "published"):
+    if compiled and backend not in _PLAIN:
         return kw_conv_op(x, attention, cells.to(x.dtype), geometry, backend, nbytes)
     if backend is None:
         choice = choose_for(x, cells, geometry)
@@ -92,6 +96,12 @@ def check_settings(backend: str | None, workspace_mb: float | None) -> None:
 
 
 def _check(x: Tensor, attention: Tensor, cells: Tensor, geometry: ConvGeometry) -> None:
+    if hasattr(cells, "placements") and not hasattr(x, "placements"):
+        raise ValueError(
+            "the cells are a DTensor and x is not: the warehouse was sharded by itself, and "
+            "nothing gathers it; give fully_shard the model that holds the warehouses, or a list "
+            "of a warehouse and all modules that use it"
+        )
     cell = tuple(cells.shape[1:])
     if torch.compiler.is_compiling():
         mixtures = Blocks.of(geometry.kernel, cell).mixtures
@@ -146,4 +156,5 @@ BACKENDS: dict[str, Backend] = {
     "reference": partial(_plain, kw_conv_ref),
     "published": partial(_plain, kw_conv_published),
     **{name: partial(_fast, name) for name in PATHS},
+    "portable": partial(_plain, kw_conv_portable),
 }

@@ -12,6 +12,8 @@ import click
 COMMANDS = {
     "bench": "Time ours against the published form and the static network.",
     "budget": "Exact parameters and MACs of a model under a budget.",
+    "export": "A recipe as a training script, ONNX, or a config of other code.",
+    "inspect": "The layers of a model, what they become and why.",
     "models": "The models that kwsearch knows by name.",
     "optimize": "Search n, cells and sharing under the recipe's budget.",
     "show": "One trial of a study, and its recipe.",

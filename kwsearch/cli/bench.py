@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kwsearch.cli import INTERRUPTED
-from kwsearch.cli.options import COUNT, RATIO, Command
+from kwsearch.cli.options import COUNT, RATIO, Command, trust_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,6 +57,7 @@ def several(
 @several(RATIO, "--ratio", "1", "Ratios b, planned as by `budget`.  [default: 1]")
 @several(COUNT, "--batch", "16", "Images per step.  [default: 16]")
 @several(COUNT, "--size", None, "Pixels on a side.  [default: the model's]")
+@trust_option
 @click.option("--train", is_flag=True, help="Training steps, too: forward, loss and backward.")
 @click.option(
     "--dtype",
@@ -168,15 +169,19 @@ def _tune_malloc() -> None:
 
 def _cases(options: Mapping[str, Any]) -> list[Case]:
     """Every combination, each known to have a plan and to run."""
-    from kwsearch import zoo
     from kwsearch.bench import Case, choices
+    from kwsearch.networks import source
 
+    shared = ("dtype", "device", "channels_last", "backend", "trust")
+    settings = {name: options[name] for name in shared}
     cases = []
     for model, ratio in itertools.product(options["model"], options["ratio"]):
-        sizes = options["size"] or [zoo.get(model).input_size[1]]
+        default = source(model).input_size
+        sizes = options["size"] or (default or ())[-1:]
+        if not sizes:
+            raise click.UsageError(f"{model}: its input size is not known: give --size")
         for size, batch in itertools.product(sizes, options["batch"]):
             for step in ("forward", "train") if options["train"] else ("forward",):
-                settings = {k: options[k] for k in ("dtype", "device", "channels_last", "backend")}
                 cases.append(Case(model, ratio, batch, size, step, **settings))
     for case in cases:
         choices(case)

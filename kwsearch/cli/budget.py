@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kwsearch.cli.options import (
-    PLAN_OPTIONS,
     RECIPE_ENDINGS,
     SIZE,
-    is_recipe,
     plan_options,
     target_options,
+    trust_option,
 )
 
 if TYPE_CHECKING:
     from kwlayers.plan import Network
-    from kwlayers.planner import Settings
-    from kwsearch.budget import Outcome, Target
-    from kwsearch.recipe import Recipe
+    from kwsearch.budget import Outcome
+    from kwsearch.cli.request import Request
 
 
 @click.command("budget")
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
 @plan_options
 @click.option("--input", "input_size", type=SIZE, help="Input size.  [default: the model's]")
 @click.option("--classes", type=click.IntRange(min=1), help="Number of classes.")
+@trust_option
 @click.option(
     "--by", type=click.Choice(["stage", "layer"]), default="stage", help="Lines of the table."
 )
@@ -47,8 +46,9 @@ def command(
     ratio: float | None,
     params: int | None,
     total_ratio: float | None,
-    input_size: tuple[int, int, int] | None,
+    input_size: tuple[int, ...] | None,
     classes: int | None,
+    trust: bool,
     by: str,
     flops: bool,
     as_json: bool,
@@ -68,8 +68,10 @@ def command(
     kwsearch budget recipes/kw_resnet18_1x.yaml --by layer
     """
     from kwsearch.budget import Target
+    from kwsearch.cli.request import Request
 
-    request = _Request(model, input_size, classes, Target(ratio, params, total_ratio))
+    target = Target(ratio, params, total_ratio)
+    request = Request(model, input_size, classes, target, trust)
     request.apply({k: v for k, v in plan_settings.items() if v is not None})
     if output:
         _check_output(output)
@@ -91,78 +93,7 @@ def command(
         _write(request, outcome, output)
 
 
-class _Request:
-    """The model, its input and the target, from the command line and perhaps a recipe."""
-
-    def __init__(self, model: str, input_size: Any, classes: int | None, target: Target) -> None:
-        # recipe: the one that says the plan or its budget. source: where -o takes the rest from.
-        self.recipe: Recipe | None = None
-        self.source: Recipe | None = None
-        self.model, self.input_size, self.classes, self.target = model, input_size, classes, target
-        self.settings: Settings | None = None
-        if is_recipe(model):
-            self._read(model)
-
-    def _read(self, path: str) -> None:
-        from kwsearch.recipe import load_recipe
-        from kwsearch.resolve import check_replannable, settings_of, target_of
-
-        self.source = self.recipe = load_recipe(path)
-        self.model = self.recipe.model.name
-        self.input_size = self.input_size or self.recipe.input
-        self.classes = self.classes or self.recipe.model.num_classes
-        self.settings = settings_of(self.recipe)
-        if self.target:
-            check_replannable(self.recipe)
-            self.recipe = None
-        else:
-            self.target = target_of(self.recipe)
-
-    def apply(self, options: dict[str, Any]) -> None:
-        """Options that change the plan."""
-        if not options:
-            return
-        if self.has_plan:
-            shown = ", ".join("--" + name.replace("_", "-") for name in options)
-            raise click.UsageError(
-                f"{shown}: the recipe has a plan, which is counted as it stands; give a target "
-                "(--ratio, --params or --total-ratio) to plan anew"
-            )
-        from dataclasses import replace
-
-        from kwlayers.planner import Settings
-
-        assert set(options) <= set(PLAN_OPTIONS)
-        self.settings = replace(self.settings or Settings(), **options)
-
-    @property
-    def as_published(self) -> bool:
-        """Whether a published accuracy speaks of this network."""
-        from kwsearch import zoo
-
-        size = self.input_size or zoo.get(self.model).input_size
-        return self.classes is None and tuple(size) == zoo.get(self.model).input_size
-
-    @property
-    def has_plan(self) -> bool:
-        return self.recipe is not None and self.recipe.plan is not None
-
-    def network(self) -> Network:
-        from kwsearch.networks import trace_model
-
-        return trace_model(self.model, self.input_size, self.classes)
-
-    def outcome(self, network: Network) -> Outcome:
-        if self.recipe is not None and self.recipe.plan is not None:
-            from kwsearch.resolve import outcome_of
-
-            return outcome_of(self.recipe, network)
-        from kwsearch.budget import meet
-
-        return meet(network, self.target, self.settings, self.model)
-
-
-def _print(request: _Request, outcome: Outcome, by: str, scale: int) -> None:
+def _print(request: Request, outcome: Outcome, by: str, scale: int) -> None:
     from kwsearch import report, terminal
 
     out = terminal.console()
@@ -179,7 +110,7 @@ def _print(request: _Request, outcome: Outcome, by: str, scale: int) -> None:
         out.print(report.trade_table(outcome.candidates))
 
 
-def _how(request: _Request, outcome: Outcome) -> str:
+def _how(request: Request, outcome: Outcome) -> str:
     """The plan's origin, in words."""
     if outcome.published is not None:
         entry = outcome.published
@@ -194,7 +125,7 @@ def _how(request: _Request, outcome: Outcome) -> str:
     return f"at most {allowed:,} parameters: b = {outcome.ratio:.4g} overall, {unused:,} unused"
 
 
-def _note_published(request: _Request) -> None:
+def _note_published(request: Request) -> None:
     """A plan option replaces all of a published setting: say so."""
     from kwsearch import published
 
@@ -207,7 +138,7 @@ def _note_published(request: _Request) -> None:
         )
 
 
-def _print_json(request: _Request, outcome: Outcome, by: str) -> None:
+def _print_json(request: Request, outcome: Outcome, by: str) -> None:
     import json
 
     from kwsearch import report
@@ -232,9 +163,9 @@ def _print_json(request: _Request, outcome: Outcome, by: str) -> None:
     click.echo(json.dumps(data, indent=2))
 
 
-def _show_settings(request: _Request, network: Network, as_json: bool) -> None:
+def _show_settings(request: Request, network: Network, as_json: bool) -> None:
     """Without a target: the published settings, or the usual ratios where there are none."""
-    from kwlayers.planner import Settings
+    from kwlayers.sharing import Settings
     from kwsearch import published, report, terminal
     from kwsearch.budget import Target, meet
 
@@ -272,19 +203,22 @@ def _show_settings(request: _Request, network: Network, as_json: bool) -> None:
     out.print(_floor(request, network))
 
 
-def _floor(request: _Request, network: Network) -> str:
+def _floor(request: Request, network: Network) -> str:
     """The smallest plan under the settings, in words."""
-    from kwlayers.planner import Settings, lay_out
+    from kwlayers.planner import lay_out
+    from kwlayers.sharing import Settings
 
     floor = lay_out(network, request.settings or Settings()).floor().cost().params.total
     return f"smallest reachable with these options: {floor:,} parameters (one cell per warehouse)"
 
 
-def _print_check(request: _Request, outcome: Outcome, as_json: bool) -> None:
+def _print_check(request: Request, outcome: Outcome, as_json: bool) -> None:
     from kwsearch import report
     from kwsearch.recount import recount_plan
 
-    checks = recount_plan(request.model, outcome.plan, request.input_size, request.classes)
+    checks = recount_plan(
+        request.model, outcome.plan, request.input_size, request.classes, request.trust
+    )
     for line in report.recount_lines(checks):
         click.echo(line, err=as_json)
     if not all(check.explained for check in checks):
@@ -300,7 +234,7 @@ def _check_output(output: str) -> None:
         raise click.UsageError(f"-o {output}: a recipe's name ends in .yaml")
 
 
-def _write(request: _Request, outcome: Outcome, output: str) -> None:
+def _write(request: Request, outcome: Outcome, output: str) -> None:
     from kwsearch.published import PAPER
     from kwsearch.recipe import write_recipe
     from kwsearch.resolve import recipe_of, versions
@@ -333,7 +267,7 @@ def _write(request: _Request, outcome: Outcome, output: str) -> None:
         title,
         f"{cost.params.total:,} parameters, {cost.macs.total:,} MACs at {size}.",
         "",
-        f"    kwsearch budget {output}",
+        f"    kwsearch budget {output}" + (" --trust" if request.trust else ""),
     ]
     write_recipe(recipe, output, header)
     click.echo(f"wrote {output}", err=True)

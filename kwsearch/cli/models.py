@@ -6,24 +6,50 @@ import click
 
 
 @click.command("models")
+@click.argument("pattern", required=False, metavar="[timm:PART|torchvision:PART]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(as_json: bool) -> None:
-    """List the models of the zoo, their inputs and their published ratios."""
-    from kwsearch import published, zoo
+def command(pattern: str | None, as_json: bool) -> None:
+    """List the models of the zoo, their inputs and their published ratios.
 
-    entries = [
-        {
-            "name": model.name,
-            "input": list(model.input_size),
-            "classes": model.num_classes,
-            "summary": model.summary,
-            "published_ratios": [entry.ratio for entry in published.of_model(model.name)],
-        }
-        for model in zoo.MODELS.values()
-    ]
+    Or names of timm and torchvision: those that have PART in them, which may be a glob.
+
+    \b
+    kwsearch models timm:resnext
+    kwsearch models 'torchvision:efficientnet_v2_*'
+    """
+    if pattern is None:
+        _print_zoo(as_json)
+        return
+    from kwsearch.networks import matching
+
+    names = matching(pattern)
     if as_json:
         import json
 
+        click.echo(json.dumps(names, indent=2))
+        return
+    for name in names:
+        click.echo(name)
+    if not names:
+        raise click.ClickException(f"{pattern}: there is none of that name")
+
+
+def _print_zoo(as_json: bool) -> None:
+    from kwsearch import published, zoo
+
+    if as_json:
+        import json
+
+        entries = [
+            {
+                "name": model.name,
+                "input": list(model.input_size),
+                "classes": model.num_classes,
+                "summary": model.summary,
+                "published_ratios": [entry.ratio for entry in published.of_model(model.name)],
+            }
+            for model in zoo.MODELS.values()
+        ]
         click.echo(json.dumps(entries, indent=2))
         return
     for model in zoo.MODELS.values():
@@ -33,3 +59,5 @@ def command(as_json: bool) -> None:
         click.echo(
             f"{model.name:<16} {size:<10} {model.num_classes:>5} classes  {model.summary}{note}"
         )
+    click.echo("timm:NAME and torchvision:NAME build theirs (`kwsearch models timm:resnext` lists")
+    click.echo("names), package.module:function with --trust your own.")

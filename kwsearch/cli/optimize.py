@@ -12,6 +12,7 @@ import click
 
 from kwsearch.cli import INTERRUPTED
 from kwsearch.cli.live import Live
+from kwsearch.cli.options import trust_option, without_trust
 
 if TYPE_CHECKING:
     from kwsearch.dry_run import Forecast
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     type=click.Path(file_okay=False, path_type=Path),
     help="Where the study lives.  [default: runs/RECIPE]",
 )
+@trust_option
 @click.option("--dry-run", is_flag=True, help="Only say what the search would be; needs no data.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress; only the result.")
 @click.option(
@@ -49,6 +51,7 @@ def command(
     deterministic: bool,
     resume: bool,
     run_dir: Path | None,
+    trust: bool,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -65,7 +68,7 @@ def command(
     """
     from kwsearch.recipe import load_recipe
 
-    settings = list(overrides)
+    settings, trust = without_trust(overrides, trust)
     if trials is not None:
         settings.append(f"search.trials={trials}")
     if timeout is not None:
@@ -87,13 +90,19 @@ def command(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if dry_run:
         with Live(quiet=True) as silent:
-            planned = Study(loaded, directory, resume=False, watcher=silent)
+            planned = Study(loaded, directory, resume=False, watcher=silent, trust=trust)
         _print_forecast(planned.forecast(), as_json)
         return
     echo = click.echo if as_json else None
     with Live(quiet) as progress:
         study = Study(
-            loaded, directory, resume=resume, watcher=progress, command=command_line, echo=echo
+            loaded,
+            directory,
+            resume=resume,
+            watcher=progress,
+            command=command_line,
+            echo=echo,
+            trust=trust,
         )
         progress.expect(study.search.trials)
         progress.say(

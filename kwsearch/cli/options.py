@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -45,8 +45,20 @@ class Pair(click.ParamType):  # type: ignore[type-arg]
 
 RATIO = Parsed("parse_ratio", "RATIO")
 COUNT = Parsed("parse_count", "COUNT")
-SIZE = Parsed("parse_size", "CxHxW")
+SIZE = Parsed("parse_size", "CxH[xW…]")
 Command = Callable[..., Any]
+
+
+trust_option = click.option(
+    "--trust",
+    is_flag=True,
+    help="Let the model be code of your own, package.module:function, which is then imported.",
+)
+
+
+def without_trust(overrides: Sequence[str], trust: bool) -> tuple[list[str], bool]:
+    """KEY=VALUE changes, and whether --trust or trust=true is among what was given."""
+    return [one for one in overrides if one != "trust=true"], trust or "trust=true" in overrides
 
 
 def target_options(command: Command) -> Command:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kwsearch.cli.options import trust_option, without_trust
+
 if TYPE_CHECKING:
     from kwsearch.recipe import Recipe
 
@@ -13,39 +15,42 @@ if TYPE_CHECKING:
 @click.command("validate")
 @click.argument("recipe", metavar="RECIPE")
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@trust_option
 @click.pass_context
-def command(ctx: click.Context, recipe: str, overrides: tuple[str, ...]) -> None:
+def command(ctx: click.Context, recipe: str, overrides: tuple[str, ...], trust: bool) -> None:
     """Check a recipe file, with KEY=VALUE changes such as proxy.epochs=3.
 
     Prints every problem with its line and column, and exits with 2 if there is one.
     """
     from kwsearch.recipe import RecipeError, load_recipe
 
+    settings, trust = without_trust(overrides, trust)
     try:
-        loaded = load_recipe(recipe, overrides)
+        loaded = load_recipe(recipe, settings)
     except RecipeError as error:
         click.echo(str(error), err=True)
         ctx.exit(2)
-    _resolve(recipe, loaded)
+    _resolve(recipe, loaded, trust)
     click.echo(f"{recipe}: ok ({', '.join(_summary(loaded))})")
 
 
-def _resolve(path: str, recipe: Recipe) -> None:
+def _resolve(path: str, recipe: Recipe, trust: bool) -> None:
     """What only the model can tell: its name, the plan's layers, whether a plan fits."""
     from kwlayers.plan import PlanError
-    from kwsearch import zoo
+    from kwsearch.networks import source
     from kwsearch.resolve import network_of, outcome_of, target_of
+    from kwsearch.zoo import UnknownModelError
 
     try:
-        zoo.get(recipe.model.name)
+        source(recipe.model.name, trust)
         if recipe.plan is not None and not recipe.plan.groups:
             raise PlanError("plan: it has no groups; delete the section to plan by the budget")
-        network = network_of(recipe)
+        network = network_of(recipe, trust)
         total = outcome_of(recipe, network).plan.cost().params.total
         target = target_of(recipe)
         if target and target.ratio is None and total > (allowed := target.params_of(network)):
             raise PlanError(f"plan: {total:,} parameters, over the budget of {allowed:,}")
-    except (zoo.UnknownModelError, PlanError) as error:
+    except (UnknownModelError, PlanError) as error:
         raise PlanError(f"{path}: {error}") from None
 
 

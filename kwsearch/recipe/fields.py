@@ -92,7 +92,7 @@ _SIZE: dict[str, Any] = {
     "anyOf": [
         {"type": "string", "pattern": units.SIZE_PATTERN, "examples": ["3x224x224"]},
         {"type": "integer", "minimum": 1},
-        {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 3, "maxItems": 3},
+        {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 4},
     ]
 }
 _PAIR: dict[str, Any] = {
@@ -121,7 +121,7 @@ AnyBudget = Annotated[
     BeforeValidator(units.parse_budget),
     WithJsonSchema({"anyOf": [*_RATIO["anyOf"], _COUNT["anyOf"][1]]}),
 ]
-Size = Annotated[tuple[int, int, int], BeforeValidator(units.parse_size), WithJsonSchema(_SIZE)]
+Size = Annotated[tuple[int, ...], BeforeValidator(units.parse_size), WithJsonSchema(_SIZE)]
 Patterns = Annotated[tuple[Text, ...], Field(min_length=1)]
 SharingRule = Literal["stage", "position", "layer"]
 _Rule = Annotated[SharingRule, Tag("<rule>")]

@@ -69,7 +69,10 @@ class _Section(BaseModel):
 class ModelChoice(_Section):
     """The network: a name, or a name and what its factory needs."""
 
-    name: Text = Field(description="name of the network, e.g. resnet50")
+    name: Text = Field(
+        description="name of the network, e.g. resnet50, timm:NAME, torchvision:NAME or your own "
+        "package.module:function"
+    )
     num_classes: AtLeast1 | None = Field(
         default=None, description="outputs; null is the network's own"
     )
@@ -86,6 +89,25 @@ class ModelChoice(_Section):
         mapping = handler.resolve_ref_schema(handler(core_schema))
         name = {"type": "string", "minLength": 1}
         return {"anyOf": [name, mapping], "description": mapping.pop("description")}
+
+
+class MethodRule(_Section):
+    """An exception from the sharing, for the layers that match. Later rules go first."""
+
+    layers: Patterns = Field(description="glob patterns over layer names")
+    static: Bool = Field(default=False, description="the layers stay static")
+    share: Name | None = Field(
+        default=None,
+        description="the warehouse that the layers share, also if they are static by default; "
+        "null keeps theirs, which get the settings below",
+    )
+    ratio: Positive | None = Field(default=None, description="cells per mixture")
+    cell_ratio: CellRatio | None = Field(
+        default=None, description="(out, in) channels of a cell, as parts of the common divisor"
+    )
+    reduction: Portion | None = Field(default=None, description="attention width")
+    basis_ratio: Portion | None = Field(default=None, description="nonlocal basis")
+    spatial_partition: Bool | None = Field(default=None, description="cut into 1x1 cells")
 
 
 class Method(_Section):
@@ -112,6 +134,11 @@ class Method(_Section):
     spatial_partition: Bool = Field(default=True, description="cut kernels into 1x1 cells")
     norm: Literal["auto", "batch", "layer"] = Field(
         default="auto", description="normalisation in the attention; auto follows the network"
+    )
+    rules: tuple[MethodRule, ...] = Field(
+        default=(),
+        description="exceptions from the sharing, in order: layers that stay static, that share "
+        "a warehouse of their own, or whose warehouses have other settings",
     )
 
 
@@ -367,6 +394,14 @@ class Proxy(_Section):
         default=None, description="CPU threads per trial; null is torch's own"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to train")
+    init: Literal["scratch", "warm_start"] = Field(
+        default="scratch",
+        description="what trainings start from: fresh weights, or those of the static network, "
+        "trained once per study; the temperature is 0 then",
+    )
+    init_epochs: AtLeast1 | None = Field(
+        default=None, description="epochs of that static network; null is those of a full trial"
+    )
 
 
 class Training(_Section):
@@ -403,7 +438,8 @@ class Recipe(_Section):
     model: ModelChoice = Field(description="the network: a name, or {name, num_classes}")
     input: Size | None = Field(
         default=None,
-        description="one input: channels, height, width, e.g. [3, 224, 224] or 3x224x224",
+        description="one input: channels and sizes, e.g. [3, 224, 224] or 3x224x224, 1x16000 for "
+        "sound, 3x16x112x112 for videos",
     )
     method: Method = Field(default=Method(), description="how layers become dynamic")
     budget: Budget | None = Field(default=None, description="what the network may spend")
@@ -431,11 +467,14 @@ class Recipe(_Section):
         data: dict[str, Any] = _plain(self)
         return data
 
-    def create_model(self) -> nn.Module:
-        """The recipe's static model, freshly initialised, on torch's default device."""
+    def create_model(self, trust: bool = False) -> nn.Module:
+        """The recipe's static model, freshly initialised, on torch's default device.
+
+        trust: allows it to import and call the function of your own that the recipe names.
+        """
         from kwsearch.resolve import create_model
 
-        return create_model(self)
+        return create_model(self, trust=trust)
 
     def plan_for(self, model: nn.Module) -> Plan:
         """The plan for `model`, which may be your own: its layers are found by name.

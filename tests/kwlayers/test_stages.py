@@ -118,6 +118,15 @@ def test_a_convolution_over_a_single_channel_stays_static() -> None:
     assert label.static == "it has a single channel in and out"
 
 
+def test_a_last_layer_that_cannot_be_converted_is_the_last_all_the_same() -> None:
+    class Head(nn.Linear):
+        pass
+
+    layers = [nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    found = trace(nn.Sequential(*layers, Head(64, 5)), (3, 8, 8))
+    assert warehouses(found) == {"stage0_conv": ("1",)}
+
+
 def test_kinds_of_layers_in_one_place_of_a_block_have_warehouses_of_their_own() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -555,3 +555,43 @@ def test_a_case_on_a_gpu(run) -> None:  # type: ignore[no-untyped-def]
     assert ran.code == 0
     assert data["machine"]["gpu"]
     assert all(case["peak_bytes"]["ours"] > 0 for case in data["cases"])
+
+
+# Networks of other packages, and of one's own -------------------------------------------------
+
+
+OWN = """
+    from torch import nn
+
+    def make():
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+        )
+"""
+
+
+def test_own_code_is_timed_with_trust_and_a_size(run, own_code) -> None:
+    name = f"{own_code(OWN)}:make"
+    options = ("--model", name, "--batch", "2", "--rounds", "2", "--seconds", "0.01")
+    refused = run(*options, "--size", "8")
+    assert (refused.code, refused.out) == (2, "")
+    assert "it is code of your own" in refused.err
+    assert "its input size is not known: give --size" in run(*options, "--trust").err
+    ran = run(*options, "--size", "8", "--trust", "--train", "--json")
+    assert ran.code == 0
+    assert [case["step"] for case in json.loads(ran.out)["cases"]] == ["forward", "train"]
+
+
+def test_a_network_of_timm_has_its_size_and_channels(timm) -> None:
+    case = Case("timm:resnet10t", 1.0, 2, 32)
+    assert case.input_size == (3, 32, 32)
+    assert len(bench.calls(case)) >= 10
+
+
+def test_videos_are_refused(run, torchvision_models) -> None:
+    ran = run("--model", "torchvision:r3d_18", "--batch", "2", "--size", "32")
+    assert (ran.code, ran.err) == (
+        2,
+        "Error: torchvision:r3d_18: it takes videos, and bench has images only\n",
+    )

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from kwlayers.plan import PlanError
 from kwsearch import cli
 from kwsearch.recipe import load_recipe
 
@@ -320,3 +322,85 @@ def test_an_interrupted_command_exits_with_130(run, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("kwsearch.networks.trace_model", interrupted)
     assert run("budget", "resnet18", "--ratio", "1").code == 130
+
+
+def test_models_says_the_other_forms_and_finds_names(run, timm) -> None:
+    shown = run("models").out
+    assert "timm:NAME" in shown
+    assert "torchvision:NAME" in shown
+    assert "package.module:function with --trust" in shown
+    ran = run("models", "timm:resnext50_32*")
+    assert (ran.code, ran.out) == (0, "timm:resnext50_32x4d\n")
+    assert json.loads(run("models", "timm:resnext50_32*", "--json").out) == ["timm:resnext50_32x4d"]
+    ran = run("models", "timm:no_such")
+    assert (ran.code, ran.err) == (1, "Error: timm:no_such: there is none of that name\n")
+    assert run("models", "resnet").code == 2
+
+
+def test_a_budget_of_a_network_of_timm(run, timm) -> None:
+    ran = run("budget", "timm:resnext50_32x4d", "--ratio", "0.5", "--sharing", "layer", "--json")
+    data = json.loads(ran.out)
+    assert ran.code == 0
+    assert (data["model"], data["input"]) == ("timm:resnext50_32x4d", [3, 224, 224])
+    # As torchvision documents it.
+    assert data["static"]["params"] == 25_028_904
+    assert "published" not in data
+    assert len(data["warehouses"]) >= 50
+    assert data["params"]["total"] == sum(
+        data["params"][part] for part in ("warehouses", "attention", "unchanged")
+    )
+
+
+def test_a_missing_package_ends_with_how_to_get_it(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    ran = run("budget", "timm:resnext50_32x4d", "--ratio", "0.5")
+    assert (ran.code, ran.out) == (2, "")
+    assert "`pip install timm` is all it takes" in ran.err
+
+
+OWN = """
+    from torch import nn
+
+    def make(in_channels, num_classes=4):
+        return nn.Sequential(
+            nn.Conv2d(in_channels, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
+        )
+"""
+
+
+def test_a_budget_of_own_code_from_its_name_to_its_recipe(run, own_code) -> None:
+    name = f"{own_code(OWN)}:make"
+    plan = ("--ratio", "1", "--sharing", "layer")
+    ran = run("budget", name, *plan, "--input", "3x8x8")
+    assert (ran.code, ran.out) == (2, "")
+    assert f"Error: {name}: it is code of your own: " in ran.err
+    assert "give --input" in run("budget", name, *plan, "--trust").err
+    ran = run(
+        "budget", name, *plan, "--input", "2x8x8", "--classes", "7", "--trust", "-o", "own.yaml",
+        "--json",
+    )  # fmt: skip
+    assert ran.code == 0
+    assert json.loads(ran.out)["static"]["params"] == 9 * (2 + 16) * 16 + 2 * 16 + 16 * 7 + 7
+    recipe = load_recipe("own.yaml")
+    assert (recipe.model.name, recipe.model.num_classes, recipe.input) == (name, 7, (2, 8, 8))
+    assert "#     kwsearch budget own.yaml --trust" in Path("own.yaml").read_text()
+    assert "trust" not in recipe.to_dict()
+    assert run("budget", "own.yaml").code == 2
+    again = run("budget", "own.yaml", "--trust", "--check", "--json")
+    assert again.code == 0
+    assert json.loads(again.out)["params"] == json.loads(ran.out)["params"]
+    assert recipe.create_model(trust=True)(torch.zeros(1, 2, 8, 8)).shape == (1, 7)
+    with pytest.raises(PlanError, match="in Python trust=True"):
+        recipe.create_model()
+
+
+def test_the_recipe_of_a_network_for_videos_has_their_size(
+    run, torchvision_models, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "video.yaml")
+    ran = run("budget", "torchvision:r3d_18", "--ratio", "1", "--json", "-o", path)
+    data = json.loads(ran.out)
+    assert (ran.code, data["input"]) == (0, [3, 16, 112, 112])
+    assert load_recipe(path).input == (3, 16, 112, 112)
+    assert json.loads(run("budget", path, "--json").out)["params"] == data["params"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,35 @@ def test_the_commands_import_nothing_heavy() -> None:
         "sys.exit(bool({'torch', 'pydantic', 'yaml', 'optuna'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+OWN = """
+    from torch import nn
+
+    def make(in_channels):
+        return nn.Sequential(
+            nn.Conv2d(in_channels, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
+        )
+"""
+
+
+def test_own_code_is_imported_with_trust_given_on_the_command_line_only(
+    own_code: Callable[[str], str],
+) -> None:
+    module = own_code(OWN)
+    text = f"format: 1\nmodel: {module}:make\ninput: 1x8x8\nbudget: {{ratio: 1}}\n"
+    Path("own.yaml").write_text(text)
+    refused = run("own.yaml")
+    assert isinstance(refused.exception, PlanError)
+    assert str(refused.exception).startswith(f"own.yaml: {module}:make: it is code of your own: ")
+    assert module not in sys.modules
+    for trust in ("--trust", "trust=true"):
+        result = run("own.yaml", trust)
+        assert (result.exit_code, result.stdout) == (0, f"own.yaml: ok ({module}:make, ratio 1)\n")
+    for unknown in ("trust=false", "trust=True"):
+        result = run("own.yaml", unknown)
+        assert (result.exit_code, "trust: unknown key" in result.stderr) == (2, True)
+    Path("own.yaml").write_text(text + "trust: true\n")
+    result = run("own.yaml", "--trust")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("own.yaml:5:1: trust: unknown key (allowed format, model, ")

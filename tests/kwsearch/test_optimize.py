@@ -1110,3 +1110,130 @@ def test_the_time_of_a_study_is_that_of_its_steps() -> None:
     least, most = seconds_of(2.0, 10, 40, 6, rungs, 15)
     assert least == 20 * (6 * 9 + 34 * 3 + 15 * 9)
     assert most == 20 * (40 * 9 + 15 * 9)
+
+
+# Networks of other packages, and of one's own -------------------------------------------------
+
+
+OWN = """
+    from torch import nn
+
+    def make(in_channels, num_classes=10):
+        return nn.Sequential(
+            nn.Conv2d(in_channels, 32, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1),
+            nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes),
+        )
+
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = make(3)
+
+        def forward(self, x):
+            return {"out": self.body(x)}
+"""
+OWN_PARAMS = 9 * 3 * 32 + 2 * 9 * 32 * 32 + 3 * 32 + 32 * 10 + 10
+
+
+def own_study(
+    name: str, directory: Path, *overrides: str, trust: bool = True, resume: bool = False
+) -> tuple[optimize.Study, Quiet]:
+    watcher = Quiet()
+    text = TEXT.replace("model: resnet20", f"model: {name}\ninput: 3x8x8")
+    coarse = ("method={sharing: layer, cell_ratio: 0.5}", "search.space.tolerance=0.1")
+    recipe = parse_recipe(text, overrides=(*coarse, "budget.total_ratio=0.75", *overrides))
+    return optimize.Study(recipe, directory, resume=resume, watcher=watcher, trust=trust), watcher
+
+
+class Trusting(Inline):
+    """Remembers what workers were sent, and does not look into it."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda plan, report: 0.5)
+        self.trusts: list[bool] = []
+
+    def run(self, job: Job) -> None:
+        self.trusts.append(job.arguments["trained"].trust)
+        self.events = [Finished(job.trial, job.attempt, 0.5)]
+
+
+def test_trust_reaches_every_worker_and_no_file(
+    tmp_path: Path, own_code: Callable[[str], str]
+) -> None:
+    name = f"{own_code(OWN)}:make"
+    search, _ = own_study(name, tmp_path / "run", "search.trials=3")
+    executor = Trusting()
+    search.run(executor, "nowhere:nothing")
+    assert executor.trusts == [True] * 3
+    resumed, _ = own_study(name, tmp_path / "run", trust=False, resume=True)
+    with pytest.raises(PlanError, match=f"^{name}: it is code of your own: .* --trust allows"):
+        resumed.run(executor, "nowhere:nothing")
+    assert executor.trusts == [True] * 3
+    own_study(name, tmp_path / "run", resume=True)[0].run(executor, "nowhere:nothing")
+    assert executor.trusts == [True] * 8
+
+
+def test_without_trust_not_even_the_size_of_the_search_is_told(
+    tmp_path: Path, own_code: Callable[[str], str]
+) -> None:
+    module = own_code(OWN)
+    with pytest.raises(PlanError, match="--trust"):
+        own_study(f"{module}:make", tmp_path, trust=False)[0].forecast()
+    assert module not in sys.modules
+    assert own_study(f"{module}:make", tmp_path)[0].forecast().params_allowed == [
+        int(OWN_PARAMS * 0.75)
+    ]
+
+
+def test_a_network_without_a_width_is_compared_with_as_it_is(
+    tmp_path: Path, own_code: Callable[[str], str]
+) -> None:
+    name = f"{own_code(OWN)}:make"
+    search, watcher = own_study(name, tmp_path, "budget={ratio: 1}", "search.trials=3")
+    first, second, _ = search.run(Trusting(), "nowhere:nothing").trials
+    assert (baseline(first), baseline(second)) == ("uniform", "static")
+    assert second.user_attrs["params"] == OWN_PARAMS < first.user_attrs["params"]
+    allowed = first.user_attrs["params"]
+    assert (
+        f"the static network to compare with is {name} as it is: {OWN_PARAMS:,} parameters, "
+        f"where plans may have {allowed:,}"
+    ) in watcher.said
+
+
+def test_a_network_that_is_over_the_budget_is_not_compared_with(
+    tmp_path: Path, own_code: Callable[[str], str]
+) -> None:
+    name = f"{own_code(OWN)}:make"
+    search, watcher = own_study(name, tmp_path, "search.trials=3")
+    trials = search.run(Trusting(), "nowhere:nothing").trials
+    assert [baseline(trial) for trial in trials] == ["uniform", None, None]
+    reason = f"params {int(OWN_PARAMS * 0.75):,}: below those of {name}, {OWN_PARAMS:,}, and only "
+    assert any(
+        said.startswith(f"no static network to compare with: {reason}") for said in watcher.said
+    )
+
+
+def test_a_network_that_gives_no_classes_is_refused_before_anything_is_trained(
+    tmp_path: Path, own_code: Callable[[str], str], torchvision_models: object
+) -> None:
+    module = own_code(OWN)
+    search, _ = own_study(f"{module}:Several", tmp_path / "a")
+    with pytest.raises(PlanError, match="the model gives dict for 2 images, evaluated: a search"):
+        search.forecast()
+    search, _ = own_study("torchvision:r3d_18", tmp_path / "b", "input=null")
+    with pytest.raises(optimize.SearchError, match=r"takes inputs of 3x16x112x112: a search"):
+        run(search, score)
+
+
+def test_own_code_is_trained_in_processes_of_their_own(
+    tmp_path: Path, own_code: Callable[[str], str]
+) -> None:
+    module = own_code(OWN)
+    small = "{epochs: 1, subset: 100, threads: 1, resolution: 8, temperature_epochs: 0}"
+    search, _ = own_study(
+        f"{module}:make", tmp_path / "run", f"proxy={small}", "search.trials=2", "budget={ratio: 1}"
+    )
+    trials = search.run().trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
+    assert [baseline(trial) for trial in trials] == ["uniform", "static"]

@@ -184,6 +184,7 @@ def test_what_is_left_out_has_the_documented_default() -> None:
             "basis_ratio": 1.0,
             "spatial_partition": True,
             "norm": "auto",
+            "rules": (),
         },
         "budget": {"ratio": 0.5, "params": None, "total_ratio": None},
         "plan": None,
@@ -234,6 +235,8 @@ def test_what_is_left_out_has_the_documented_default() -> None:
             "augment": "none",
             "threads": None,
             "device": "auto",
+            "init": "scratch",
+            "init_epochs": None,
         },
         "training": {
             "epochs": 300,
@@ -350,7 +353,7 @@ WRONG_VALUES = [
     ),
     # kinds
     ("method: null", "r.yaml:4:9: method: not a mapping (got null; allowed a mapping with keys "
-     "name, cell_ratio, sharing, reduction, basis_ratio, spatial_partition, norm)"),
+     "name, cell_ratio, sharing, reduction, basis_ratio, spatial_partition, norm, rules)"),
     ("provenance: [1]", "r.yaml:4:13: provenance: not a mapping (got [1]; allowed a mapping of "
      "names to finite numbers and text)"),
     ("training: {note: 5}", "r.yaml:4:18: training.note: not text, put it in quotes (got 5; "
@@ -449,8 +452,8 @@ WRONG_VALUES = [
     ("training: {epochs: 10, temperature_epochs: 20}", "r.yaml:4:44: training.temperature_epochs: "
      "more than there are epochs (got 20; allowed 0 to 10, all the epochs)"),
     # units
-    ("input: 3x224", "r.yaml:4:8: input: not an input size (got '3x224'; allowed channels, height "
-     "and width, each at least 1, e.g. 3x224x224, [3, 224, 224] or 224)"),
+    ("input: 3x", "r.yaml:4:8: input: not an input size (got '3x'; allowed channels and one to "
+     "three sizes, each at least 1, e.g. 3x224x224, [3, 224, 224] or 224, 1x16000, 3x16x112x112)"),
     # groups
     ("plan: {groups: [{name: a.b, cell: [1, 1, 1], num_cells: 1, layers: [b]}]}",
      "r.yaml:4:24: plan.groups.0.name: not a name (got 'a.b'; "
@@ -531,8 +534,9 @@ WRONG_NEEDED = [
      "or a mapping with keys name, num_classes)"),
     ("model: ''", "r.yaml:3:8: model: empty (got ''; allowed text that is not empty, "
      "or a mapping with keys name, num_classes)"),
-    ("model: {}", "r.yaml:3:8: model.name: missing (name of the network, e.g. resnet50; "
-     "allowed text that is not empty)"),
+    ("model: {}", "r.yaml:3:8: model.name: missing (name of the network, e.g. resnet50, "
+     "timm:NAME, torchvision:NAME or your own package.module:function; allowed text that is not "
+     "empty)"),
     ("model: {name: a, num_classes: 0}", "r.yaml:3:31: model.num_classes: too small (got 0; "
      "allowed a whole number >= 1, or null)"),
     ("budget: null", "r.yaml:1:1: no budget and no plan (allowed either or both, "
@@ -722,7 +726,7 @@ WRONG_OVERRIDES = [
     ("proxy.epochs=x", "proxy.epochs: not a whole number (got 'x'; allowed a whole number >= 1)"),
     ("proxy.epoch=3", "proxy.epoch: unknown key, did you mean 'epochs'? (allowed data, resolution, "
      "epochs, subset, holdout, batch_size, optimizer, lr, momentum, weight_decay, "
-     "temperature_epochs, augment, threads, device)"),
+     "temperature_epochs, augment, threads, device, init, init_epochs)"),
     ("proxy.epochs", "not KEY=VALUE (allowed e.g. proxy.epochs=3)"),
     ("=3", "not KEY=VALUE (allowed e.g. proxy.epochs=3)"),
     ("proxy..epochs=3", "not KEY=VALUE (allowed e.g. proxy.epochs=3)"),
@@ -745,8 +749,8 @@ WRONG_OVERRIDES = [
      "ratio, params, total_ratio, e.g. ratio: 0.5)"),
     ("proxy.temperature_epochs=4", "proxy.temperature_epochs: more than there are epochs (got 4; "
      "allowed 0 to 3, all the epochs)"),
-    ("input.0=0", "input: not an input size (got [0, 224, 224]; allowed channels, height and "
-     "width, each at least 1, e.g. 3x224x224, [3, 224, 224] or 224)"),
+    ("input.0=0", "input: not an input size (got [0, 224, 224]; allowed channels and one to "
+     "three sizes, each at least 1, e.g. 3x224x224, [3, 224, 224] or 224, 1x16000, 3x16x112x112)"),
     ("plan.groups.0={}", "plan.groups.0.name: missing (name of the warehouse: letters, digits, "
      "underscores; allowed letters, digits and underscores)"),
 ]  # fmt: skip
@@ -1183,8 +1187,8 @@ def test_the_schema_refuses_what_an_editor_should_underline() -> None:
         {"budget": None},
         {"budget": {"params": "12.8Q"}},
         {"budget": {"total_ratio": "half"}},
-        {"input": "3x224"},
-        {"input": [3, 224]},
+        {"input": "3x"},
+        {"input": [224]},
         {"method": {"cell_ratio": 2}},
         {"method": {"cell_ratio": [1]}},
         {"method": {"sharing": "stages"}},
@@ -1208,7 +1212,7 @@ def test_the_schema_is_valid_and_describes_every_key() -> None:
             for key, field in one.get("properties", {}).items():
                 assert field.get("description"), f"{name}.{key}"
                 seen += 1
-    assert seen == 10 + 2 + 7 + 3 + 1 + 9 + 18 + 3 + 11 + 2 + 14 + 7
+    assert seen == 10 + 2 + 8 + 8 + 3 + 1 + 9 + 18 + 3 + 11 + 2 + 16 + 7
 
 
 def test_recipes_need_no_torch() -> None:

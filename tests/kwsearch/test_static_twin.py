@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
+from kwlayers.plan import PlanError
 from kwsearch import zoo
 from kwsearch.static_twin import NoTwin, static_twin
 
@@ -132,3 +134,31 @@ def test_the_head_of_mobilenetv2_grows_but_does_not_shrink() -> None:
 def test_a_width_is_a_positive_number(width: float) -> None:
     with pytest.raises(ValueError, match=r"^resnet20: width must be a positive number, not "):
         zoo.create("resnet20", width=width)
+
+
+def test_another_network_is_compared_with_as_it_is_or_not_at_all(
+    own_code: Callable[[str], str],
+) -> None:
+    module = own_code(
+        """
+        from torch import nn
+
+        def make(in_channels, num_classes=4):
+            return nn.Sequential(nn.Flatten(), nn.Linear(9 * in_channels, num_classes))
+        """
+    )
+    name = f"{module}:make"
+    params = 9 * 2 * 5 + 5
+    twin = static_twin(name, params, (2, 3, 3), 5, trust=True)
+    assert (twin.width, twin.params, twin.macs) == (1.0, params, 9 * 2 * 5)
+    assert params_of(twin.create()) == params
+    assert static_twin(name, 10 * params, (2, 3, 3), 5, trust=True) == twin
+    assert static_twin(name, params, (2, 3, 3), None, trust=True).params == 9 * 2 * 4 + 4
+    message = (
+        rf"^params {params - 1}: below those of {name}, {params}, and only networks of the zoo "
+        "can be made narrower$"
+    )
+    with pytest.raises(NoTwin, match=message):
+        static_twin(name, params - 1, (2, 3, 3), 5, trust=True)
+    with pytest.raises(PlanError, match="--trust"):
+        static_twin(name, params, (2, 3, 3), 5)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from kwlayers.convert import convert_
+from kwlayers.plan import PlanError
 from kwsearch import scores
 from kwsearch.data import load
+from kwsearch.executors import Failed, Finished, Job, Started
+from kwsearch.executors.local import LocalExecutor
 from kwsearch.recipe import parse_recipe
 from kwsearch.trial import Trained, score_trial
 
@@ -71,3 +75,54 @@ def test_a_score_that_is_no_number_ranks_last(
     found = score_trial(lambda step, value: None, trained=trained, name="jacob_cov")
     assert found["value"] < -1e300
     assert set(found["scores"]) == {"grad_norm", "synflow"}
+
+
+OWN = """
+    from torch import nn
+
+    def make(num_classes, in_channels):
+        return nn.Sequential(
+            nn.Conv2d(in_channels, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, num_classes)
+        )
+"""
+
+
+def trained_own(name: str, folder: Path, trust: bool) -> Trained:
+    text = TEXT.replace("name: resnet20", f"name: {name}") + "input: 1x8x8\n"
+    recipe = parse_recipe(text.replace("{resolution: 8,", "{subset: 100, epochs: 1,"))
+    assert recipe.proxy is not None
+    proxy = recipe.proxy.model_dump_json()
+    return Trained(
+        recipe.model_dump_json(), proxy, None, None, 7, str(folder / "state.pt"), 1, trust
+    )
+
+
+def test_a_worker_imports_own_code_with_trust_only(
+    own_code: Callable[[str], str], tmp_path: Path
+) -> None:
+    name = f"{own_code(OWN)}:make"
+    with pytest.raises(PlanError, match=f"^{name}: it is code of your own: .* which --trust"):
+        trained_own(name, tmp_path, trust=False).create_model()
+    jobs = [
+        Job(
+            number, 1, "kwsearch.trial:train_trial", {"trained": trained, "first": 0, "until": 1}, 1
+        )
+        for number, trained in enumerate(trained_own(name, tmp_path, t) for t in (False, True))
+    ]
+    with LocalExecutor(1) as executor:
+        executor.submit(jobs[0])
+        refused = _last(executor)
+        executor.submit(jobs[1])
+        trained = _last(executor)
+    assert isinstance(refused, Failed)
+    assert "--trust" in refused.message
+    assert isinstance(trained, Finished)
+    assert 0 <= trained.value <= 1
+
+
+def _last(executor: LocalExecutor) -> object:
+    while executor.running:
+        *_, event = executor.wait(60) or [None]
+        assert event is not None, "nothing in a minute"
+    assert not isinstance(event, Started)
+    return event

@@ -141,6 +141,8 @@ def test_what_is_no_ratio_is_refused_with_what_is_allowed(given: object) -> None
         (224, (3, 224, 224)),
         ([3, 224, 192], (3, 224, 192)),
         ((1, 1, 1), (1, 1, 1)),
+        ("1x16000", (1, 16000)),
+        ([3, 16, 112, 96], (3, 16, 112, 96)),
     ],
 )
 def test_a_size_is_read_from_text_a_number_or_a_list(given: object, size: object) -> None:
@@ -150,16 +152,16 @@ def test_a_size_is_read_from_text_a_number_or_a_list(given: object, size: object
 @pytest.mark.parametrize(
     "given",
     [
-        *("3x224", "3x0x224", "0", "3x224x224x1", "axbxc", "", "3*2*2", 0, -1, True, None, 2.0),
-        *([3, 224], [224], [3, 224, 0], [3, 224, 2.0], [3, True, 2], {"a": 1}),
+        *("3x", "3x0x224", "0", "3x2x2x2x1", "axbxc", "", "3*2*2", 0, -1, True, None, 2.0),
+        *([3, 2, 2, 2, 1], [224], [3, 224, 0], [3, 224, 2.0], [3, True, 2], {"a": 1}),
     ],
 )
 def test_what_is_no_size_is_refused_with_what_is_allowed(given: object) -> None:
     with pytest.raises(ValueError, match=r"^not an input size") as raised:
         parse_size(given)
     assert str(raised.value) == (
-        f"not an input size (got {given!r}; allowed channels, height and width, each at least 1, "
-        "e.g. 3x224x224, [3, 224, 224] or 224)"
+        f"not an input size (got {given!r}; allowed channels and one to three sizes, each at least "
+        "1, e.g. 3x224x224, [3, 224, 224] or 224, 1x16000, 3x16x112x112)"
     )
 
 

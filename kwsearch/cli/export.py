@@ -1,0 +1,220 @@
+"""kwsearch export: a recipe as a training script, and in other tools' formats."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import secrets
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kwsearch.cli.options import trust_option, without_trust
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from kwsearch.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked for. shown: the recipe and its changes, as on the command line."""
+
+    recipe: Recipe
+    shown: str
+    output: Path
+    weights: Path | None
+    ema: bool
+    trust: bool
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """write(request, path) makes the file. weights: None where none are taken."""
+
+    what: str
+    file: str
+    write: Callable[[_Request, Path], None]
+    weights: str | None = None
+
+
+def _write_train_script(request: _Request, path: Path) -> None:
+    from kwsearch.export.train_script import train_script
+
+    text = train_script(request.recipe, request.shown, request.output.name, request.trust)
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_official(request: _Request, path: Path) -> None:
+    import json
+
+    from kwsearch.resolve import network_of, outcome_of
+
+    official: Any = importlib.import_module("kwlayers.official")
+    plan = outcome_of(request.recipe, network_of(request.recipe, request.trust)).plan
+    path.write_text(json.dumps(official.write_config(plan), indent=2) + "\n", encoding="utf-8")
+
+
+def _write_timm(request: _Request, path: Path) -> None:
+    module: Any = importlib.import_module("kwsearch.export.timm_module")
+    module.write_timm_module(request.recipe, path, name=request.output.stem)
+
+
+def _write_onnx(request: _Request, path: Path) -> None:
+    _write_graph(request, path, "export_onnx")
+
+
+def _write_program(request: _Request, path: Path) -> None:
+    _write_graph(request, path, "export_program")
+
+
+def _write_graph(request: _Request, path: Path, function: str) -> None:
+    from kwsearch.resolve import input_of
+
+    model = _converted(request)
+    graphs: Any = importlib.import_module("kwsearch.export.onnx")
+    getattr(graphs, function)(model, input_of(request.recipe), path)
+
+
+def _write_static(request: _Request, path: Path) -> None:
+    import torch
+
+    kwlayers: Any = importlib.import_module("kwlayers")
+    torch.save(kwlayers.to_static_(_converted(request)).state_dict(), path)
+
+
+KINDS = {
+    "train.py": _Kind("a training script", "train.py", _write_train_script),
+    "official.json": _Kind("a config of the papers' code", "official.json", _write_official),
+    "timm": _Kind("a module that registers the network in timm", "kw_model.py", _write_timm),
+    "onnx": _Kind("ONNX", "model.onnx", _write_onnx, weights="optional"),
+    "program": _Kind("torch.export", "model.pt2", _write_program, weights="optional"),
+    "static": _Kind(
+        "the static network's weights, of one trained at temperature 1",
+        "static.pt",
+        _write_static,
+        weights="needed",
+    ),
+}
+
+
+@click.command(
+    "export",
+    epilog="KIND is one of: "
+    + "; ".join(f"{name}, {kind.what}" for name, kind in KINDS.items())
+    + ".",
+)
+@click.argument("recipe", metavar="RECIPE")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--to", "kind", required=True, metavar="KIND", type=click.Choice(list(KINDS)),
+              help="What to write, see below.")  # fmt: skip
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Its file.  [default: train.py, model.onnx, …]",
+)
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+@click.option(
+    "--weights",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A checkpoint of train.py, or a state dict (onnx, program, static).",
+)
+@click.option("--ema", is_flag=True, help="The checkpoint's averaged weights.")
+@trust_option
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    kind: str,
+    output: Path | None,
+    force: bool,
+    weights: Path | None,
+    ema: bool,
+    trust: bool,
+) -> None:
+    """Write RECIPE, with KEY=VALUE changes such as model.num_classes=10, for use elsewhere.
+
+    \b
+    kwsearch export recipe.yaml --to train.py && python train.py --data PATH
+    kwsearch export recipe.yaml --to onnx --weights runs/train/checkpoint.pt
+    """
+    from kwsearch.recipe import load_recipe
+
+    chosen = KINDS[kind]
+    target = output or Path(chosen.file)
+    _check(kind, target, force, weights, ema)
+    settings, trust = without_trust(overrides, trust)
+    loaded = load_recipe(recipe, settings)
+    shown = shlex.join([recipe, *overrides])
+    request = _Request(loaded, shown, target, weights, ema, trust)
+    if chosen.weights and weights is None:
+        click.echo("note: without --weights the weights are random", err=True)
+    _replace(target, lambda path: chosen.write(request, path))
+    click.echo(f"wrote {target}", err=True)
+
+
+def _check(kind: str, target: Path, force: bool, weights: Path | None, ema: bool) -> None:
+    """Before the work: options that do not go together, a file that may not be written."""
+    chosen = KINDS[kind]
+    if weights is not None and chosen.weights is None:
+        takers = ", ".join(name for name, other in KINDS.items() if other.weights)
+        raise click.UsageError(f"--weights: {kind} has none; they are for {takers}")
+    if weights is None and chosen.weights == "needed":
+        raise click.UsageError(f"--to {kind} needs --weights, a checkpoint of the trained network")
+    if ema and weights is None:
+        raise click.UsageError("--ema needs --weights, a checkpoint of train.py --ema")
+    if not target.parent.is_dir():
+        raise click.UsageError(f"-o {target}: there is no folder {target.parent}")
+    if target.exists() and not force:
+        raise click.UsageError(f"{target} exists: --force replaces it, or give another with -o")
+
+
+def _replace(target: Path, write: Callable[[Path], None]) -> None:
+    """All or nothing: written beside, with the same ending, then renamed."""
+    temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _converted(request: _Request) -> nn.Module:
+    """The recipe's network, converted, with the weights if there are some, to be evaluated."""
+    from kwlayers import convert_
+    from kwsearch.resolve import create_model, plan_for
+
+    model = create_model(request.recipe, trust=request.trust)
+    convert_(model, plan_for(request.recipe, model))
+    if request.weights is not None:
+        _load(model, request.weights, request.ema)
+    return model.eval()
+
+
+def _load(model: nn.Module, path: Path, ema: bool) -> None:
+    """A checkpoint's weights into the model. Raises click.UsageError where they do not fit."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds: it depends on what the file is
+        reason = str(error).strip().split("\n")[0]
+        raise click.UsageError(f"--weights {path}: cannot be read: {reason}") from None
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        if ema and state.get("ema") is None:
+            raise click.UsageError(f"--ema: {path} has no averaged weights; leave it out")
+        state = state["ema" if ema else "model"]
+    elif ema:
+        raise click.UsageError(f"--ema: {path} is not a checkpoint of train.py")
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise click.UsageError(
+            f"--weights {path}: not of this recipe's network: {reason}"
+        ) from None

@@ -1,0 +1,85 @@
+"""kwsearch inspect: where every layer of a model stands, what it becomes and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from kwsearch.cli.options import SIZE, plan_options, target_options, trust_option
+
+
+@click.command("inspect")
+@click.argument("model", metavar="MODEL|RECIPE.yaml")
+@target_options
+@plan_options
+@click.option("--input", "input_size", type=SIZE, help="Input size.  [default: the model's]")
+@click.option("--classes", type=click.IntRange(min=1), help="Number of classes.")
+@trust_option
+@click.option("--flops", is_flag=True, help="Show FLOPs, two per MAC.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (always MACs, whole numbers).")
+def command(
+    model: str,
+    ratio: float | None,
+    params: int | None,
+    total_ratio: float | None,
+    input_size: tuple[int, ...] | None,
+    classes: int | None,
+    trust: bool,
+    flops: bool,
+    as_json: bool,
+    **plan_settings: Any,
+) -> None:
+    """The layers of MODEL as a tree: stage, warehouse, m and n, parameters and MACs by part, and
+    why the static ones stay static. Without a target at b = 1.
+
+    \b
+    kwsearch inspect timm:resnext50_32x4d
+    kwsearch inspect recipe.yaml --json
+    """
+    from kwsearch.budget import Target
+    from kwsearch.cli.request import Request
+
+    target = Target(ratio, params, total_ratio)
+    request = Request(model, input_size, classes, target, trust)
+    if not request.target and not request.has_plan:
+        request.target = Target(ratio=1.0)
+    request.apply({k: v for k, v in plan_settings.items() if v is not None})
+    outcome = request.outcome(request.network())
+    if as_json:
+        _print_json(request.model, outcome.plan)
+    else:
+        _print(request.model, outcome.plan, 2 if flops else 1)
+
+
+def _print_json(model: str, plan: Any) -> None:
+    import json
+
+    from kwsearch import inspection, report
+
+    data = {
+        "model": model,
+        "input": list(plan.network.input_size),
+        **report.plan_json(plan),
+        "layers": inspection.layers_json(inspection.layers_of(plan)),
+    }
+    click.echo(json.dumps(data, indent=2))
+
+
+def _print(model: str, plan: Any, scale: int) -> None:
+    from kwsearch import inspection, report, terminal
+
+    out = terminal.console()
+    size = "x".join(map(str, plan.network.input_size))
+    layers = inspection.layers_of(plan)
+    static = sum(layer.warehouse is None for layer in layers)
+    out.print(
+        f"[bold]{terminal.plain(model)}[/bold] at {size}: {len(layers) - static} layers in "
+        f"{len(plan.groups)} warehouses, {static} static"
+    )
+    for line in report.summary_lines(plan, scale):
+        out.print(terminal.plain(line))
+    table, notes = inspection.tree(layers, scale)
+    out.print(table)
+    for note in notes:
+        out.print(terminal.plain(note))

@@ -1,0 +1,77 @@
+"""What a command line asks of a model or recipe: the network, a target, settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from kwlayers.plan import Network
+from kwlayers.sharing import Settings
+from kwsearch.budget import Outcome, Target, meet
+from kwsearch.cli.options import PLAN_OPTIONS, is_recipe
+from kwsearch.networks import source, trace_model
+from kwsearch.recipe import Recipe, load_recipe
+from kwsearch.resolve import check_replannable, outcome_of, settings_of, target_of
+
+
+class Request:
+    """The model, its input and the target, from the command line and perhaps a recipe."""
+
+    def __init__(
+        self, model: str, input_size: Any, classes: int | None, target: Target, trust: bool
+    ) -> None:
+        # recipe: the one that says the plan or its budget. source: where -o takes the rest from.
+        self.recipe: Recipe | None = None
+        self.source: Recipe | None = None
+        self.model, self.input_size, self.classes, self.target = model, input_size, classes, target
+        self.trust = trust
+        self.settings: Settings | None = None
+        if is_recipe(model):
+            self._read(model)
+
+    def _read(self, path: str) -> None:
+        self.source = self.recipe = load_recipe(path)
+        self.model = self.recipe.model.name
+        self.input_size = self.input_size or self.recipe.input
+        self.classes = self.classes or self.recipe.model.num_classes
+        self.settings = settings_of(self.recipe)
+        if self.target:
+            check_replannable(self.recipe)
+            self.recipe = None
+        else:
+            self.target = target_of(self.recipe)
+
+    def apply(self, options: dict[str, Any]) -> None:
+        """Options that change the plan."""
+        if not options:
+            return
+        if self.has_plan:
+            shown = ", ".join("--" + name.replace("_", "-") for name in options)
+            raise click.UsageError(
+                f"{shown}: the recipe has a plan, which is counted as it stands; give a target "
+                "(--ratio, --params or --total-ratio) to plan anew"
+            )
+        from kwlayers.sharing import Settings
+
+        assert set(options) <= set(PLAN_OPTIONS)
+        self.settings = replace(self.settings or Settings(), **options)
+
+    @property
+    def as_published(self) -> bool:
+        """Whether a published accuracy speaks of this network."""
+        default = source(self.model).size()
+        return self.classes is None and tuple(self.input_size or default) == default
+
+    @property
+    def has_plan(self) -> bool:
+        return self.recipe is not None and self.recipe.plan is not None
+
+    def network(self) -> Network:
+        return trace_model(self.model, self.input_size, self.classes, self.trust)
+
+    def outcome(self, network: Network) -> Outcome:
+        if self.recipe is not None and self.recipe.plan is not None:
+            return outcome_of(self.recipe, network)
+        return meet(network, self.target, self.settings, self.model)

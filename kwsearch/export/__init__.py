@@ -1,0 +1,1 @@
+"""What a recipe becomes elsewhere: a training script, other tools' formats."""
