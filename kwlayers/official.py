@@ -396,8 +396,8 @@ def _num_ratio(plan: Plan, group: Group) -> float:
     where = f"group {group.name!r}: {group.num_cells:,} cells for {sum(mixtures):,} mixtures"
     if found:
         raise PlanError(
-            f"{where}; at ratio {group.ratio} they are handed out to the layers otherwise than "
-            f"there: plan with ratio {found[0][0]}, which gives as many"
+            f"{where}; the official code shares them out among the layers otherwise: plan with "
+            f"ratio {found[0][0]}, which gives as many"
         )
     raise PlanError(
         f"{where}; the official code builds whole multiples or fractions only: plan with a ratio "

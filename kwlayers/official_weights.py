@@ -200,8 +200,8 @@ def _check_handed_out(name: str, layers: list[_KWLayer]) -> None:
         else:
             return
     raise PlanError(
-        f"{name}: {num_cells:,} cells for {sum(mixtures):,} mixtures; the official code hands out "
-        "whole multiples or fractions only, so that it has no such model"
+        f"{name}: {num_cells:,} cells for {sum(mixtures):,} mixtures; the official code, which "
+        "hands out whole multiples or fractions layer by layer, has no such model"
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kwsearch import cli, data
+from kwsearch.export import train_template
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,7 +41,7 @@ def test_the_budget_commands_run_as_they_stand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^kwsearch (budget [\w.-]+(?: --?[\w-]+(?: [\w.]+)?)*)", README, re.M)
+    commands = re.findall(r"^kwsearch (budget [\w.-]+(?![\w.:-])(?: --?[\w-]+(?: [\w.]+)?)*)", README, re.M)
     assert len(commands) >= 5
     for command in commands:
         assert cli.run(command.split()) == 0, command
@@ -53,6 +54,9 @@ def test_every_option_named_is_one_that_exists(monkeypatch: pytest.MonkeyPatch) 
         with contextlib.redirect_stdout(io.StringIO()) as out:
             cli.run([name, "--help"])
         helps += out.getvalue()
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        train_template.parse_args(["--help"])
+    helps += out.getvalue()
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert len(named) >= 10
     assert {option for option in named if option not in helps} == set()

@@ -368,9 +368,15 @@ def test_another_input_size_is_said_and_read_back() -> None:
     assert official.plan(written, model) == plan
 
 
-def changed(plan: Plan, **changes: Any) -> Plan:
-    """The first group with other settings."""
-    return Plan(plan.network, (replace(plan.groups[0], **changes), *plan.groups[1:]))
+def changed(plan: Plan, name: str = "", **changes: Any) -> Plan:
+    """One group with other settings, the first by default; its cells are solved for by default."""
+    name = name or plan.groups[0].name
+    groups = tuple(
+        replace(group, **{"ratio": None, **changes}) if group.name == name else group
+        for group in plan.groups
+    )
+    assert groups != plan.groups
+    return Plan(plan.network, groups)
 
 
 def by_stage(name: str, **options: Any) -> Plan:
@@ -397,8 +403,13 @@ PLAN_ERRORS: dict[str, tuple[Callable[[], Plan], str]] = {
     ),
     "cells handed out otherwise": (
         lambda: changed(by_stage("resnet18"), ratio=0.26, num_cells=14),
-        "14 cells for 56 mixtures; at ratio 0.26 they are handed out to the layers otherwise than "
-        "there: plan with ratio 0.25, which gives as many",
+        "14 cells for 56 mixtures; the official code shares them out among the layers otherwise: "
+        "plan with ratio 0.25, which gives as many",
+    ),
+    "columns of a basis cut otherwise": (
+        # Nine layers of 49 mixtures, a cell each: 1/49 of 49 truncates to 0 in double precision.
+        lambda: changed(by_stage("convnext_tiny", basis_ratio=0.5), "stage2_dwconv", num_cells=9),
+        "9 cells for 441 mixtures; the official code shares them out among the layers otherwise",
     ),
     "one layer static": (
         lambda: Plan(network("resnet18"), by_stage("resnet18", sharing="layer").groups[1:]),
@@ -977,9 +988,24 @@ MODEL_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a ratio of 0.3": (
         lambda: custom(ratio=0.3),
-        "kw_warehouses.stage0_conv: 16 cells for 56 mixtures; the official code hands out",
+        "kw_warehouses.stage0_conv: 16 cells for 56 mixtures; the official code, which hands out",
+    ),
+    "cells of a basis that start elsewhere": (
+        lambda: rebuilt("resnet18", ratio=0.26, num_cells=14),
+        "stage0_conv: 14 cells for 56 mixtures; the official code, which hands out whole",
+    ),
+    "columns of a basis cut otherwise": (
+        lambda: rebuilt("convnext_tiny", "stage2_dwconv", num_cells=9),
+        "stage2_dwconv: 9 cells for 441 mixtures; the official code, which hands out whole",
     ),
 }
+
+
+def rebuilt(model: str, group: str = "", **changes: Any) -> nn.Module:
+    """A model with a basis, and one warehouse changed."""
+    plan = changed(by_stage(model, basis_ratio=0.5), group, **changes)
+    with torch.device("meta"):
+        return built(model, plan)
 
 
 def custom(ratio: float = 1, **options: Any) -> nn.Module:

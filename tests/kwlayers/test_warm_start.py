@@ -155,9 +155,7 @@ def test_pieces_of_kernels_with_more_entries_than_float32_counts_are_in_place() 
     pieces = _cut(weight, (2056, 2048, 1))
     for index, (rows, columns) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         block = weight[2056 * rows :, 2048 * columns :][:2056, :2048].view(torch.int32)
-        assert torch.equal(
-            pieces[index].view(2056, 2048).view(torch.int32), block.view(torch.int32)
-        )
+        assert torch.equal(pieces[index].view(2056, 2048).view(torch.int32), block)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -345,6 +343,24 @@ def test_no_layer_is_given_up_for_the_scale_of_its_weights() -> None:
     scaled = warm(model, plan).kw_warehouses.warm_start.errors
     assert scaled == pytest.approx(errors, abs=1e-6)
     assert max(errors.values()) < 0.8
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.5, 0.1])
+def test_layers_that_share_cells_have_the_least_errors_in_sum(ratio: float) -> None:
+    # Over pieces: every layer counts as often as it has some.
+    model = Net()
+    plan = plan_model(model, IMAGE, sharing=[["a", "b", "c"]], ratio=ratio)
+    (group,) = plan.groups
+    errors = warm(model, plan).kw_warehouses.warm_start.errors
+    pieces = []
+    for name in ("a", "b", "c"):
+        blocks = model.get_submodule(name).weight.detach().unfold(0, 8, 8).unfold(1, 8, 8)
+        rows = blocks.reshape(-1, 64)
+        pieces.append(rows / rows.square().sum(dim=1).mean().sqrt())
+    squares = torch.linalg.svdvals(torch.cat(pieces)).square()
+    expected = float(squares[group.num_cells :].sum())
+    found = sum(len(rows) * errors[name] ** 2 for name, rows in zip("abc", pieces, strict=True))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_above_temperature_zero_the_fitted_kernels_shrink() -> None:
