@@ -78,7 +78,8 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
 def _constant(twin: nn.Module, size: tuple[int, ...], calls: _Calls) -> set[str]:
     """Layers whose input is as large for two images as for one, as tables of positions are."""
     try:
-        twice = _Calls.of(twin, 2, size)
+        with MacCounter():  # for its shape rules
+            twice = _Calls.of(twin, 2, size)
     except Exception:  # it takes one image at a time: nothing can be said
         return set()
     return {name for name, entries in calls.entries.items() if twice.entries[name] == entries}

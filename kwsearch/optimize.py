@@ -1,8 +1,8 @@
 """The study: what is proposed, how it is trained, and what came of it. Nothing is lost.
 
 The first trials of a budget are its baselines, which always finish: the uniform plan and a static
-network of as many parameters. The driver decides, an executor trains, the journal in the run
-directory remembers.
+network within the budget, if there is one. The driver decides, an executor trains, the journal in
+the run directory remembers.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def _single_seed_lines(result: Result, found: Found, best: FrozenTrial) -> list[
     score, images = best.values[0], result.held_out
     if baseline(best) == UNIFORM:
         lines.append("    the uniform plan: no other plan did better")
-    names = {UNIFORM: "uniform plan", STATIC: "static network of as many parameters"}
+    names = {UNIFORM: "uniform plan", STATIC: "static network within the budget"}
     for kind, name in names.items():
         other = found.baseline(kind)
         theirs = None if other is None else accuracy_of(other)

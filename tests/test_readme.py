@@ -41,7 +41,9 @@ def test_the_budget_commands_run_as_they_stand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^kwsearch (budget [\w.-]+(?![\w.:-])(?: --?[\w-]+(?: [\w.]+)?)*)", README, re.M)
+    commands = re.findall(
+        r"^kwsearch (budget [\w.-]+(?![\w.:-])(?: --?[\w-]+(?: [\w.]+)?)*)", README, re.M
+    )
     assert len(commands) >= 5
     for command in commands:
         assert cli.run(command.split()) == 0, command

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kwlayers.plan import Network
 from kwlayers.sharing import Settings
+from kwsearch import networks
 from kwsearch.budget import Outcome, Target, meet
 from kwsearch.cli.options import PLAN_OPTIONS, is_recipe
-from kwsearch.networks import source, trace_model
-from kwsearch.recipe import Recipe, load_recipe
-from kwsearch.resolve import check_replannable, outcome_of, settings_of, target_of
+
+if TYPE_CHECKING:
+    from kwsearch.recipe import Recipe
 
 
 class Request:
@@ -32,6 +33,9 @@ class Request:
             self._read(model)
 
     def _read(self, path: str) -> None:
+        from kwsearch.recipe import load_recipe
+        from kwsearch.resolve import check_replannable, settings_of, target_of
+
         self.source = self.recipe = load_recipe(path)
         self.model = self.recipe.model.name
         self.input_size = self.input_size or self.recipe.input
@@ -53,15 +57,13 @@ class Request:
                 f"{shown}: the recipe has a plan, which is counted as it stands; give a target "
                 "(--ratio, --params or --total-ratio) to plan anew"
             )
-        from kwlayers.sharing import Settings
-
         assert set(options) <= set(PLAN_OPTIONS)
         self.settings = replace(self.settings or Settings(), **options)
 
     @property
     def as_published(self) -> bool:
         """Whether a published accuracy speaks of this network."""
-        default = source(self.model).size()
+        default = networks.source(self.model).size()
         return self.classes is None and tuple(self.input_size or default) == default
 
     @property
@@ -69,9 +71,11 @@ class Request:
         return self.recipe is not None and self.recipe.plan is not None
 
     def network(self) -> Network:
-        return trace_model(self.model, self.input_size, self.classes, self.trust)
+        return networks.trace_model(self.model, self.input_size, self.classes, self.trust)
 
     def outcome(self, network: Network) -> Outcome:
         if self.recipe is not None and self.recipe.plan is not None:
+            from kwsearch.resolve import outcome_of
+
             return outcome_of(self.recipe, network)
         return meet(network, self.target, self.settings, self.model)

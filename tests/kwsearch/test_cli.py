@@ -270,7 +270,7 @@ WRONG = [
     (("budget", "resnet18", "--ratio", "1", "--cell-ratio", "1,1,1"), 2, "one ratio, or two"),
     (("budget", "resnet18", "--ratio", "1", "--reduction", "2"), 2, "reduction 2.0"),
     (("budget", "resnet18", "--ratio", "1", "--sharing", "block"), 2, "is not one of"),
-    (("budget", "resnet18", "--ratio", "1", "--input", "3x224"), 2, "not an input size"),
+    (("budget", "resnet18", "--ratio", "1", "--input", "3x"), 2, "not an input size"),
     (("budget", "deit_tiny", "--ratio", "1", "--input", "3x224x200"), 2, "square images"),
     (("budget", "deit_tiny", "--ratio", "1", "--input", "3x8x8"), 2, "deit_tiny"),
     (("budget", "resnet18", "--ratio", "1", "--classes", "0"), 2, "--classes"),
