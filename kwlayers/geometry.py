@@ -129,13 +129,14 @@ def assign(
     M mixtures, mixture g starts on cell `floor(g * n / M)`, or on the zero cell if mixture
     g - 1 already started there.
     """
-    dealt = _published_assignment(num_cells, mixtures, ratio)
+    dealt = published_assignment(num_cells, mixtures, ratio)
     return dealt if dealt is not None else _even_assignment(num_cells, mixtures)
 
 
-def _published_assignment(
+def published_assignment(
     num_cells: int, mixtures: Sequence[int], ratio: float | None
 ) -> tuple[Assignment, ...] | None:
+    """As the official code hands cells out; None where that does not hand out all of them."""
     total = sum(mixtures)
     if ratio is None:
         cells_each, shared_by = num_cells // total, total // num_cells

@@ -125,7 +125,7 @@ def buildable(
     near = [exact, 1 / max(round(1 / exact), 1), (num_cells + 0.5) / total]
     for b in dict.fromkeys([ratio, *near] if ratio else near):
         if geometry.cells_for_ratio(total, b) == num_cells:
-            dealt = geometry._published_assignment(num_cells, mixtures, b)
+            dealt = geometry.published_assignment(num_cells, mixtures, b)
             if dealt is not None:
                 yield b, dealt
 

@@ -11,7 +11,10 @@ import pytest
 import kwlayers
 
 # Everything but tracing and the layers themselves.
-TORCH_FREE = ("geometry", "plan", "cost", "families", "planner", "solver")
+TORCH_FREE = (
+    "geometry", "plan", "cost", "families", "stages", "sharing", "planner", "solver",
+    "official", "official_models", "official_weights",
+)  # fmt: skip
 
 
 def imports_of(statement: str) -> set[str]:
