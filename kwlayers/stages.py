@@ -65,8 +65,8 @@ def _infer(sites: Sequence[Site]) -> dict[str, Label]:
 
 def _last(sites: Sequence[Site]) -> Site | None:
     """The layer that is called last, convertible or not."""
-    called = [site for site in sites if site.positions]
-    return max(called, key=lambda site: site.order, default=None)
+    called = sorted((site for site in sites if site.positions), key=lambda site: site.order)
+    return called[-1] if called else None
 
 
 def _static(called: Sequence[Site], last: Site | None) -> dict[str, str]:
