@@ -30,10 +30,11 @@ class Warehouses(nn.ModuleDict):
     layers: {warehouse name: module names}. warm_start: what it kept, None without one.
     """
 
+    warm_start: WarmStart | None = None
+
     def __init__(self, layers: dict[str, tuple[str, ...]]) -> None:
         super().__init__()
         self.layers = layers
-        self.warm_start: WarmStart | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The identity: a converted nn.Sequential runs over this container, too."""
@@ -60,14 +61,16 @@ def convert_(
     `plan.cost().params.total`. backend, workspace_mb: of every layer, as `kwlayers.ops.kw_conv`
     takes them; None for the fastest path of each layer.
 
-    warm_start: by default the static weights are dropped and cells start as published
+    warm_start: by default the static weights are dropped, and cells start as published
     (Kaiming-normal per layer). True: cells and attention start so that the model computes what it
-    did; where a warehouse has fewer cells than mixtures, what is closest to it. That is at
-    temperature 0, where it stays: train without `TemperatureSchedule`. "cells": the attention
-    starts as published, and the model computes what it did at temperature 1, which is set; where
-    cells are too few, they go to the largest parts of the kernels and the rest is zero. Cells
-    that no mixture needs start as published; those of frozen weights only are frozen.
-    `model.kw_warehouses.warm_start` is the `WarmStart` that says how close each layer is.
+    did, at temperature 0. Where a warehouse has fewer cells than mixtures it computes what comes
+    closest, and batch norms need some batches in training mode before their statistics fit. A
+    `TemperatureSchedule` is not needed: it changes nothing, or with few cells fades the layers in.
+    "cells": attention starts as published, and the model computes what it did at temperature 1,
+    which is set, but not as it falls. Few cells go to the largest parts of the kernels, the rest
+    is zero. In both cells that no mixture needs start as published, and those of weights that
+    were all frozen are frozen. `model.kw_warehouses.warm_start` is the `WarmStart`, which says
+    how close each layer is.
 
     Raises PlanError, before anything is changed, if the model does not fit the plan.
     """
