@@ -101,6 +101,35 @@ def test_convolutions_without_blocks_share_by_output_size_and_width() -> None:
     }
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_networks_of_signals_and_videos_have_stages_too(rank: int) -> None:
+    conv: Any = {1: nn.Conv1d, 3: nn.Conv3d}[rank]
+    width = 128  # narrower, 27 mixtures a kernel would be too many to share
+
+    class Residual(nn.Module):
+        def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+            super().__init__()
+            self.first = conv(inputs, outputs, 3, stride, 1)
+            self.second = conv(outputs, outputs, 3, padding=1)
+            self.shortcut = conv(inputs, outputs, 1, stride)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu()) + self.shortcut(x)
+
+    stages = [Residual(width, width, 1), Residual(width, 2 * width, 2)]
+    model = nn.Sequential(
+        conv(2, width, 3), *map(nn.Sequential, stages), nn.Flatten(2), nn.Linear(4**rank, 3)
+    )
+    found = trace(model, (2, *(10,) * rank))
+    assert warehouses(found) == {
+        "stage0_conv": names("1.0.first 1.0.second 1.0.shortcut 2.0.first 2.0.shortcut"),
+        "stage1_conv": names("2.0.second"),
+    }
+    convert_(model, plan_network(found, Settings(), ratio=1))
+    model(torch.randn(3, 2, *(10,) * rank)).sum().backward()
+    assert all(p.grad is not None for p in model.kw_warehouses.parameters())
+
+
 def test_a_convolution_over_a_single_channel_stays_static() -> None:
     class Gate(nn.Module):  # efficient channel attention: over the channels' means
         def __init__(self) -> None:
