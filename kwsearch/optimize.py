@@ -479,7 +479,7 @@ class Study:
             path = self.directory / named([*self.targets], value, BEST)
             one = Found(value, own, judged)
             recipe = under(self.recipe, value)
-            written = write_best(path, recipe, self.network, one, self._provenance)
+            written = write_best(path, recipe, self.network, one, self._provenance, self.trust)
             found.append(Found(value, own, judged, written))
         return tuple(found)
 

@@ -81,11 +81,16 @@ def recipe_of_trial(recipe: Recipe, trial: FrozenTrial) -> Recipe:
 
 
 def write_best(
-    path: Path, recipe: Recipe, network: Network, found: Found, provenance: Mapping[str, Any]
+    path: Path,
+    recipe: Recipe,
+    network: Network,
+    found: Found,
+    provenance: Mapping[str, Any],
+    trust: bool = False,
 ) -> Path | None:
     """The recipe of a budget with its best plan, where it comes from and what it is worth.
 
-    None if there is no plan.
+    trust: whether reading it needs --trust. None if there is no plan.
     """
     best = found.best
     if best is None:
@@ -120,7 +125,7 @@ def write_best(
     header = [
         *said,
         f"{best.user_attrs['params']:,} parameters, {best.user_attrs['macs']:,} MACs.",
-        f"    kwsearch budget {path}",
+        f"    kwsearch budget {path}" + (" --trust" if trust else ""),
     ]
     write_recipe(filled, path, header)
     return path

@@ -98,6 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help="folder for checkpoint.pt and log.csv [runs/train, runs/static]")
     add("--resume", action="store_true", help="go on from --out's checkpoint, if there is one")
     add("--static", action="store_true", help="train the static network instead, the same way")
+    add("--weights", type=Path, help="start from them: of the static network, or of this one")
     add("--seed", type=int, default=0, help="of weights, order and augmentation [0]")
 
     add = parser.add_argument_group("images").add_argument
@@ -438,13 +439,47 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def make_network(args: argparse.Namespace, size: tuple[int, int, int]) -> nn.Module:
-    """The static network, or that converted by the plan."""
+    """The static network, or that converted by the plan, with --weights if they are given."""
     model = make_model()
     kwlayers.trace(model, size)  # says so if the network cannot take it
+    weights = read_weights(args.weights) if args.weights else {}
+    converted = any(name.startswith("kw_warehouses.") for name in weights)
+    if weights and not converted:
+        load_weights(model, weights, args.weights)
     if not args.static:
         plan = kwlayers.Plan.from_groups(kwlayers.trace(model, INPUT), GROUPS)
-        kwlayers.convert_(model, plan)
+        kwlayers.convert_(model, plan, warm_start=bool(weights) and not converted)
+    if converted:
+        load_weights(model, weights, args.weights)
     return model
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Of a checkpoint of this script or a like one, or a state_dict by itself."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for part in ("model", "state_dict"):
+            state = state.get(part, state)
+        nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
+    except Exception as error:  # of many kinds: it depends on what the file is
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--weights {path}: cannot be read ({reason})") from None
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"--weights {path}: has no weights; a state_dict is looked for")
+    return dict(state)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """All weights into the model; a last layer for other classes stays as it is."""
+    own = model.state_dict()
+    last = [*model.named_parameters()][-1][0].rpartition(".")[0] + "."
+    other = [name for name in own.keys() & weights if own[name].shape != weights[name].shape]
+    if own.keys() != weights.keys() or not all(name.startswith(last) for name in other):
+        names = sorted(own.keys() ^ weights.keys()) + sorted(other)
+        raise UserError(f"--weights {path}: of another network, see {', '.join(names[:3])}")
+    model.load_state_dict({**weights, **{name: own[name] for name in other}})
+    if other:
+        print(f"{last[:-1]}: for other classes, not from {path}", file=sys.stderr)
 
 
 class Run:
@@ -475,7 +510,8 @@ class Run:
         self.steps_per_epoch = len(data.train.y) // args.batch_size
         self.steps = args.epochs * self.steps_per_epoch
         self.temperature = None
-        if any(isinstance(module, kwlayers.Attention) for module in self.model.modules()):
+        converted = any(isinstance(module, kwlayers.Attention) for module in self.model.modules())
+        if converted and not args.weights:  # trained weights have their temperature
             self.temperature = kwlayers.TemperatureSchedule(
                 self.model, args.temperature_epochs, self.steps_per_epoch
             )
@@ -610,8 +646,11 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one before."""
         free = {"data", "out", "resume", "workers", "device", "threads", "tensorboard"}
-        given = {name: value for name, value in vars(self.args).items() if name not in free}
-        return {**given, "augment": self.data.augment, "network": [INPUT, CLASSES, GROUPS]}
+        args = self.args
+        given = {name: value for name, value in vars(args).items() if name not in free}
+        weights = args.weights and str(args.weights)
+        network = [INPUT, CLASSES, GROUPS]
+        return {**given, "weights": weights, "augment": self.data.augment, "network": network}
 
     def save(self) -> None:
         """checkpoint.pt and log.csv, all or nothing."""
@@ -686,6 +725,9 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         + (f", going on after epoch {run.epoch}" if run.epoch else ""),
         flush=True,
     )
+    if args.weights and not run.epoch:
+        loss, accuracy = run.evaluate(run.net)
+        say(f"weights of {args.weights}: test {loss:.4f} {100 * accuracy:.2f} %", flush=True)
     while run.epoch < args.epochs:
         row = run.run_epoch()
         if rank == 0:

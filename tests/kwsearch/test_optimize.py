@@ -1172,6 +1172,8 @@ def test_trust_reaches_every_worker_and_no_file(
     assert executor.trusts == [True] * 3
     own_study(name, tmp_path / "run", resume=True)[0].run(executor, "nowhere:nothing")
     assert executor.trusts == [True] * 8
+    head = (tmp_path / "run" / "best.yaml").read_text().split("\nformat")[0]
+    assert head.endswith("best.yaml --trust")
 
 
 def test_without_trust_not_even_the_size_of_the_search_is_told(

@@ -350,7 +350,7 @@ def test_the_log_s_test_accuracy_is_that_of_the_checkpoint(
     x = ((x - state["mean"]) / state["std"]).expand(-1, 3, -1, -1)
     last = rows(whole)[-1]
     for weights, accuracy in (("model", "test_accuracy"), ("ema", "ema_accuracy")):
-        args = SimpleNamespace(static=False)
+        args = SimpleNamespace(static=False, weights=None)
         model = script.make_network(args, script.INPUT)
         model.load_state_dict(state[weights])
         with torch.no_grad():
@@ -436,6 +436,72 @@ def test_the_temperature_falls_over_its_epochs(train: Any, tmp_path: Path) -> No
     assert [float(row["temperature"]) for row in rows(tmp_path)] == [0.5, 0]
     model = checkpoint(tmp_path)["model"]
     assert [float(v) for k, v in model.items() if k.endswith("attention.temperature")][:2] == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def even(folder: Path, one_thread: None) -> ModuleType:
+    """The script of a plan with a cell per mixture."""
+    text = train_script(recipe(RECIPE.replace("total_ratio: 0.5", "ratio: 1")), "even.yaml")
+    return loaded(text, folder / "train_even.py")
+
+
+def test_weights_are_a_start_and_keep_the_accuracy(
+    even: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(out: str, *options: str) -> tuple[str, dict[str, str]]:
+        given = ["--data", str(folder / "digits"), "--epochs", "1", "--subset", "64", *options]
+        assert even.main([*given, "--out", str(tmp_path / out)]) == 0
+        (row,) = rows(tmp_path / out)
+        return capsys.readouterr().out, row
+
+    _, static = run("static", "--static")
+    reached = f"test {float(static['test_loss']):.4f} {100 * float(static['test_accuracy']):.2f} %"
+    for name, options in (("converted", ()), ("on", ("--static",))):
+        weights = tmp_path / "static" / "checkpoint.pt"
+        told, row = run(name, "--weights", str(weights), *options)
+        assert f"weights of {weights}: {reached}\n" in told
+        assert row["temperature"] == ""
+    model = checkpoint(tmp_path / "converted")["model"]
+    assert {float(v) for k, v in model.items() if k.endswith("temperature")} == {0}
+    trained = f"test {float(rows(tmp_path / 'converted')[0]['test_loss']):.4f}"
+    told, _ = run("again", "--weights", str(tmp_path / "converted" / "checkpoint.pt"))
+    assert f"checkpoint.pt: {trained}" in told
+
+
+def test_weights_of_other_classes_leave_the_last_layer(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = zoo.create("resnet20", num_classes=7).state_dict()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in given.items()}}, tmp_path / "w.pt")
+    asked = ["--data", "x", "--static", "--weights", str(tmp_path / "w.pt")]
+    found = script.make_network(script.parse_args(asked), (3, 8, 8)).state_dict()
+    same = {name for name in given if torch.equal(found[name], given[name])}
+    assert given.keys() - same == {"fc.weight", "fc.bias"}
+    assert found["fc.weight"].shape == (10, 64)
+    assert "fc: for other classes, not from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"torn", "cannot be read"),
+        ([1], "cannot be read"),
+        ({}, "has no weights"),
+        ({"epoch": 3}, "has no weights"),
+        (nn.Linear(2, 2).state_dict(), "of another network, see"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    content: Any, message: str, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "w.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    assert train("--weights", str(path), out=tmp_path / "out") == 2
+    assert f"--weights {path}: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -783,7 +849,7 @@ def test_two_processes_see_as_many_images_as_one(
     assert (int(row["images"]), int(row["step"])) == (IMAGES, STEPS)
     # All test images count, once: the accuracy is that of the checkpoint on all of them.
     state, test = checkpoint(tmp_path), data.load("digits", "test")
-    model = script.make_network(SimpleNamespace(static=False), script.INPUT)
+    model = script.make_network(SimpleNamespace(static=False, weights=None), script.INPUT)
     model.load_state_dict(state["model"])
     x = (test.x[:TESTS].float() / 255 - state["mean"]) / state["std"]
     with torch.no_grad():
