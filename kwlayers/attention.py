@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kwlayers import geometry
 from kwlayers.ops import triton_attention
+from kwlayers.ops.device import device_type
 from kwlayers.ops.dispatch import triton_available
 from kwlayers.ops.triton_conv import DTYPES as TRITON_DTYPES
 
@@ -140,7 +141,8 @@ def _pooled(x: Tensor) -> Tensor:
 
 def _fuses(x: Tensor) -> bool:
     """Whether Triton's kernels take over: on a GPU; a compiled graph is fused by its compiler."""
-    return x.is_cuda and triton_available() and not torch.compiler.is_compiling()
+    on_gpu = device_type(x) == "cuda"
+    return on_gpu and triton_available() and not torch.compiler.is_compiling()
 
 
 class _BatchNorm1d(nn.BatchNorm1d):

@@ -20,9 +20,9 @@ class Forecast:
 
     combinations: of all choices but the split over the warehouses, which is continuous.
     warehouses, step_s, train_bytes, checkpoint_bytes: under the last budget.
-    valid_share: of random samples, the least of all budgets. step_s, train_bytes: of one training
-    step of the uniform plan, measured here. train_images: of an epoch, None where neither the
-    recipe nor this machine says.
+    valid_share: of random samples, the least of all budgets. step_s: of one training step of the
+    uniform plan, measured here. train_bytes: of that step, counted. train_images: of an epoch, None
+    where neither the recipe nor this machine says.
     most_bytes: that it may be. workers: trials at a time.
     seconds: of the whole study on one worker, if no trial were stopped early (most) and if all were
     at the first rung but the calibration (least); None without train_images.

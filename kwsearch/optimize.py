@@ -56,7 +56,7 @@ from kwsearch.rungs import Rung, as_rungs, geometric, phase_of
 from kwsearch.rungs import check as check_rungs
 from kwsearch.space import Space, fingerprint
 from kwsearch.static_twin import NoTwin, Twin, static_twin
-from kwsearch.train_step import TrainStep
+from kwsearch.train_step import TrainStep, train_bytes
 from kwsearch.trial import Trained
 from kwsearch.trials import AGAIN, FINGERPRINT, TEMPERATURE, baseline, budget_of
 
@@ -114,7 +114,7 @@ class Study:
         self._check_choices()
         self.rungs = _rungs(self.search, self.proxy)
         self._resume = resume
-        self._measured: dict[str, int] = {}
+        self._counted: dict[str, int] = {}
 
     def _check_choices(self) -> None:
         """Raise SearchError for settings that exclude each other."""
@@ -224,8 +224,9 @@ class Study:
         self.network = self._trace()
         search, proxy, spaces = self.search, self.proxy, list(self._spaces().values())
         uniform = spaces[-1].uniform
-        step = TrainStep(self.recipe, uniform, proxy, self.trust)
-        step_s, workers = step.seconds(), slots_of(search, proxy, lambda: step.nbytes)
+        step_s = TrainStep(self.recipe, uniform, proxy, self.trust).seconds()
+        nbytes = self._train_bytes(uniform)
+        workers = slots_of(search, proxy, lambda: nbytes)
         trainings = (search.finalists + 2) * search.seeds * len(spaces) if search.finalists else 0
         images = dry_run.images_of(proxy)
         least = most = None
@@ -245,7 +246,7 @@ class Study:
             rungs=tuple(rung.step for rung in self.rungs),
             trainings=trainings,
             step_s=step_s,
-            train_bytes=step.nbytes,
+            train_bytes=nbytes,
             most_bytes=search.space.limits.train_memory,
             workers=workers,
             train_images=images,
@@ -278,11 +279,11 @@ class Study:
         return slots_of(self.search, self.proxy, nbytes)
 
     def _train_bytes(self, plan: Plan) -> int:
-        """Of one training step, measured once for each plan."""
+        """Of one training step, counted once for each plan."""
         name = fingerprint(plan)
-        if name not in self._measured:
-            self._measured[name] = TrainStep(self.recipe, plan, self.proxy, self.trust).nbytes
-        return self._measured[name]
+        if name not in self._counted:
+            self._counted[name] = train_bytes(self.recipe, plan, self.proxy, self.trust)
+        return self._counted[name]
 
     def _fits(self, plan: Plan) -> bool:
         """Whether a plan trains within search.space.limits.train_memory."""

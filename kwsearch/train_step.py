@@ -1,4 +1,4 @@
-"""One training step of a plan on random images: what it takes in time and memory, measured here."""
+"""One training step of a plan: its time, measured here, its memory, and how many trials fit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kwsearch.recipe import Proxy, Recipe
@@ -21,10 +22,8 @@ _CONTEXT = 600 * 10**6
 
 
 class TrainStep:
-    """A network with random images of the proxy's batch size. nbytes: peak of its first step.
+    """A network with random images of the proxy's batch size, to be timed.
 
-    Those are its weights, gradients and the optimizer's state, and what the step holds on top;
-    as torch's allocator counts, exact and the same every time.
     trust: whether the network may be the user's own code.
     """
 
@@ -32,25 +31,18 @@ class TrainStep:
         import torch
 
         from kwlayers.convert import convert_
-        from kwlayers.ops.workspace import Workspace
         from kwsearch.proxy import device_of, optimizer_of
-        from kwsearch.resolve import create_model, input_of
-        from kwsearch.timing import peak_bytes
+        from kwsearch.resolve import create_model
 
         if proxy.threads is not None:
             torch.set_num_threads(proxy.threads)
         self.device = device_of(proxy)
-        channels, height, width = input_of(recipe)
-        if proxy.resolution is not None:
-            height = width = proxy.resolution
         with torch.random.fork_rng():
             model = create_model(recipe, trust=trust)
             self.model = convert_(model, plan).to(self.device).train()
-            self.x = torch.randn(proxy.batch_size, channels, height, width, device=self.device)
+            size = (proxy.batch_size, *_input_of(recipe, proxy))
+            self.x = torch.randn(size, device=self.device)
         self.optimizer = optimizer_of(self.model, proxy)
-        Workspace.clear()  # it counts, whoever had it before
-        held = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        self.nbytes = held + peak_bytes(self, self.device)
 
     def __call__(self) -> None:
         import torch
@@ -71,6 +63,31 @@ class TrainStep:
             _wait(self.device)
             found.append(time.perf_counter() - began)
         return statistics.median(found)
+
+
+def train_bytes(recipe: Recipe, plan: Plan, proxy: Proxy, trust: bool = False) -> int:
+    """The peak memory of a training step at the proxy's batch size, counted and not run."""
+    from kwsearch import memory, networks
+    from kwsearch.proxy import device_of, optimizer_of
+
+    model = recipe.model
+    return memory.memory_of(
+        partial(networks.planning_model, model.name, recipe.input, model.num_classes, trust),
+        plan,
+        _input_of(recipe, proxy),
+        memory.Step(proxy.batch_size, device=device_of(proxy).type),
+        lambda made: optimizer_of(made, proxy),
+    ).total
+
+
+def _input_of(recipe: Recipe, proxy: Proxy) -> tuple[int, int, int]:
+    """(C, H, W) that the proxy trains on."""
+    from kwsearch.resolve import input_of
+
+    channels, height, width = input_of(recipe)
+    if proxy.resolution is not None:
+        height = width = proxy.resolution
+    return channels, height, width
 
 
 def _wait(device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kwlayers.ops.device import turns
 from kwlayers.ops.kernels import Convolution
 from kwlayers.ops.reference import CONV
 
@@ -17,14 +18,13 @@ class Loop(Convolution):
         self.splits = self.geometry.groups == 1
 
     def forward(self, source: Tensor, kernels: Tensor, out: Tensor) -> None:
-        weights = _weights(kernels, self.last)
-        for sample, weight in enumerate(weights):
+        for sample, weight in turns([*enumerate(_weights(kernels, self.last))]):
             out[sample : sample + 1].copy_(_conv(self, source[sample : sample + 1], weight))
 
     def source_grad(
         self, source: Tensor, kernels: Tensor, grad: Tensor, out: Tensor, add: bool
     ) -> None:
-        for sample, weight in enumerate(_weights(kernels, self.last)):
+        for sample, weight in turns([*enumerate(_weights(kernels, self.last))]):
             one = slice(sample, sample + 1)
             found, _ = _grads(self, grad[one], source[one], weight, (True, False))
             assert found is not None
@@ -34,7 +34,7 @@ class Loop(Convolution):
                 out[one].copy_(found)
 
     def kernel_grad(self, source: Tensor, grad: Tensor, out: Tensor) -> None:
-        for sample, weight in enumerate(_weights(out, self.last)):
+        for sample, weight in turns([*enumerate(_weights(out, self.last))]):
             one = slice(sample, sample + 1)
             _, found = _grads(self, grad[one], source[one], weight, (False, True))
             assert found is not None

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from kwlayers.ops.device import turns
 from kwlayers.ops.geometry import FEW_POSITIONS, Blocks, ConvGeometry
 from kwlayers.ops.path import Needs, Path, add_product_, format_of, wide
 from kwlayers.ops.workspace import Workspace
@@ -235,7 +236,7 @@ class _Mixing:
         All channels of a sample one after the other where a source is made for it; otherwise
         all samples, so that a part of the cells is read once.
         """
-        samples = _slices(self.batch, self.step)
+        samples = turns(_slices(self.batch, self.step))
         channels = _slices(self.blocks.cell[0], self.width)
         if self.conv.source_shape() is None:
             return [(s, c) for c in channels for s in samples]

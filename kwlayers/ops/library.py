@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kwlayers.ops.device import device_type
 from kwlayers.ops.dispatch import Choice, choose
 from kwlayers.ops.geometry import ConvGeometry
 from kwlayers.ops.path import Needs, Path, format_of, wide
@@ -159,7 +160,7 @@ def _paths(x: Tensor, cells: Tensor, geometry: ConvGeometry, backend: str) -> tu
 def choose_for(x: Tensor, cells: Tensor, geometry: ConvGeometry) -> Choice:
     """`choose` for these tensors."""
     return choose(
-        x.device.type,
+        device_type(x),
         x.dtype,
         x.shape[0],
         tuple(x.shape[2:]),

@@ -55,7 +55,7 @@ def _mean(x: Tensor) -> Tensor:
     tiles = -(-channels // block_c)
     if out.numel():
         launch(
-            _compiled(_mean_kernel),
+            functools.partial(_compiled, _mean_kernel),
             lambda _: (batch * tiles,),
             x,
             out,
@@ -87,7 +87,7 @@ def _head(module: Attention, pooled: Tensor, dtype: torch.dtype) -> Tensor:
     tiles = -(-mixtures // block_m)
     if out.numel():
         launch(
-            _compiled(_head_kernel),
+            functools.partial(_compiled, _head_kernel),
             lambda _: (batch * tiles,),
             pooled,
             first.weight.contiguous(),
@@ -157,7 +157,7 @@ def _rows(
     block_r = min(_power(rows), max(1024 // block_j, 1))
     if out.numel():
         launch(
-            _compiled(kernel),
+            functools.partial(_compiled, kernel),
             lambda _: (-(-rows // block_r),),
             z,
             temperature,

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, no_type_check
 import torch
 from torch import Tensor
 
+from kwlayers.ops.device import stands
 from kwlayers.ops.geometry import ConvGeometry
 from kwlayers.ops.path import format_of
 
@@ -38,6 +39,8 @@ tl: Any = None  # triton.language, which `jit` puts here
 
 def available(device: torch.device) -> bool:
     """Whether kernels can run there: Triton is installed, and it is a GPU or interpreted."""
+    if stands():
+        return True
     if importlib.util.find_spec("triton") is None:
         return False
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -130,7 +133,7 @@ def conv_kernel_grad(
         tiles = -(-channels[0] // meta["BLOCK_O"]) * -(-channels[1] // meta["BLOCK_C"])
         return (batch * taps * tiles,)
 
-    launch(_compiled("kernel_grad"), grid, x, grad, out, **arguments)
+    launch(functools.partial(_compiled, "kernel_grad"), grid, x, grad, out, **arguments)
     return out
 
 
@@ -204,7 +207,7 @@ def _product(source: Tensor, kernels: Tensor, out: Tensor, axes: Sequence[_Axis]
         tiles = -(-positions // meta["BLOCK_P"]) * -(-channels // meta["BLOCK_N"])
         return (batch * tiles,)
 
-    launch(_compiled("product"), grid, source, kernels, out, **arguments)
+    launch(functools.partial(_compiled, "product"), grid, source, kernels, out, **arguments)
 
 
 def _sees_edges(axis: _Axis, size: int, outputs: int) -> bool:
@@ -549,9 +552,15 @@ def jit(
 
 
 def launch(
-    kernel: Any, grid: Callable[[Mapping[str, int]], tuple[int]], *tensors: Tensor, **more: Any
+    compiled: Callable[[], Any],
+    grid: Callable[[Mapping[str, int]], tuple[int]],
+    *tensors: Tensor,
+    **more: Any,
 ) -> None:
-    """Run what `jit` made, on the device of its tensors."""
+    """Run what `jit` made, on the device of its tensors; not where they have no data."""
+    if stands():
+        return
+    kernel = compiled()
     if "INTERPRETED" in kernel.arg_names:
         more["INTERPRETED"] = _interpreted(kernel.fn)
     device = tensors[0].device

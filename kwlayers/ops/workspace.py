@@ -8,6 +8,8 @@ import threading
 import torch
 from torch import Tensor
 
+from kwlayers.ops.device import device_type
+
 MEBIBYTE = 2**20
 
 
@@ -25,12 +27,15 @@ class Workspace:
         self.nbytes = nbytes
         self._used = 0
         self._buffer: Tensor | None = None
-        if like.device.type == "cpu":
-            buffers: dict[torch.dtype, Tensor] = self._kept.__dict__.setdefault("buffers", {})
+        if device_type(like) == "cpu":
+            kept = self._kept.__dict__.setdefault("buffers", {})
+            buffers: dict[torch.dtype, Tensor] = kept.setdefault(like.device, {})
             buffer = buffers.get(like.dtype)
             if buffer is None or buffer.nbytes < nbytes:
                 with torch.inference_mode(False):
-                    buffer = torch.empty(nbytes // like.element_size(), dtype=like.dtype)
+                    buffer = torch.empty(
+                        nbytes // like.element_size(), dtype=like.dtype, device=like.device
+                    )
                 buffers[like.dtype] = buffer
             self._buffer = buffer
 
@@ -51,6 +56,12 @@ class Workspace:
     def release(self, mark: int) -> None:
         """Give back every tensor taken since `mark`."""
         self._used = mark
+
+    @classmethod
+    def kept(cls) -> list[Tensor]:
+        """This thread's buffers."""
+        by_device = cls._kept.__dict__.get("buffers", {})
+        return [buffer for buffers in by_device.values() for buffer in buffers.values()]
 
     @classmethod
     def clear(cls) -> None:

@@ -89,4 +89,5 @@ def _exit_code(error: ValueError) -> int | None:
     """The exit code of an error of ours that the user can mend; None for a bug."""
     if type(error).__module__.split(".")[0] not in ("kwlayers", "kwsearch"):
         return None
-    return {"BudgetError": NO_PLAN, "StudyFailed": FAILED}.get(type(error).__name__, USAGE)
+    codes = {"BudgetError": NO_PLAN, "DoesNotFit": NO_PLAN, "StudyFailed": FAILED}
+    return codes.get(type(error).__name__, USAGE)

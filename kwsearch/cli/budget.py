@@ -16,11 +16,13 @@ from kwsearch.cli.options import (
     target_options,
     trust_option,
 )
+from kwsearch.cli.step import STEP_OPTIONS, StepRequest, step_options
 
 if TYPE_CHECKING:
     from kwlayers.plan import Network
     from kwsearch.budget import Outcome
     from kwsearch.cli.request import Request
+    from kwsearch.step_report import Takes
 
 
 @click.command("budget")
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 @click.option(
     "--by", type=click.Choice(["stage", "layer"]), default="stage", help="Lines of the table."
 )
+@step_options
 @click.option("--flops", is_flag=True, help="Show FLOPs, two per MAC.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (always MACs).")
 @click.option(
@@ -54,7 +57,7 @@ def command(
     as_json: bool,
     output: str | None,
     check: bool,
-    **plan_settings: Any,
+    **settings: Any,
 ) -> None:
     """Exact parameters and MACs of MODEL under a budget, by part.
 
@@ -66,34 +69,42 @@ def command(
     kwsearch budget resnet50 --ratio 0.5
     kwsearch budget resnet18 --params 8M --sharing layer -o recipe.yaml
     kwsearch budget recipes/kw_resnet18_1x.yaml --by layer
+    kwsearch budget resnet50 --ratio 0.5 --batch 64 --memory 12GB
     """
     from kwsearch.budget import Target
     from kwsearch.cli.request import Request
 
     target = Target(ratio, params, total_ratio)
     request = Request(model, input_size, classes, target, trust)
-    request.apply({k: v for k, v in plan_settings.items() if v is not None})
+    given = {name: value for name, value in settings.items() if value is not None}
+    step = StepRequest({name: given.pop(name) for name in STEP_OPTIONS if name in given})
+    request.apply(given)
     if output:
         _check_output(output)
     network = request.network()
     if not request.target and not request.has_plan:
-        if output or check:
-            raise click.UsageError("-o and --check need a target: --ratio, --params, --total-ratio")
+        if output or check or step.asked:
+            raise click.UsageError(
+                "-o, --check, --batch and --memory need a target: --ratio, --params, --total-ratio"
+            )
         _show_settings(request, network, as_json)
         return
     outcome = request.outcome(network)
     _note_published(request)
+    takes = step.takes(request, outcome.plan) if step.asked else None
     if as_json:
-        _print_json(request, outcome, by)
+        _print_json(request, outcome, by, takes)
     else:
-        _print(request, outcome, by, 2 if flops else 1)
+        _print(request, outcome, by, 2 if flops else 1, takes)
     if check:
         _print_check(request, outcome, as_json)
     if output:
         _write(request, outcome, output)
+    if takes is not None:
+        takes.check()
 
 
-def _print(request: Request, outcome: Outcome, by: str, scale: int) -> None:
+def _print(request: Request, outcome: Outcome, by: str, scale: int, takes: Takes | None) -> None:
     from kwsearch import report, terminal
 
     out = terminal.console()
@@ -108,6 +119,9 @@ def _print(request: Request, outcome: Outcome, by: str, scale: int) -> None:
         out.print(table)
     if len(outcome.candidates) > 1:
         out.print(report.trade_table(outcome.candidates))
+    if takes is not None:
+        for part in takes.parts():
+            out.print(part)
 
 
 def _how(request: Request, outcome: Outcome) -> str:
@@ -138,7 +152,7 @@ def _note_published(request: Request) -> None:
         )
 
 
-def _print_json(request: Request, outcome: Outcome, by: str) -> None:
+def _print_json(request: Request, outcome: Outcome, by: str, takes: Takes | None) -> None:
     import json
 
     from kwsearch import report
@@ -158,6 +172,8 @@ def _print_json(request: Request, outcome: Outcome, by: str) -> None:
         ]
     if outcome.plan.notes:
         data["notes"] = list(outcome.plan.notes)
+    if takes is not None:
+        data["memory"] = takes.to_json()
     if by == "layer":
         data["layers"] = [vars(layer) for layer in outcome.plan.cost_by_layer()]
     click.echo(json.dumps(data, indent=2))

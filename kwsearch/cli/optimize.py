@@ -161,7 +161,7 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
         fits = "under" if forecast.train_bytes <= forecast.most_bytes else "OVER"
         click.echo(
             f"    {fits} search.space.limits.train_memory, {forecast.most_bytes / 1e6:,.0f} MB; "
-            "other plans are measured before they are trained"
+            "other plans are counted before they are trained"
         )
     if forecast.least_seconds is None or forecast.most_seconds is None:
         click.echo("time: unknown, for want of the data set or proxy.subset")

@@ -45,6 +45,7 @@ class Pair(click.ParamType):  # type: ignore[type-arg]
 
 RATIO = Parsed("parse_ratio", "RATIO")
 COUNT = Parsed("parse_count", "COUNT")
+BYTES = Parsed("parse_bytes", "BYTES")
 SIZE = Parsed("parse_size", "CxH[xW…]")
 Command = Callable[..., Any]
 

@@ -10,7 +10,7 @@ import torch
 from kwlayers.plan import Plan
 from kwsearch import train_step
 from kwsearch.recipe import Proxy, Recipe, parse_recipe
-from kwsearch.train_step import TrainStep, fitting, slots
+from kwsearch.train_step import TrainStep, fitting, slots, train_bytes
 
 TEXT = """
 format: 1
@@ -31,20 +31,29 @@ def plan_of(recipe: Recipe) -> Plan:
         return recipe.plan_for(recipe.create_model())
 
 
+def bytes_of(*overrides: str) -> int:
+    recipe = parse_recipe(TEXT, overrides=overrides)
+    assert recipe.proxy is not None
+    return train_bytes(recipe, plan_of(recipe), recipe.proxy)
+
+
 def test_memory_grows_by_what_a_larger_batch_saves() -> None:
-    sizes = [step_of(f"proxy.batch_size={batch}").nbytes for batch in (4, 8, 12)]
+    sizes = [bytes_of(f"proxy.batch_size={batch}") for batch in (4, 8, 12)]
     # Weights, gradients and workspaces aside, memory is proportional to the batch.
     first, second = sizes[1] - sizes[0], sizes[2] - sizes[1]
     assert 0 < first == pytest.approx(second, rel=0.05)
 
 
 def test_momentum_is_another_copy_of_the_weights() -> None:
-    plain, momentum = step_of(), step_of("proxy.momentum=0.9")
-    weights = sum(4 * p.numel() for p in plain.model.parameters())
-    # The step's peak is before the optimizer's first step, or after; not more than the copy.
-    assert 0 <= momentum.nbytes - plain.nbytes <= weights
-    assert plain.nbytes > 2 * weights
-    assert step_of().nbytes == plain.nbytes
+    recipe = parse_recipe(TEXT)
+    weights = 4 * plan_of(recipe).cost().params.total
+    assert bytes_of("proxy.momentum=0.9") - bytes_of() == weights
+    assert bytes_of() > 2 * weights
+
+
+def test_memory_is_that_of_the_proxy_s_images() -> None:
+    assert bytes_of("proxy.resolution=16") > bytes_of() == bytes_of("proxy.resolution=8")
+    assert bytes_of("proxy.resolution=null") == bytes_of("proxy.resolution=32")
 
 
 def test_a_step_trains_and_leaves_random_numbers_alone() -> None:
