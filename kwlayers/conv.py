@@ -265,15 +265,18 @@ class KWLinear(_KWLayer):
             )
         if x.dim() == 1:
             return self.forward(x[None])[0]
-        # (B, …, C) -> (B, C, tokens), and back.
-        tokens = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
-        tokens = tokens.transpose(1, 2)
+        tokens = self.tokens(x)
         alpha = self.attention(tokens)
         out = kw_conv(
             tokens, alpha, self.warehouse.cells, self.geometry, self.backend, self.workspace_mb
         )
         out = out.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    @staticmethod
+    def tokens(x: Tensor) -> Tensor:
+        """x: (B, …, C)  out: (B, C, tokens), as attention and `kw_conv` take them."""
+        return (x.flatten(1, -2) if x.dim() > 2 else x[:, None]).transpose(1, 2)
 
     def extra_repr(self) -> str:
         has_bias = self.bias is not None

@@ -33,7 +33,19 @@ class Event(NamedTuple):
     number: int
 
 
-class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class AsLaidOut(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Convolutions on `meta` give channels_last where those of the devices do."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing here is compiled; the default would import the compiler, too.
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _as_laid_out(func, args, func(*args, **(kwargs or {})))
+
+
+class Allocations(AsLaidOut):
     """Counts memory that is allocated while it is active, until it is freed.
 
     events: in order. labels: {number: the label under which it was allocated}. scratch: of an
@@ -51,11 +63,6 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._adding_up = False
         # Where the events of an addition begin, and its left operand.
         self._added: tuple[int, int] | None = None
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Nothing here is compiled; the default would import the compiler, too.
-        return False
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Memory that is there already."""
@@ -89,7 +96,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._added = None
         if self._adding_up and func is _aten.add.Tensor and not args[0]._is_view():
             self._added = len(self.events), self.number(args[0])
-        found = _as_laid_out(func, args, func(*args, **(kwargs or {})))
+        found = super().__torch_dispatch__(func, types, args, kwargs)
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
                 self._see(leaf)

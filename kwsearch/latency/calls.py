@@ -1,0 +1,294 @@
+"""What a step is made of: calls of torch's functions, and of dynamic layers by their parts.
+
+A step runs once on `meta`. Every function of torch that it calls is one `Call`; a dynamic layer is
+two, its attention and its mixing, whatever they do inside; in training, a tensor that several calls
+read has gradients to be added up, and a warehouse one buffer to be filled. Two calls with one key
+take as long as each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from kwlayers.conv import KWLinear, _KWLayer
+from kwlayers.ops.device import standing_for
+from kwlayers.ops.library import choose_for
+from kwlayers.plan import PlanError
+from kwsearch.allocations import AsLaidOut
+
+# What asks a tensor about itself, and computes nothing.
+_ASKED = {
+    "__get__", "__set__", "__len__", "dim", "ndimension", "size", "stride", "numel", "data_ptr",
+    "is_floating_point", "is_complex", "is_contiguous", "storage_offset", "element_size",
+    "requires_grad_", "_is_view",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor without its data. kept: a parameter, or a table of whole numbers: it stays where it
+    is, and is not written anew before each call. grad: whether it needs a gradient.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    kept: bool
+    grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Spec:
+        """Of a tensor on any device."""
+        kept = isinstance(tensor, nn.Parameter) or not tensor.is_floating_point()
+        grad = tensor.requires_grad
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, kept, grad)
+
+    @property
+    def nbytes(self) -> int:
+        """As if it were contiguous."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        """16x64x56x56, then what is unusual: layout, dtype, kept (*), gradient (')."""
+        text = "x".join(map(str, self.shape)) or "scalar"
+        if self.stride != _row_major(self.shape):
+            text += f"/{'.'.join(map(str, self.stride))}"
+        if self.dtype != torch.float32:
+            text += f":{str(self.dtype).removeprefix('torch.')}"
+        return text + "*" * self.kept + "'" * self.grad
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, by what its time depends on.
+
+    family: what is called, with everything but `cells`, the number of cells of a warehouse, on
+    which times depend linearly; 0 where there are none. kind: of a fitted model. work: numbers that
+    times of one kind grow with: multiply-adds, bytes. what: to call: (function, arguments with
+    Specs in place of tensors, their structure, whether the first is written over), (layer on meta,
+    Spec of x) or a Spec; it does not count for equality.
+    """
+
+    kind: str
+    family: str
+    cells: int
+    work: tuple[float, ...]
+    what: Any = field(compare=False, repr=False, default=None)
+
+    @property
+    def key(self) -> str:
+        """In a table."""
+        return f"{self.family} n={self.cells}" if self.cells else self.family
+
+
+def calls_of(
+    model: nn.Module,
+    batch: int,
+    input_size: tuple[int, ...],
+    training: bool,
+    device: str = "cpu",
+) -> Counter[Call]:
+    """The calls of one step, and how often. model: on `meta`, converted or not.
+
+    input_size: (C, ...) of an image. Raises PlanError where the step cannot run.
+    """
+    recorder = _Recorder(training)
+    x = torch.empty(batch, *input_size, device="meta")
+    y = torch.empty(batch, dtype=torch.long, device="meta")
+    model.train(training)
+    try:
+        with (
+            standing_for(device),
+            recorder.watching(model),
+            AsLaidOut(),  # type: ignore[no-untyped-call]
+            torch.set_grad_enabled(training),
+        ):
+            out = model(x)
+            if training:
+                F.cross_entropy(out, y)
+    except (ValueError, RuntimeError) as error:
+        raise PlanError(f"a step of {batch} images cannot run: {error}") from error
+    return recorder.found()
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, training: bool) -> None:
+        super().__init__()
+        self.training = training
+        self.calls: Counter[Call] = Counter()
+        self.inside: list[nn.Module] = []  # dynamic layers that run
+        self.readers: Counter[int] = Counter()  # of tensors, by id
+        self.read: dict[int, Tensor] = {}
+        self.warehouses: dict[int, Tensor] = {}
+
+    def found(self) -> Counter[Call]:
+        """All that was seen."""
+        found = self.calls.copy()
+        if self.training:
+            for key, tensor in self.read.items():
+                if self.readers[key] > 1:
+                    found[_sum_call(Spec.of(tensor))] += self.readers[key] - 1
+            for cells in self.warehouses.values():
+                found[_buffer_call(Spec.of(cells))] += 1
+        return found
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Note the call, and make it."""
+        kwargs = kwargs or {}
+        if self.inside or getattr(func, "__name__", "") in _ASKED:
+            return func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            self._note_reader(tensor)
+        leaves, structure = tree_flatten((args, kwargs))
+        specs = [Spec.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        found = func(*args, **kwargs)
+        writes = bool(args) and found is args[0]
+        if writes:
+            self.readers.pop(id(found), None)  # it is another one now, in the same place
+        if tensors and any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
+            what = (func, specs, structure, writes)
+            self.calls[_function_call(what, self.training)] += 1
+        return found
+
+    def _note_reader(self, tensor: Tensor) -> None:
+        if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+            self.readers[id(tensor)] += 1
+            self.read[id(tensor)] = tensor  # so that the id stays its own
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for module in model.modules():
+                stack.callback(module.register_forward_pre_hook(self._enter).remove)
+                if isinstance(module, _KWLayer):
+                    stack.callback(module.register_forward_hook(self._leave).remove)
+            stack.enter_context(self)
+            yield
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.inside:
+            return
+        self.calls[MODULE] += 1
+        if isinstance(module, _KWLayer):
+            x: Tensor = args[0]
+            self._note_reader(x)
+            self.calls[_attention_call(module, Spec.of(x), self.training)] += 1
+            self.calls[_mixing_call(module, x, self.training)] += 1
+            cells = module.warehouse.cells
+            self.warehouses[id(cells)] = cells
+            self.inside.append(module)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        self.inside.remove(module)
+
+
+# Kinds of calls -----------------------------------------------------------------------------
+
+MODULE = Call("module", "module", 0, ())
+
+
+def _mode(training: bool) -> str:
+    return "training" if training else "inference"
+
+
+def _function_call(what: tuple[Any, ...], training: bool) -> Call:
+    func, specs, _, _ = what
+    name = (resolve_name(func) or getattr(func, "__name__", str(func))).split(".")[-1]
+    shown = " ".join(str(spec) for spec in specs)
+    nbytes = float(sum(spec.nbytes for spec in specs if isinstance(spec, Spec)))
+    work = (_products(name, specs), nbytes)
+    family = f"{name} {shown} {_mode(training)}"
+    return Call(f"{name} {_mode(training)}", family, 0, work, what)
+
+
+def _products(name: str, specs: list[Any]) -> float:
+    """Multiply-adds, as far as one can tell from shapes: of convolutions, products, attention."""
+    tensors = [spec for spec in specs if isinstance(spec, Spec)]
+    if len(tensors) < 2:
+        return 0.0
+    x, weight = tensors[:2]
+    if name.startswith("conv") and len(weight.shape) > 2:
+        # Of a stride of one: the kind is fitted, and strides are in the family.
+        stride = next((s for s in specs[len(tensors) :] if isinstance(s, int)), 1)
+        positions = math.prod(x.shape[2:]) / max(stride, 1) ** (len(x.shape) - 2)
+        return float(x.shape[0] * positions * math.prod(weight.shape))
+    if name in ("linear", "matmul", "__matmul__", "bmm", "mm"):
+        return math.prod(x.shape) * float(weight.shape[0 if name == "linear" else -1])
+    if name == "scaled_dot_product_attention":
+        return 2 * math.prod(x.shape) * float(x.shape[-2])
+    return 0.0
+
+
+def _layer_name(layer: Any) -> str:
+    kernel = "x".join(map(str, layer.geometry.kernel))
+    steps = "".join(
+        f" {letter}{'x'.join(map(str, numbers))}"
+        for letter, numbers in zip("spd", layer.geometry[1:4], strict=True)
+    )
+    return f"{kernel}{steps} g{layer.geometry.groups}" + " bias" * (layer.bias is not None)
+
+
+def _attention_call(layer: Any, x: Spec, training: bool) -> Call:
+    attention = layer.attention
+    m, n, hidden = attention.num_mixtures, attention.num_cells, attention.fc1.out_features
+    basis = "" if attention.basis is None else f" basis {attention.basis.width}"
+    norm = type(attention.norm).__name__
+    batch = x.shape[0]
+    outputs = float(batch * m * n)
+    work = (float(x.nbytes), outputs, outputs * hidden)
+    kind = f"attention {_mode(training)}"
+    family = f"attention {x} m={m} h={hidden}{basis} {norm} {_mode(training)}"
+    return Call(kind, family, n, work, (layer, x))
+
+
+def _mixing_call(layer: Any, x: Tensor, training: bool) -> Call:
+    geometry, cells = layer.geometry, layer.warehouse.cells
+    spec = Spec.of(x)
+    given = layer.tokens(x) if isinstance(layer, KWLinear) else x
+    choice = choose_for(given, cells, geometry)
+    path = choice.forward if choice.forward == choice.backward else "/".join(choice)
+    n, weights = cells.shape[0], math.prod(geometry.kernel)
+    batch = x.shape[0]
+    positions = math.prod(geometry.out_size(tuple(given.shape[2:])))
+    maps = spec.nbytes + batch * geometry.kernel[0] * positions * x.element_size()
+    work = (
+        float(batch * positions * weights),
+        float(batch * n * weights),
+        float(batch * weights * x.element_size()),
+        float(maps),
+        float(n * math.prod(cells.shape[1:]) * cells.element_size()),
+    )
+    cell = "x".join(map(str, cells.shape[1:]))
+    kind = f"mixing {path} {_mode(training)}"
+    family = f"mixing {path} {_layer_name(layer)} cell {cell} {spec} {_mode(training)}"
+    return Call(kind, family, n, work, (layer, spec))
+
+
+def _sum_call(spec: Spec) -> Call:
+    return Call("sum", f"sum {spec}", 0, (float(spec.nbytes),), spec)
+
+
+def _buffer_call(spec: Spec) -> Call:
+    return Call("buffer", f"buffer {spec}", 0, (float(spec.nbytes),), spec)

@@ -1,0 +1,132 @@
+"""What a step is made of, call by call."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kwlayers
+from kwsearch.latency.calls import MODULE, Call, Spec, calls_of
+from kwsearch.networks import planning_model
+
+SIZE = (3, 32, 32)
+
+
+def converted(name: str, ratio: float, size: tuple[int, ...] = SIZE) -> nn.Module:
+    model = planning_model(name, size).to("meta")
+    return kwlayers.convert_(model, kwlayers.plan_model(model, size, ratio=ratio))
+
+
+def by_kind(calls: Counter[Call]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for call, count in calls.items():
+        found[call.kind] += count
+    return found
+
+
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x) + x)
+
+
+def test_functions_are_counted_with_what_their_time_depends_on() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), _Residual(), _Residual(), nn.Flatten())
+    calls = calls_of(model.to("meta"), 4, (3, 6, 6), training=False)
+    kinds = by_kind(calls)
+    assert kinds["module"] == 1 + 4 + 2  # the model, its children, and the convolutions within
+    assert kinds["conv2d inference"] == 3
+    assert kinds["relu inference"] == kinds["__add__ inference"] + kinds["add inference"] == 2
+    assert not any(kind in ("sum", "buffer") for kind in kinds)
+    # Both residual blocks are alike: one call, twice.
+    (same,) = [call for call, count in calls.items() if call.kind[:4] == "conv" and count == 2]
+    assert same.key.startswith("conv2d 4x8x4x4 8x8x3x3*' 8*' ")
+    assert same.work[0] == 4 * 16 * 8 * 8 * 9  # multiply-adds of an output of 4x4
+
+
+def test_training_adds_up_gradients_of_what_two_calls_read() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), _Residual(), _Residual(), nn.Flatten())
+    calls = calls_of(model.to("meta"), 4, (3, 6, 6), training=True)
+    # The inputs of both residual blocks; nothing of the images.
+    (total,) = [call for call in calls if call.kind == "sum"]
+    assert (calls[total], total.work) == (2, (4.0 * 4 * 8 * 4 * 4,))
+    assert by_kind(calls)["cross_entropy training"] == 1
+
+
+def test_a_value_written_in_place_is_another_one() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1))
+    calls = calls_of(nn.Sequential(model, nn.Flatten()).to("meta"), 2, (3, 6, 6), training=True)
+    assert "sum" not in by_kind(calls)
+
+
+def test_a_dynamic_layer_is_its_attention_and_its_mixing() -> None:
+    plan = kwlayers.plan_model(planning_model("resnet20", SIZE), SIZE, ratio=0.5)
+    layers = sum(len(group.layers) for group in plan.groups)
+    for training in (False, True):
+        calls = calls_of(converted("resnet20", 0.5), 8, SIZE, training)
+        kinds = by_kind(calls)
+        mode = "training" if training else "inference"
+        assert kinds[f"attention {mode}"] == layers
+        mixing = [call for call in calls if call.kind.startswith("mixing")]
+        assert sum(calls[call] for call in mixing) == layers
+        assert {call.cells for call in mixing} == {group.num_cells for group in plan.groups}
+        assert kinds["buffer"] == (len(plan.groups) if training else 0)
+        # Mixing is n multiply-adds for each weight of each image's kernel: kwlayers.cost.
+        total = sum(calls[call] * call.work[1] for call in mixing)
+        assert total == 8 * plan.cost().macs.mixing
+
+
+def test_cells_are_no_part_of_a_family() -> None:
+    found = []
+    for ratio in (0.5, 1):
+        calls = calls_of(converted("resnet20", ratio), 8, SIZE, False)
+        found.append({call.family: call.cells for call in calls if call.cells})
+    assert found[0].keys() == found[1].keys()
+    assert all(found[0][family] < found[1][family] for family in found[0])
+
+
+def test_linear_layers_and_signals_have_calls_too() -> None:
+    calls = calls_of(converted("deit_tiny", 1, (3, 64, 64)), 2, (3, 64, 64), False)
+    assert by_kind(calls)["attention inference"] == 48
+    convs = [nn.Conv1d(1, 32, 9), nn.Conv1d(32, 32, 9), nn.Conv1d(32, 8, 9)]
+    model = nn.Sequential(*convs, nn.Flatten()).to("meta")
+    kwlayers.convert_(model, kwlayers.plan_model(model, (1, 100), ratio=1))
+    assert by_kind(calls_of(model, 2, (1, 100), False))["attention inference"] == 1
+
+
+def test_convolutions_keep_channels_last_as_on_the_device() -> None:
+    def strides(device: str) -> list[tuple[int, ...]]:
+        model = planning_model("convnext_tiny", SIZE)
+        model = model.to_empty(device=device) if device == "cpu" else model.to("meta")
+        seen: list[tuple[int, ...]] = []
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda m, a, out: seen.append(tuple(out.stride())))
+        if device == "cpu":
+            model.train()(torch.zeros(2, *size))
+        else:
+            calls_of(model, 2, size, True)
+        return seen
+
+    size = (3, 64, 64)  # no map of 1x1, which is in either layout
+    assert strides("meta") == strides("cpu")
+
+
+def test_a_key_shows_layout_dtype_and_gradients() -> None:
+    x = torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    assert str(Spec.of(x)) == "2x3x4x4/48.1.12.3"
+    assert str(Spec.of(nn.Parameter(torch.zeros(5, dtype=torch.bfloat16)))) == "5:bfloat16*'"
+    assert str(Spec.of(torch.tensor(3))) == "scalar:int64*"
+    assert MODULE.key == "module"
+
+
+def test_a_step_that_cannot_run_says_why() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4)).to("meta")
+    with pytest.raises(kwlayers.PlanError, match=r"^a step of 1 images cannot run: Expected more"):
+        calls_of(model, 1, (3, 2, 2), True)

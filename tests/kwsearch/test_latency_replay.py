@@ -1,0 +1,84 @@
+"""Calls by themselves: they run, on data of their own, and only the call is timed."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import kwlayers
+from kwsearch.latency.calls import Call, calls_of
+from kwsearch.latency.replay import Replay
+from kwsearch.networks import planning_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def calls(name: str, ratio: float | None, training: bool, side: int = 16) -> list[Call]:
+    size = (3, side, side)
+    model = planning_model(name, size).to("meta")
+    if ratio is not None:
+        kwlayers.convert_(model, kwlayers.plan_model(model, size, ratio=ratio))
+    return list(calls_of(model, 2, size, training))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    ("name", "ratio", "side"),
+    [("resnet20", None, 16), ("resnet20", 0.5, 16), ("deit_tiny", 1, 32)],
+)
+def test_every_call_of_a_network_can_be_timed(
+    name: str, ratio: float | None, side: int, training: bool
+) -> None:
+    found = calls(name, ratio, training, side)
+    assert len(found) > 10
+    for call in found:
+        assert Replay(call, training).seconds() >= 0, call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("ratio", [None, 1])
+@pytest.mark.parametrize("name", ["mobilenetv2_050", "convnext_tiny", "resnet50"])
+def test_so_can_those_of_other_networks(name: str, ratio: float | None, training: bool) -> None:
+    for call in calls(name, ratio, training, 32):
+        assert Replay(call, training).seconds() >= 0, call
+
+
+def test_the_clock_is_read_around_calls_only() -> None:
+    """A clock that ticks whenever it is read says how often it was."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Flatten()).to("meta")
+    for training in (False, True):
+        for call in calls_of(model, 2, (3, 8, 8), training):
+            ticks = itertools.count()
+            seconds = Replay(call, training, lambda ticks=ticks: float(next(ticks))).seconds()
+            # One tick a call, and one for its backward if anything needs a gradient.
+            differentiates = training and call.kind.split()[0] in (
+                "conv2d", "relu", "flatten", "cross_entropy",
+            )  # fmt: skip
+            per_call = 1 / 200 if call.kind == "module" else 1 + differentiates
+            assert seconds == per_call, call
+
+
+def test_kept_tensors_stay_and_others_are_written_before_each_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Conv2d(3, 8, 3).to("meta")
+    (call,) = [c for c in calls_of(model, 2, (3, 8, 8), False) if c.kind != "module"]
+    seen = []
+    function, *rest = call.what
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, *more: object) -> torch.Tensor:
+        seen.append((x.data_ptr(), weight.data_ptr(), x.clone()))
+        return function(x, weight, *more)  # type: ignore[no-any-return]
+
+    replay = Replay(Call(call.kind, call.family, 0, call.work, (watched, *rest)), False)
+    replay.seconds()
+    replay.seconds()
+    half = len(seen) // 2
+    assert half > 2
+    assert [one[1] for one in seen[:half]] == [one[1] for one in seen[half:]]
+    assert len({one[1] for one in seen}) == half  # every copy has its own weight
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(seen[:half], seen[half:], strict=True))
