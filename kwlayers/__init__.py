@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kwlayers.schedule import TemperatureSchedule, set_temperature_
     from kwlayers.sharing import Rule, Settings, Share
     from kwlayers.sites import trace
+    from kwlayers.static import to_static_
     from kwlayers.warehouse import Warehouse
 
 # Names load on first use: planning from Python data needs no torch.
@@ -42,6 +43,7 @@ _HOME = {
     "plan_model": "planner",
     "plan_network": "planner",
     "set_temperature_": "schedule",
+    "to_static_": "static",
     "trace": "sites",
 }
 
@@ -68,6 +70,7 @@ __all__ = [
     "plan_model",
     "plan_network",
     "set_temperature_",
+    "to_static_",
     "trace",
 ]
 

@@ -26,7 +26,8 @@ def to_static_(model: ModelT) -> ModelT:
     changes nothing where kernels do not depend on the input: at temperature 1, and after
     `convert_(model, plan, warm_start=True)` as long as the attention has not been trained.
 
-    Raises PlanError, before anything is changed, for other models.
+    Raises PlanError, before anything is changed, for other models. `set_temperature_(model, 1)`
+    makes any model one of these, without its attention and what that has learned.
     """
     if not isinstance(model, nn.Module):
         raise PlanError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -52,9 +53,8 @@ def _check_static(name: str, layer: _KWLayer) -> None:
     temperature = float(attention.temperature)
     if temperature != 1 and attention.fc2.weight.any():
         raise PlanError(
-            f"{name} is at temperature {temperature:g}: its kernel depends on the input, dynamic "
-            "layers have no static equal below temperature 1. To drop the attention and keep the "
-            "assigned cells, kwlayers.set_temperature_(model, 1) first"
+            f"{name} is at temperature {temperature:g}: its kernel depends on the input, and no "
+            "static layer computes the same; one trained at temperature 1 has a static equal"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import secrets
 import shlex
@@ -84,8 +85,18 @@ def _write_graph(request: _Request, path: Path, function: str) -> None:
 def _write_static(request: _Request, path: Path) -> None:
     import torch
 
-    kwlayers: Any = importlib.import_module("kwlayers")
-    torch.save(kwlayers.to_static_(_converted(request)).state_dict(), path)
+    from kwlayers import PlanError, to_static_
+    from kwsearch.export.errors import ExportError
+
+    try:
+        state = to_static_(_converted(request)).state_dict()
+    except PlanError as error:
+        raise ExportError(
+            f"--weights {request.weights}: {error} (train.py --temperature-epochs inf)"
+        ) from error
+    content = io.BytesIO()  # torch does not survive a file that it cannot write
+    torch.save(state, content)
+    path.write_bytes(content.getbuffer())
 
 
 KINDS = {
@@ -95,7 +106,7 @@ KINDS = {
     "onnx": _Kind("ONNX", "model.onnx", _write_onnx, weights="optional"),
     "program": _Kind("torch.export", "model.pt2", _write_program, weights="optional"),
     "static": _Kind(
-        "the static network's weights, of one trained at temperature 1",
+        "the static network's weights, of one trained by train.py --temperature-epochs inf",
         "static.pt",
         _write_static,
         weights="needed",
@@ -168,6 +179,8 @@ def _check(kind: str, target: Path, force: bool, weights: Path | None, ema: bool
         raise click.UsageError(f"--to {kind} needs --weights, a checkpoint of the trained network")
     if ema and weights is None:
         raise click.UsageError("--ema needs --weights, a checkpoint of train.py --ema")
+    if kind == "timm" and target.suffix != ".py":
+        raise click.UsageError(f"-o {target}: Python imports files that end in .py only")
     if not target.parent.is_dir():
         raise click.UsageError(f"-o {target}: there is no folder {target.parent}")
     if target.exists() and not force:
@@ -178,10 +191,16 @@ def _replace(target: Path, write: Callable[[Path], None]) -> None:
     """All or nothing: written beside, with the same ending, then renamed."""
     temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     try:
-        write(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary.touch()  # before the work
+        try:
+            write(temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename is not None and str(error.filename) != str(temporary):
+            raise
+        raise OSError(f"-o {target}: {error.strerror or error}") from error
 
 
 def _converted(request: _Request) -> nn.Module:
@@ -190,31 +209,33 @@ def _converted(request: _Request) -> nn.Module:
     from kwsearch.resolve import create_model, plan_for
 
     model = create_model(request.recipe, trust=request.trust)
+    static = set(model.state_dict())
     convert_(model, plan_for(request.recipe, model))
     if request.weights is not None:
-        _load(model, request.weights, request.ema)
+        _load(model, request.weights, request.ema, static)
     return model.eval()
 
 
-def _load(model: nn.Module, path: Path, ema: bool) -> None:
-    """A checkpoint's weights into the model. Raises click.UsageError where they do not fit."""
-    import torch
+def _load(model: nn.Module, path: Path, ema: bool, static: set[str]) -> None:
+    """A checkpoint's weights into the model. Raises click.UsageError where they do not fit.
+
+    static: the names of the static network's weights.
+    """
+    from kwsearch.export import train_template as script
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds: it depends on what the file is
-        reason = str(error).strip().split("\n")[0]
-        raise click.UsageError(f"--weights {path}: cannot be read: {reason}") from None
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        if ema and state.get("ema") is None:
-            raise click.UsageError(f"--ema: {path} has no averaged weights; leave it out")
-        state = state["ema" if ema else "model"]
-    elif ema:
-        raise click.UsageError(f"--ema: {path} is not a checkpoint of train.py")
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise click.UsageError(
-            f"--weights {path}: not of this recipe's network: {reason}"
-        ) from None
+        state = script.read_file(path)
+        if ema:
+            state = state.get("ema") if isinstance(state, dict) else None
+            if state is None:
+                raise click.UsageError(f"--ema: {path} has no averaged weights; leave it out")
+        weights = script.weights_in(state, path)
+        if weights.keys() == static:
+            raise script.UserError(
+                f"{path}: the static network's weights; train.py --weights starts from them"
+            )
+        script.load_weights(model, weights, path, strict=True)
+    except script.UserError as error:
+        raise click.UsageError(f"--weights {error}") from None
+    if problem := script.not_finite(weights):
+        click.echo(f"warning: --weights {path}: {problem}", err=True)

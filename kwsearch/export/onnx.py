@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import os
 import warnings
 from collections.abc import Sequence
@@ -24,11 +25,11 @@ _LIMIT = 2**31 - 2**26  # of an ONNX file, less what a graph takes
 def export_onnx(model: nn.Module, input_size: Sequence[int], path: str | os.PathLike[str]) -> None:
     """Write `model`, evaluated, as an ONNX model: `input` (batch, *input_size) to `output`.
 
-    input_size: of one input, (C, H, W). The batch is free, and every operator is of ONNX's own set.
-    The file is as large as the parameters, each of which it holds once, plus some 200 bytes per
-    operator. Layers are computed by the "portable" backend of `kwlayers.ops.kw_conv`. The model
-    is not changed. Raises ExportError for missing packages (onnx, onnxscript) and for a model
-    that cannot be exported.
+    input_size: of one input, (C, H, W). The batch is free, from 1 on (an empty one, which torch
+    takes, fails when it runs), and every operator is of ONNX's own set. The file is as large as the
+    parameters, each of which it holds once, plus some 200 bytes per operator. Layers are computed
+    by the "portable" backend of `kwlayers.ops.kw_conv`. The model is not changed. Raises
+    ExportError for missing packages (onnx, onnxscript) and for a model that cannot be exported.
     """
     _need("ONNX", ["onnx", "onnxscript"])
     target = _writable(path)
@@ -67,7 +68,9 @@ def export_program(
     input_size: of one input, (C, H, W). The batch is free. Otherwise as `export_onnx`.
     """
     target = _writable(path)
-    torch.export.save(_program(model, input_size), target)
+    content = io.BytesIO()  # torch does not survive a file that it cannot write
+    torch.export.save(_program(model, input_size), content)
+    target.write_bytes(content.getbuffer())
 
 
 def _program(model: nn.Module, input_size: Sequence[int]) -> ExportedProgram:

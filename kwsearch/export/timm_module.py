@@ -8,6 +8,7 @@ import os
 import pprint
 import re
 import textwrap
+import unicodedata
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -311,7 +312,8 @@ def _timm() -> Any:
 
 def _check_name(timm: Any, name: str) -> None:
     hint = f"; call it e.g. {module_name(name)}"
-    if not name.isidentifier() or not name.isascii() or keyword.iskeyword(name):
+    importable = name.isidentifier() and unicodedata.is_normalized("NFKC", name)
+    if not importable or keyword.iskeyword(name):
         raise ExportError(f"{name!r}: not a name that Python can import{hint}")
     if name in ("kwlayers", "kwsearch", "timm", "torch", "torchvision"):
         raise ExportError(f"{name!r}: the module would hide the package of that name{hint}")

@@ -116,7 +116,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="[%(default)s]")
     add("--warmup-epochs", type=float, help=f"of rising learning rate [{part[spread[0]]}]")
-    add("--temperature-epochs", type=float, help=f"of falling temperature [{part[spread[1]]}]")
+    add(
+        "--temperature-epochs",
+        type=float,
+        help="of falling temperature, where there are no --weights; inf keeps it at 1, which "
+        f"kwsearch export --to static needs [{part[spread[1]]}]",
+    )
     add("--batch-size", type=int, help="images a step, over all processes [%(default)s]")
     add("--optimizer", choices=("sgd", "adamw"), help="sgd is Nesterov's [%(default)s]")
     add("--lr", type=float, help="peak of the learning rate [%(default)s]")
@@ -144,10 +149,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         **dict.fromkeys(("momentum", "label_smoothing", "ema"), (0, 1)),
         **dict.fromkeys(spread, (0, args.epochs)),
     }
+    endless = {"temperature_epochs": math.inf}
     for name, (least, most) in allowed.items():
         value = getattr(args, name)
-        if value is not None and not least <= value <= most:
+        if value is not None and not least <= value <= most and value != endless.get(name):
             limit = f"at least {least}" if most == 1e9 else f"{least} to {most}"
+            limit += ", or inf" * (name in endless)
             parser.error(f"--{name.replace('_', '-')} {value:g}: allowed is {limit}")
     return args
 
@@ -442,7 +449,9 @@ def make_network(args: argparse.Namespace, size: tuple[int, int, int]) -> nn.Mod
     """The static network, or that converted by the plan, with --weights if they are given."""
     model = make_model()
     kwlayers.trace(model, size)  # says so if the network cannot take it
-    weights = read_weights(args.weights) if args.weights else {}
+    weights = weights_in(read_file(args.weights), args.weights) if args.weights else {}
+    if problem := not_finite(weights):
+        raise UserError(f"{args.weights}: {problem}")
     converted = any(name.startswith("kw_warehouses.") for name in weights)
     if weights and not converted:
         load_weights(model, weights, args.weights)
@@ -450,33 +459,50 @@ def make_network(args: argparse.Namespace, size: tuple[int, int, int]) -> nn.Mod
         plan = kwlayers.Plan.from_groups(kwlayers.trace(model, INPUT), GROUPS)
         kwlayers.convert_(model, plan, warm_start=bool(weights) and not converted)
     if converted:
-        load_weights(model, weights, args.weights)
+        load_weights(model, weights, args.weights, strict=True)
     return model
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Of a checkpoint of this script or a like one, or a state_dict by itself."""
+def read_file(path: Path) -> Any:
+    """What torch.save wrote, as far as it is data: code does not run."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for part in ("model", "state_dict"):
-            state = state.get(part, state)
-        nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds: it depends on what the file is
-        reason = str(error).split("\n")[0]
-        raise UserError(f"--weights {path}: cannot be read ({reason})") from None
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"--weights {path}: has no weights; a state_dict is looked for")
-    return dict(state)
+        reason = getattr(error, "strerror", None) or (
+            "torch.save did not write it, or there is more than weights and numbers in it; "
+            "looked for is the training script's checkpoint or torch.save(model.state_dict(), …)"
+        )
+        raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """All weights into the model; a last layer for other classes stays as it is."""
+def weights_in(state: Any, path: Path) -> dict[str, Tensor]:
+    """state: of a checkpoint of this script or a like one, or a state_dict by itself."""
+    for part in ("model", "state_dict"):
+        if isinstance(state, dict):
+            state = state.get(part, state)
+    found = state if isinstance(state, dict) else {}
+    if not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{path}: has no weights; a state_dict is looked for")
+    parallel = all(str(name).startswith("module.") for name in found)
+    return {str(name).removeprefix("module." * parallel): v for name, v in found.items()}
+
+
+def not_finite(weights: dict[str, Tensor]) -> str:
+    names = [name for name, value in weights.items() if not value.isfinite().all()]
+    return f"not all numbers are finite, see {', '.join(names[:3])}" if names else ""
+
+
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], path: Path, strict: bool = False
+) -> None:
+    """All weights into the model. Not strict: a last layer for other classes stays as it is."""
     own = model.state_dict()
     last = [*model.named_parameters()][-1][0].rpartition(".")[0] + "."
     other = [name for name in own.keys() & weights if own[name].shape != weights[name].shape]
-    if own.keys() != weights.keys() or not all(name.startswith(last) for name in other):
+    spared = [] if strict else [name for name in other if name.startswith(last)]
+    if own.keys() != weights.keys() or other != spared:
         names = sorted(own.keys() ^ weights.keys()) + sorted(other)
-        raise UserError(f"--weights {path}: of another network, see {', '.join(names[:3])}")
+        raise UserError(f"{path}: of another network or plan, see {', '.join(names[:3])}")
     model.load_state_dict({**weights, **{name: own[name] for name in other}})
     if other:
         print(f"{last[:-1]}: for other classes, not from {path}", file=sys.stderr)
@@ -677,12 +703,10 @@ class Run:
 
     def load(self, path: Path) -> None:
         """Go on where `save` was called."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            settings = state["settings"]
-        except Exception as error:  # of many kinds: it depends on what the file is
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{path}: not a checkpoint of this script ({reason})") from None
+        state = read_file(path)
+        settings = state.get("settings") if isinstance(state, dict) else None
+        if not isinstance(settings, dict):
+            raise UserError(f"{path}: not a checkpoint of this script")
         for name, now in self.settings.items():
             if (before := settings.get(name)) != now:
                 told = "another network" if name == "network" else f"{name} {before}, now {now}"
@@ -703,18 +727,18 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         raise UserError(f"{checkpoint} exists: --resume goes on from it, or give another --out")
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {world} processes")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
+    run = Run(args, Data(args, device), rank, world)
+    if checkpoint.exists():
+        run.load(checkpoint)
     writer: Any = None
     if rank == 0:
-        if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise UserError("--tensorboard needs a package: pip install tensorboard")
         args.out.mkdir(parents=True, exist_ok=True)
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(args.out)
-    run = Run(args, Data(args, device), rank, world)
-    if checkpoint.exists():
-        run.load(checkpoint)
     say = print if rank == 0 else lambda *_, **__: None
     params = sum(p.numel() for p in run.model.parameters())
     size = "x".join(map(str, run.data.size))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,13 @@ def test_every_exported_name_is_what_its_home_module_defines(name: str) -> None:
     assert value is getattr(home, name)
     assert value.__module__ == home.__name__, "defined elsewhere"
     assert name in dir(kwlayers)
+
+
+def test_every_name_that_the_readme_gives_is_there() -> None:
+    named = re.findall(r"\bkwlayers\.(\w+)", (Path(__file__).parents[2] / "README.md").read_text())
+    assert {"convert_", "to_static_"} < set(named)
+    for name in set(named) - set(kwlayers.__all__):
+        importlib.import_module(f"kwlayers.{name}")
 
 
 def test_an_unknown_name_is_an_attribute_error_with_the_name() -> None:

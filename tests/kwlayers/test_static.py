@@ -11,9 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kwlayers import Plan, PlanError, Warehouse, convert_, plan_model, set_temperature_
+from kwlayers import (
+    Plan,
+    PlanError,
+    Warehouse,
+    convert_,
+    plan_model,
+    set_temperature_,
+    to_static_,
+)
 from kwlayers.conv import _KWLayer
-from kwlayers.static import to_static_
 
 
 class Net(nn.Module):
@@ -186,9 +193,8 @@ def test_a_dynamic_layer_is_refused_by_name_and_temperature() -> None:
     model.down.attention.temperature.fill_(0.25)
     refuse(
         model,
-        "down is at temperature 0.25: its kernel depends on the input, dynamic layers have no "
-        "static equal below temperature 1. To drop the attention and keep the assigned cells, "
-        "kwlayers.set_temperature_(model, 1) first",
+        "down is at temperature 0.25: its kernel depends on the input, and no static layer "
+        "computes the same; one trained at temperature 1 has a static equal",
     )
     to_static_(set_temperature_(model, 1))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +92,7 @@ def test_a_failure_leaves_no_file_and_the_old_one(
     monkeypatch.setitem(sys.modules, "kwsearch.export.onnx", fake)
     (here / "model.onnx").write_text("old")
     result = call("--to", "onnx", "--force")
-    assert isinstance(result.exception, OSError)
+    assert str(result.exception) == "-o model.onnx: disk full"
     assert (here / "model.onnx").read_text() == "old"
     assert not list(here.glob(".*"))
 
@@ -104,7 +107,7 @@ def test_a_failure_leaves_no_file_and_the_old_one(
         (["--to", "static"], "--to static needs --weights"),
         (["--to", "onnx", "--ema"], "--ema needs --weights"),
         (["--to", "onnx", "--weights", "none.pt"], "File 'none.pt' does not exist"),
-        (["--to", "onnx", "--weights", "small.yaml"], "--weights small.yaml: cannot be read"),
+        (["--to", "timm", "-o", "x.txt"], "-o x.txt: Python imports files that end in .py only"),
     ],
 )
 def test_what_is_asked_wrongly_is_said(args: list[str], message: str) -> None:
@@ -189,37 +192,197 @@ def test_a_graph_is_exported_with_the_weights_that_were_given(
     assert same == (form != "none")
 
 
-def test_static_weights_are_saved(
-    here: Path, converted: nn.Module, monkeypatch: pytest.MonkeyPatch
+def save(weights: Any, path: str = "weights.pt") -> None:
+    torch.save(weights, path)
+
+
+def test_weights_of_temperature_one_become_the_static_network_s(converted: nn.Module) -> None:
+    save({"model": kwlayers.set_temperature_(converted, 1).state_dict(), "ema": None})
+    result = call("--to", "static", "--weights", "weights.pt")
+    assert (result.exit_code, result.stderr) == (0, "wrote static.pt\n")
+    static = create_model(load_recipe("small.yaml"))
+    static.load_state_dict(torch.load("static.pt", weights_only=True))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(static.eval()(x), converted.eval()(x), rtol=0, atol=1e-5)
+
+
+def test_dynamic_weights_have_no_static_equal(
+    converted: nn.Module, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given: list[nn.Module] = []
-
-    def to_static_(model: nn.Module) -> nn.Module:
-        given.append(model)
-        return nn.Linear(2, 3)
-
-    monkeypatch.setattr(kwlayers, "to_static_", to_static_, raising=False)
-    torch.save({"model": converted.state_dict(), "ema": None}, "checkpoint.pt")
-    result = call("--to", "static", "--weights", "checkpoint.pt")
-    assert result.exit_code == 0
-    assert list(torch.load("static.pt", weights_only=True)) == ["weight", "bias"]
-    expected = converted.state_dict()
-    assert all(torch.equal(v, expected[k]) for k, v in given[0].state_dict().items())
-    none = call("--to", "static", "--weights", "checkpoint.pt", "--ema", "-o", "ema.pt")
-    assert (none.exit_code, (here / "ema.pt").exists()) == (2, False)
-    assert "--ema: checkpoint.pt has no averaged weights; leave it out" in none.stderr
+    save(converted.state_dict())
+    assert run(["export", "small.yaml", "--to", "static", "--weights", "weights.pt"]) == 2
+    assert capsys.readouterr().err == (
+        "Error: --weights weights.pt: layer1.0.conv1 is at temperature 0: its kernel depends on "
+        "the input, and no static layer computes the same; one trained at temperature 1 has a "
+        "static equal (train.py --temperature-epochs inf)\n"
+    )
+    assert not Path("static.pt").exists()
 
 
-def test_weights_of_another_network_are_refused(converted: nn.Module) -> None:
-    state = converted.state_dict()
-    state.pop("fc.weight")
-    torch.save(state, "weights.pt")
+@pytest.mark.parametrize("kind", export.KINDS)
+def test_a_folder_that_takes_no_file_is_named_before_the_work(
+    kind: str,
+    converted: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("kwsearch.resolve.outcome_of", lambda *_: pytest.fail("planned"))
+    save(converted.state_dict())
+    args = ["--to", kind, "-o", "/proc/made.py"]
+    args += ["--weights", "weights.pt"] if export.KINDS[kind].weights else []
+    assert run(["export", "small.yaml", *args]) == 1
+    assert capsys.readouterr().err == "Error: -o /proc/made.py: No such file or directory\n"
+
+
+@pytest.mark.parametrize("kind", ["train.py", "static"])
+def test_a_file_that_cannot_grow_is_named(
+    kind: str, here: Path, converted: nn.Module, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(kwlayers.set_temperature_(converted, 1).state_dict())
+    args = ["--to", kind, "-o", "made"]
+    args += ["--weights", "weights.pt"] if export.KINDS[kind].weights else []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        assert run(["export", "small.yaml", *args]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().err == "Error: -o made: File too large\n"
+    assert sorted(path.name for path in here.iterdir()) == ["small.yaml", "weights.pt"]
+
+
+def test_what_cannot_be_read_elsewhere_is_not_blamed_on_the_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = SimpleNamespace(export_onnx=lambda *_: Path("nowhere").read_text())
+    monkeypatch.setitem(sys.modules, "kwsearch.export.onnx", fake)
+    assert run(["export", "small.yaml", "--to", "onnx"]) == 1
+    assert "Error: [Errno 2] No such file or directory: 'nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "told"), [("{'classes': x}", "dict"), ("x[..., None]", "a tensor (2, 4, 1)")]
+)
+def test_a_network_that_does_not_classify_is_refused(
+    out: str, told: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"nets_{told.split()[0]}"
+    Path(f"{name}.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        "        x = super().forward(x)\n"
+        f"        return {out}\n"
+        "def make():\n"
+        "    return Net(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1),\n"
+        "        nn.Flatten(), nn.Linear(8, 4))\n"
+    )
+    args = [f"model={{name: '{name}:make'}}", "budget={ratio: 1}", "--trust", "--to", "train.py"]
+    assert run(["export", "small.yaml", *args]) == 2
+    message = f"the model gives {told} for 2 images, evaluated: classifying images needs a tensor"
+    assert f"{message} (2, classes)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"text: 1", b"\x80\x02\x00\xff", b"", nn.Linear(2, 2)])
+def test_weights_that_cannot_be_read_are_refused(content: Any) -> None:
+    if isinstance(content, bytes):
+        Path("weights.pt").write_bytes(content)
+    else:
+        save(content)
     result = call("--to", "onnx", "--weights", "weights.pt")
     assert result.exit_code == 2
-    assert "--weights weights.pt: not of this recipe's network" in result.stderr
-    assert "fc.weight" in result.stderr
-    plain = call("--to", "onnx", "--weights", "weights.pt", "--ema")
-    assert (plain.exit_code, "is not a checkpoint of train.py" in plain.stderr) == (2, True)
+    assert result.stderr.endswith(
+        "Error: --weights weights.pt: cannot be read: torch.save did not write it, or there is "
+        "more than weights and numbers in it; looked for is the training script's checkpoint or "
+        "torch.save(model.state_dict(), …)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: [1], "has no weights; a state_dict is looked for"),
+        (lambda _: {1: 2}, "has no weights; a state_dict is looked for"),
+        (lambda weights: dict(list(weights.items())[1:]), "of another network or plan, see conv1"),
+        (lambda weights: {**weights, "fc.weight": torch.zeros(3, 64)}, "of another network or p"),
+    ],
+    ids=["list", "numbers", "one less", "classes"],
+)
+def test_weights_that_do_not_fit_are_refused(
+    change: Callable[[Any], Any], message: str, converted: nn.Module
+) -> None:
+    save(change(converted.state_dict()))
+    result = call("--to", "onnx", "--weights", "weights.pt")
+    assert result.exit_code == 2
+    assert f"Error: --weights weights.pt: {message}" in result.stderr
+    assert result.stderr.endswith(".weight\n") == ("another" in message)
+
+
+def test_weights_of_a_distributed_network_are_taken(converted: nn.Module) -> None:
+    kwlayers.set_temperature_(converted, 1)
+    save({"state_dict": {f"module.{k}": v for k, v in converted.state_dict().items()}})
+    assert call("--to", "static", "--weights", "weights.pt").exit_code == 0
+
+
+def test_weights_of_the_static_network_or_another_plan_are_told_apart(
+    converted: nn.Module,
+) -> None:
+    recipe = load_recipe("small.yaml")
+    static = create_model(recipe)
+    save(static.state_dict(), "static.pt")
+    other = load_recipe("small.yaml", ["budget={ratio: 1}"])
+    save(kwlayers.convert_(static, plan_for(other, static)).state_dict(), "other.pt")
+    told = call("--to", "program", "--weights", "static.pt")
+    message = "static.pt: the static network's weights; train.py --weights starts from them\n"
+    assert (told.exit_code, told.stderr.endswith(f"Error: --weights {message}")) == (2, True)
+    told = call("--to", "program", "--weights", "other.pt")
+    cells = ", ".join(f"kw_warehouses.stage{i}_conv.cells" for i in range(3))
+    message = f"--weights other.pt: of another network or plan, see {cells}\n"
+    assert (told.exit_code, told.stderr.endswith(message)) == (2, True)
+
+
+def test_cells_of_another_shape_are_another_plan_s() -> None:
+    torch.manual_seed(0)
+    given = {}
+    for shape in ("1, 0.5", "0.5, 1"):  # as many cells and mixtures, of as many numbers
+        sharing = "{all: ['layer3.*.conv2']}"
+        given[shape] = [
+            f"method={{sharing: {sharing}, cell_ratio: [{shape}]}}",
+            "budget={ratio: 1}",
+        ]
+        recipe = load_recipe("small.yaml", given[shape])
+        model = create_model(recipe)
+        kwlayers.convert_(model, plan_for(recipe, model))
+        save(kwlayers.set_temperature_(model, 1).state_dict(), f"{shape[0]}.pt")
+    told = call(*given["1, 0.5"], "--to", "static", "--weights", "0.pt")
+    message = "--weights 0.pt: of another network or plan, see kw_warehouses.all.cells\n"
+    assert (told.exit_code, told.stderr.endswith(message)) == (2, True)
+    assert call(*given["1, 0.5"], "--to", "static", "--weights", "1.pt").exit_code == 0
+
+
+def test_averages_are_asked_of_checkpoints_that_have_them(converted: nn.Module) -> None:
+    weights = converted.state_dict()
+    for content in (weights, {"model": weights, "ema": None}, [1]):
+        save(content)
+        none = call("--to", "static", "--weights", "weights.pt", "--ema")
+        assert (none.exit_code, Path("static.pt").exists()) == (2, False)
+        assert "--ema: weights.pt has no averaged weights; leave it out" in none.stderr
+
+
+@pytest.mark.parametrize("kind", ["onnx", "program", "static"])
+def test_weights_that_are_no_numbers_are_warned_of(
+    kind: str, converted: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = SimpleNamespace(export_onnx=lambda *_: None, export_program=lambda *_: None)
+    monkeypatch.setitem(sys.modules, "kwsearch.export.onnx", fake)
+    weights = kwlayers.set_temperature_(converted, 1).state_dict()
+    weights["fc.bias"][3] = math.nan
+    save(weights)
+    result = call("--to", kind, "--weights", "weights.pt")
+    assert result.exit_code == 0
+    warning = "warning: --weights weights.pt: not all numbers are finite, see fc.bias\n"
+    assert result.stderr.startswith(warning)
 
 
 def test_the_help_names_every_kind() -> None:

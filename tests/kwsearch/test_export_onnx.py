@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,6 +196,18 @@ def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in model.parameters())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_a_file_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"'/proc/a\.pt2'"):
+        export_program(nn.Linear(4, 2), (4,), "/proc/a.pt2")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            export_program(nn.Linear(100, 100), (100,), tmp_path / "a.pt2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_missing_packages_are_named_with_the_command(

@@ -277,6 +277,8 @@ def test_what_the_network_cannot_be_is_refused_when_it_is_created(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        # An accent of its own: Python looks for the one letter that both make.
+        ("kw_u\u0308", "'kw_u\u0308': not a name that Python can import; call it e.g. kw_u"),
         ("my net", "'my net': not a name that Python can import; call it e.g. kw_my_net"),
         ("kw_0.5x", "'kw_0.5x': not a name that Python can import; call it e.g. kw_0_5x"),
         ("class", "'class': not a name that Python can import; call it e.g. kw_class"),
@@ -292,6 +294,11 @@ def test_a_name_that_cannot_be_registered_is_refused_with_one_that_can(
         write_timm_module(given, tmp_path / f"{name}.py")
     assert list(tmp_path.iterdir()) == []
     assert "def kw_fine(" in timm_module(given, "kw_fine")
+
+
+def test_letters_of_any_alphabet_name_a_network(timm: ModuleType, load: Any) -> None:
+    assert load(recipe("resnet20"), "kw_ü").kw_ü.__name__ == "kw_ü"
+    assert params(timm.create_model("kw_ü", num_classes=10)) > 0
 
 
 def test_a_file_name_becomes_a_name(tmp_path: Path) -> None:

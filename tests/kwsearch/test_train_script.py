@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import copy
 import csv
 import functools
 import gzip
 import importlib.util
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kwlayers
 from kwlayers import PlanError
 from kwsearch import data, zoo
 from kwsearch.export.train_script import train_script
@@ -445,6 +448,31 @@ def even(folder: Path, one_thread: None) -> ModuleType:
     return loaded(text, folder / "train_even.py")
 
 
+def test_an_endless_temperature_stays_at_one(
+    train: Any, script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--temperature-epochs", "inf", "--subset", "32", "--ema", "0.5"]
+    assert train(*asked, out=tmp_path) == 0
+    assert [float(row["temperature"]) for row in rows(tmp_path)] == [1, 1]
+    state = checkpoint(tmp_path)
+    shutil.copy(tmp_path / "checkpoint.pt", tmp_path / "weights.pt")
+    assert train(*asked, "--resume", out=tmp_path) == 0
+    assert "going on after epoch 2" in capsys.readouterr().out
+    model = script.make_network(SimpleNamespace(static=False, weights=None), script.INPUT)
+    for weights in ("model", "ema"):
+        model.load_state_dict(state[weights])
+        static = kwlayers.to_static_(copy.deepcopy(model))
+        x = torch.randn(2, 3, 8, 8)
+        with torch.no_grad():
+            expected = model.eval()(x)
+            torch.testing.assert_close(static.eval()(x), expected, rtol=0, atol=1e-5)
+    # And on from there, at that temperature.
+    asked = ["--weights", str(tmp_path / "weights.pt"), "--epochs", "1", "--subset", "32"]
+    assert train(*asked, out=tmp_path / "on") == 0
+    model = checkpoint(tmp_path / "on")["model"]
+    assert {float(v) for k, v in model.items() if k.endswith("attention.temperature")} == {1}
+
+
 def test_weights_are_a_start_and_keep_the_accuracy(
     even: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -484,12 +512,16 @@ def test_weights_of_other_classes_leave_the_last_layer(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read"),
-        (b"torn", "cannot be read"),
-        ([1], "cannot be read"),
-        ({}, "has no weights"),
-        ({"epoch": 3}, "has no weights"),
-        (nn.Linear(2, 2).state_dict(), "of another network, see"),
+        (None, "cannot be read: No such file or directory"),
+        (b"torn", "cannot be read: torch.save did not write it, or there is more than weights"),
+        (b"", "cannot be read: torch.save did not write it, or there is more than weights"),
+        (nn.Linear(2, 2), "cannot be read: torch.save did not write it, or there is more than"),
+        ([1], "has no weights; a state_dict is looked for"),
+        ({}, "has no weights; a state_dict is looked for"),
+        ({"epoch": 3}, "has no weights; a state_dict is looked for"),
+        ({"model": [1]}, "has no weights; a state_dict is looked for"),
+        (nn.Linear(2, 2).state_dict(), "of another network or plan, see bias, bn1.bias, bn1.num_b"),
+        ({"weight": torch.tensor([1, math.nan])}, "not all numbers are finite, see weight"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
@@ -501,7 +533,26 @@ def test_weights_that_do_not_fit_are_refused(
     elif content is not None:
         torch.save(content, path)
     assert train("--weights", str(path), out=tmp_path / "out") == 2
-    assert f"--weights {path}: {message}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f": {path}: {message}" in told
+    assert "weights_only" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_plan_s_weights_are_refused(
+    script: ModuleType, even: ModuleType, tmp_path: Path
+) -> None:
+    made = even.make_network(SimpleNamespace(static=False, weights=None), even.INPUT)
+    torch.save(made.state_dict(), tmp_path / "w.pt")
+    asked = script.parse_args(["--data", "x", "--weights", str(tmp_path / "w.pt")])
+    with pytest.raises(script.UserError, match=r"w.pt: of another network or plan, see kw_wareh"):
+        script.make_network(asked, script.INPUT)
+    # The last warehouse's cells alone differ.
+    state, name = made.state_dict(), f"kw_warehouses.{even.GROUPS[-1]['name']}.cells"
+    state[name] = state[name].transpose(0, 1)[:, :-1]
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(even.UserError, match=f"w.pt: of another network or plan, see {name}$"):
+        even.make_network(asked, even.INPUT)
 
 
 @pytest.mark.parametrize(
@@ -756,7 +807,8 @@ def test_images_of_other_channels_are_refused(
         (["--lr", "nan"], "--lr nan: allowed is at least 0"),
         (["--epochs", "0"], "--epochs 0: allowed is at least 1"),
         (["--ema", "2"], "--ema 2: allowed is 0 to 1"),
-        (["--temperature-epochs", "3"], "--temperature-epochs 3: allowed is 0 to 2"),
+        (["--temperature-epochs", "3"], "--temperature-epochs 3: allowed is 0 to 2, or inf"),
+        (["--warmup-epochs", "inf"], "--warmup-epochs inf: allowed is 0 to 2\n"),
         (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
     ],
 )
@@ -782,7 +834,11 @@ def test_a_checkpoint_is_neither_overwritten_nor_mistaken(
     assert "is of another training (lr 0.05, now 0.3); try another --out" in capsys.readouterr().err
     (tmp_path / "checkpoint.pt").write_bytes(b"torn")
     assert train("--resume", out=tmp_path) == 2
-    assert "checkpoint.pt: not a checkpoint of this script" in capsys.readouterr().err
+    assert "checkpoint.pt: cannot be read: torch.save did not write it" in capsys.readouterr().err
+    for content in ([1], {"model": {}}):
+        torch.save(content, tmp_path / "checkpoint.pt")
+        assert train("--resume", out=tmp_path) == 2
+        assert "checkpoint.pt: not a checkpoint of this script\n" in capsys.readouterr().err
 
 
 class _Code:
@@ -796,7 +852,7 @@ def test_code_in_a_checkpoint_does_not_run(
     monkeypatch.chdir(tmp_path)
     torch.save({"settings": _Code()}, tmp_path / "checkpoint.pt")
     assert train("--resume", out=tmp_path) == 2
-    assert "checkpoint.pt: not a checkpoint of this script" in capsys.readouterr().err
+    assert "checkpoint.pt: cannot be read: torch.save did not" in capsys.readouterr().err
     assert not Path("ran").exists()
 
 
