@@ -11,7 +11,7 @@ from torch import nn
 from kwlayers import geometry
 from kwlayers.conv import _KWLayer, like
 from kwlayers.ops import check_settings
-from kwlayers.plan import Group, Plan, PlanError, Site
+from kwlayers.plan import Group, Plan, PlanError, Site, counted, shown
 from kwlayers.sites import CONVERTIBLE, candidates, refuse_wrapped
 from kwlayers.warehouse import Warehouse
 from kwlayers.warm_start import WarmStart, check, start_
@@ -42,7 +42,8 @@ class Warehouses(nn.ModuleDict):
 
     def extra_repr(self) -> str:
         total = sum(map(len, self.layers.values()))
-        return f"{total} layers share {len(self.layers)} warehouses"
+        verb = "shares" if total == 1 else "share"
+        return f"{counted(total, 'layer')} {verb} {counted(len(self.layers), 'warehouse')}"
 
 
 def convert_(
@@ -88,7 +89,7 @@ def convert_(
         for name in group.layers:
             layers[name] = _fitting(modules.get(name), plan.network[name])
             if name in fixed:
-                raise PlanError(f"{name} cannot be converted: {fixed[name]}")
+                raise PlanError(f"{shown(name)} cannot be converted: {fixed[name]}")
         if hasattr(Warehouses, group.name) or group.name in vars(Warehouses({})):
             raise PlanError(
                 f"group {group.name!r}: a container of modules has an attribute of that name; "
@@ -123,10 +124,10 @@ def convert_(
                 workspace_mb=workspace_mb,
             )
         log.info(
-            "%s: %d layers share %d cells of %s",
+            "%s: %s on %s of %s",
             group.name,
-            len(group.layers),
-            group.num_cells,
+            counted(len(group.layers), "layer"),
+            counted(group.num_cells, "cell"),
             "x".join(map(str, group.cell)),
         )
         if warm_start:
@@ -174,11 +175,11 @@ def _fitting(module: nn.Module | None, site: Site) -> nn.Conv2d:
             f"{site.name}: planned as {site.kind}, but the model has {type(module).__name__}"
         )
     shape = tuple(module.weight.shape) + ((1,) if kind == "linear" else ())  # type: ignore
-    groups = 1 if kind == "linear" else module.groups
+    groups: Any = 1 if kind == "linear" else module.groups
     if (shape, groups, module.bias is not None) != (site.kernel, site.groups, site.bias):
         raise PlanError(
-            f"{site.name}: planned for a kernel {site.kernel} in {site.groups} groups with "
-            f"bias={site.bias}, but the model has {shape} in {groups} groups with "
+            f"{site.name}: planned for a kernel {site.kernel} in {counted(site.groups, 'group')} "
+            f"with bias={site.bias}, but the model has {shape} in {counted(groups, 'group')} with "
             f"bias={module.bias is not None}: plan again for this model"
         )
     return module  # type: ignore[return-value]

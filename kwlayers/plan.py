@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import fnmatch
 import functools
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,11 +65,24 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Other:
+    """A module with weights of its own that is no site (ConvTranspose2d, Embedding, LSTM, …).
+
+    kind: its class. params: of its own. No norms, whose parameters are one per channel.
+    """
+
+    name: str
+    kind: str
+    params: int
+
+
+@dataclass(frozen=True)
 class Network:
     """What tracing finds: sites in module order, and totals of the static model.
 
     params: all parameters, a shared tensor once. macs: multiply-adds of one forward on one
-    image of `input_size` = (C, ...), in convolutions and matrix products.
+    image of `input_size` = (C, ...), in convolutions and matrix products. others: what has
+    weights and stays static whatever the plan.
     """
 
     sites: tuple[Site, ...]
@@ -76,6 +90,7 @@ class Network:
     macs: int
     input_size: tuple[int, ...]
     batch_norm: bool = True
+    others: tuple[Other, ...] = ()
 
     @functools.cached_property
     def _by_name(self) -> dict[str, Site]:
@@ -159,9 +174,14 @@ class Plan:
         if not isinstance(data, Mapping):
             raise PlanError(f"plan: expected a mapping, got {type(data).__name__}")
         network = _from_plain(Network, data.get("network", {}), "network")
-        listed = _listed(network.sites, "network.sites")
-        sites = tuple(_from_plain(Site, site, "network.sites") for site in listed)
-        return cls.from_groups(dataclasses.replace(network, sites=sites), data.get("groups", ()))
+        parts = {
+            name: tuple(
+                _from_plain(part, one, f"network.{name}")
+                for one in _listed(getattr(network, name), f"network.{name}")
+            )
+            for name, part in (("sites", Site), ("others", Other))
+        }
+        return cls.from_groups(dataclasses.replace(network, **parts), data.get("groups", ()))
 
     @classmethod
     def from_groups(cls, network: Network, groups: Iterable[Mapping[str, Any]]) -> Plan:
@@ -192,6 +212,21 @@ def match_layers(network: Network, patterns: Sequence[str], where: str) -> tuple
     return tuple(site.name for site in network.sites if site.name in matched)
 
 
+def shown(name: str) -> str:
+    """A module's name in a message; the root has none."""
+    return name or "the model itself"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def short(value: object) -> str:
+    """Whatever was given, in one short line."""
+    return " ".join(reprlib.repr(value).split())
+
+
 def unknown_layer(pattern: str, network: Network) -> str:
     """The message for a name or pattern that no layer matches."""
     names = [site.name for site in network.sites]
@@ -208,7 +243,8 @@ def _check(plan: Plan) -> None:
     owner: dict[str, str] = {}
     for group in plan.groups:
         where = f"group {group.name!r}"
-        if not group.name.replace("_", "").isalnum() or not group.name.isascii():
+        name = group.name
+        if not (isinstance(name, str) and name.isascii() and name.replace("_", "").isalnum()):
             raise PlanError(f"{where}: a name is made of letters, digits and underscores")
         if group.name in owner.values():
             raise PlanError(f"{where}: the name is taken; every group needs its own")
@@ -234,7 +270,7 @@ def _check(plan: Plan) -> None:
             raise PlanError(f"{where}: layers of one kind share a warehouse, got {kinds}")
         for site in sites:
             if site.fixed:
-                raise PlanError(f"{where}: {site.name} cannot be converted: {site.fixed}")
+                raise PlanError(f"{where}: {shown(site.name)} cannot be converted: {site.fixed}")
             if site.name in owner:
                 raise PlanError(f"{where}: {site.name} is already in group {owner[site.name]!r}")
             owner[site.name] = group.name

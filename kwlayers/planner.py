@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kwlayers import geometry
 from kwlayers.cost import group_params
-from kwlayers.plan import Group, Network, Plan, PlanError, match_layers
+from kwlayers.plan import Group, Network, Plan, PlanError, counted, match_layers, short
 from kwlayers.sharing import (
     MAX_RATIO,
     Rule,
@@ -21,7 +21,7 @@ from kwlayers.sharing import (
     check_ratio,
     nothing_to_convert,
     shares_of,
-    static_notes,
+    sharing_notes,
 )
 from kwlayers.solver import Solution, Variable, solve
 
@@ -50,7 +50,7 @@ def plan_model(
     basis_ratio: float = 1.0,
     spatial_partition: bool = True,
     norm: str = "auto",
-    rules: Sequence[Rule] = (),
+    rules: Sequence[Rule] | Rule = (),
 ) -> Plan:
     """Plan the warehouses of `model` for a budget. The model is left as it is.
 
@@ -61,20 +61,28 @@ def plan_model(
     sharing: "stage" (one warehouse per stage and kind of layer), "position" (per stage and
         position in the block), "layer", or groups of glob patterns over module names: a list
         of lists, or a mapping from name to list or `Share`. Stages are the official ones for the
-        papers' backbones, otherwise inferred (`kwlayers.stages`).
+        papers' backbones, otherwise inferred (`kwlayers.stages`). Some layers stay static unless
+        a group or a rule names them: the first, the last, and in networks other than those
+        backbones what attention would outweigh, save depthwise layers.
     reduction: width of the attention over input channels. basis_ratio: width of the
         nonlocal basis over the other layers' cells; 1 for none.
     spatial_partition: cells are 1x1; otherwise they span the kernel.
     norm: "batch", "layer" or "auto": "layer" if the model has no batch norm.
-    rules: exceptions from the sharing (`Rule`), one after the other: layers that stay static,
-        that share a warehouse of their own, or whose warehouses have other settings.
+    rules: exceptions from the sharing (`Rule`), one or several, one after the other: layers that
+        stay static, that share a warehouse of their own, or whose warehouses have other settings.
 
     Raises PlanError for settings that cannot be, BudgetError if `params` is out of reach.
     """
     from kwlayers.sites import trace
 
     settings = Settings(
-        cell_ratio, sharing, reduction, basis_ratio, spatial_partition, norm, tuple(rules)
+        cell_ratio,
+        sharing,
+        reduction,
+        basis_ratio,
+        spatial_partition,
+        norm,
+        rules,  # type: ignore[arg-type]  # it makes a tuple of them
     )
     return plan_network(trace(model, input_size), settings, ratio=ratio, params=params)
 
@@ -92,7 +100,7 @@ def plan_network(
     if ratio is not None:
         return plan_ratio(network, settings, ratio)
     if not isinstance(params, int) or isinstance(params, bool):
-        raise PlanError(f"params {params!r}: a whole number such as 12_000_000")
+        raise PlanError(f"params {short(params)}: a whole number such as 12_000_000")
     layout = lay_out(network, settings)
     candidates = layout.solutions(params)
     if not candidates:
@@ -104,12 +112,20 @@ def plan_ratio(network: Network, settings: Settings, ratio: float) -> Plan:
     """Every warehouse at n = max(int(ratio * sum of m), 1), or at its own `Share.ratio`."""
     check_ratio(ratio)
     layout = lay_out(network, settings)
-    groups = []
+    groups, asked, mixtures = [], 0.0, 0
     for group, own in zip(layout.groups, layout.own_ratios, strict=True):
         b = own if own is not None else ratio
-        n = geometry.cells_for_ratio(sum(network.mixtures(group)), b)
-        groups.append(replace(group, num_cells=n, ratio=b))
-    return Plan(network, tuple(groups), layout.notes)
+        m = sum(network.mixtures(group))
+        groups.append(replace(group, num_cells=geometry.cells_for_ratio(m, b), ratio=b))
+        asked, mixtures = asked + b * m, mixtures + m
+    cells = sum(group.num_cells for group in groups)
+    notes = list(layout.notes)
+    if f"{cells / mixtures:.4g}" != f"{asked / mixtures:.4g}":
+        notes.append(
+            f"b = {cells / mixtures:.4g}, not {asked / mixtures:.4g}, as cells are whole and every "
+            f"warehouse has one: {counted(cells, 'cell')} over {counted(mixtures, 'mixture')}"
+        )
+    return Plan(network, tuple(groups), tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -183,11 +199,13 @@ def out_of_reach(layout: Layout, target: int) -> BudgetError:
     largest = sorted(static, key=lambda row: -row.static_params)[:3]
     named = [f"{row.name} {row.static_params:,}" for row in largest]
     rest = parts.unchanged - sum(row.static_params for row in largest)
+    count = len(layout.groups)
+    where = "the warehouse" if count == 1 else f"each of {count} warehouses"
     unchanged = " + ".join([*named, f"norms and others {rest:,}"])
     return BudgetError(
         f"params {target:,}: below the floor of {parts.total:,} (unchanged {parts.unchanged:,} "
-        f"[{unchanged}] + attention of {layers} layers {parts.attention:,} + one cell in each of "
-        f"{len(layout.groups)} warehouses {parts.warehouses:,})",
+        f"[{unchanged}] + attention of {counted(layers, 'layer')} {parts.attention:,} + one cell "
+        f"in {where} {parts.warehouses:,})",
         target,
         floor,
     )
@@ -205,11 +223,11 @@ def lay_out(
     keep_static: glob patterns of layers that are left out of their warehouses.
     stage_sharing: the rule of each stage (see `stage_of`), where it is not `settings.sharing`.
     """
-    notes = static_notes(network)
     kept = frozenset(match_layers(network, keep_static, "keep_static"))
     shares = shares_of(network, settings, kept, stage_sharing)
     if not shares:
-        raise nothing_to_convert(network, notes)
+        raise nothing_to_convert(network, settings)
+    notes = sharing_notes(network, shares, settings)
     norm = settings.norm
     if norm == "auto":
         norm = "batch" if network.batch_norm else "layer"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from kwlayers import geometry
-from kwlayers.plan import Network, PlanError, Site, match_layers
-from kwlayers.stages import INFERRED, place, plain_name
+from kwlayers.cost import attention_cost
+from kwlayers.families import Recognised
+from kwlayers.plan import Network, PlanError, Site, match_layers, short, shown
+from kwlayers.stages import INFERRED, kind_of, place, plain_name
 
 _MUCH_ATTENTION = 1 / 4
 MAX_RATIO = 1000  # beyond it a ratio is a slip of the pen
@@ -31,10 +34,20 @@ class Share:
     spatial_partition: bool | None = None
 
     def __post_init__(self) -> None:
+        if not all(isinstance(pattern, str) for pattern in _listed(self.layers, "layers")):
+            raise PlanError(f"layers {short(self.layers)}: a glob pattern, or a list of them")
         if self.ratio is not None:
             check_ratio(self.ratio)
         if self.cell_ratio is not None:
             _check_cell_ratio(self.cell_ratio)
+        for name in ("reduction", "basis_ratio"):
+            if getattr(self, name) is not None:
+                _check_fraction(name, getattr(self, name))
+
+    @property
+    def patterns(self) -> Patterns:
+        """`layers` as a list, even if one pattern was given."""
+        return [self.layers] if isinstance(self.layers, str) else self.layers
 
     @property
     def own(self) -> dict[str, Any]:
@@ -56,21 +69,21 @@ class Rule(Share):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.share, (str, type(None))):
+            raise PlanError(f"share {short(self.share)}: the name of a warehouse")
         if self.static == (self.share is not None or bool(self.own)):
             raise PlanError(
                 f"rule for {', '.join(self.patterns)}: either static, or a share or settings "
                 "(ratio, cell_ratio, reduction, basis_ratio, spatial_partition)"
             )
 
-    @property
-    def patterns(self) -> Patterns:
-        """`layers` as a list, even if one pattern was given."""
-        return [self.layers] if isinstance(self.layers, str) else self.layers
-
 
 @dataclass(frozen=True)
 class Settings:
-    """How a network is cut into warehouses, whatever their size. Fields as in `plan_model`."""
+    """How a network is cut into warehouses, whatever their size. Fields as in `plan_model`.
+
+    rules: one, too, or any sequence of them.
+    """
 
     cell_ratio: tuple[float, float] = (1.0, 1.0)
     sharing: Sharing = "stage"
@@ -83,11 +96,19 @@ class Settings:
     def __post_init__(self) -> None:
         _check_cell_ratio(self.cell_ratio)
         for name in ("reduction", "basis_ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise PlanError(f"{name} {getattr(self, name)}: it must be in (0, 1]")
+            _check_fraction(name, getattr(self, name))
+        rules = (self.rules,) if isinstance(self.rules, Rule) else _listed(self.rules, "rules")
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise PlanError(
+                    f"rules: expected kwlayers.Rule('layer1.*', static=True) and the like, "
+                    f"got {short(rule)}"
+                )
+        object.__setattr__(self, "rules", tuple(rules))
         if self.norm not in ("auto", "batch", "layer"):
             raise PlanError(f"norm {self.norm!r}: allowed are 'auto', 'batch' and 'layer'")
-        if isinstance(self.sharing, str) and self.sharing not in SHARING:
+        word = isinstance(self.sharing, str) or not isinstance(self.sharing, Iterable)
+        if word and self.sharing not in SHARING:
             raise PlanError(
                 f"sharing {self.sharing!r}: allowed are {', '.join(map(repr, SHARING))}, "
                 "or groups of glob patterns over module names"
@@ -95,40 +116,134 @@ class Settings:
 
 
 def check_ratio(ratio: float) -> None:
-    if not isinstance(ratio, (int, float)) or not (0 < ratio <= MAX_RATIO):
-        raise PlanError(f"ratio {ratio!r}: it must be a number above 0, at most {MAX_RATIO:,}")
+    if not _is_number(ratio) or not (0 < ratio <= MAX_RATIO):
+        raise PlanError(f"ratio {short(ratio)}: it must be a number above 0, at most {MAX_RATIO:,}")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not _is_number(value) or not 0 < value <= 1:
+        raise PlanError(f"{name} {short(value)}: it must be in (0, 1]")
 
 
 def _check_cell_ratio(ratios: Sequence[float]) -> None:
     pair = isinstance(ratios, Sequence) and len(ratios) == 2
-    if not pair or not all(0 < ratio <= 1 for ratio in ratios):
-        raise PlanError(f"cell_ratio {ratios}: two numbers (out, in) in (0, 1]")
+    if not pair or not all(_is_number(ratio) and 0 < ratio <= 1 for ratio in ratios):
+        raise PlanError(f"cell_ratio {short(ratios)}: two numbers (out, in) in (0, 1]")
 
 
-def nothing_to_convert(network: Network, notes: Sequence[str]) -> PlanError:
-    labels = place(network.sites).labels
-    by_default = [
-        f"{site.name} stays static: {labels[site.name].static} "
-        "(a rule with a share converts it all the same)"
-        for site in network.sites
-        if not site.fixed and labels[site.name].static
-    ]
-    why = "; ".join([*notes, *by_default]) or "the network has none"
-    return PlanError(f"no layer can be converted: {why}")
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def static_notes(network: Network) -> list[str]:
-    """Which layers cannot be converted, and why: a line per reason."""
-    names: dict[str, list[str]] = {}
+def _listed(value: Any, where: str) -> Any:
+    if not isinstance(value, Iterable):
+        raise PlanError(f"{where} {short(value)}: expected a list")
+    return value
+
+
+class NothingToConvert(PlanError):
+    """Every layer stays static."""
+
+
+def nothing_to_convert(network: Network, settings: Settings) -> NothingToConvert:
+    """The error that says why, of every layer."""
+    found = why_static(network, settings)
+    reasons = {name: reason or "keep_static has it" for name, reason in found.items()}
+    lines = [*_by_reason(reasons), *static_others(network)]
+    why = "; ".join(lines) or "the network has none"
+    hint = " (a rule with a share converts what is static by default)"
+    free = not settings.rules and any(not site.fixed for site in network.sites)
+    return NothingToConvert(f"no layer can be converted: {why}{hint if free else ''}")
+
+
+def why_static(network: Network, settings: Settings) -> dict[str, str]:
+    """Why a layer is static where no warehouse has it, by name; empty if nothing says so."""
+    placed = place(network.sites)
+    reasons = {}
     for site in network.sites:
-        if site.fixed:
-            names.setdefault(site.fixed, []).append(site.name)
+        reason = placed.labels[site.name].static
+        if not reason and _outweighed(site, placed, settings):
+            reason = "even with a single cell, its attention would outweigh its kernel"
+        if not isinstance(settings.sharing, str):
+            reason = "no sharing group has it"
+        for rule in settings.rules:
+            if rule.static and any(fnmatchcase(site.name, one) for one in rule.patterns):
+                reason = f"a rule keeps it static ({', '.join(rule.patterns)})"
+        reasons[site.name] = site.fixed or reason
+    return reasons
+
+
+def _outweighed(site: Site, placed: Recognised, settings: Settings) -> bool:
+    """Whether no budget could make up for the layer's attention, however its kernel is cut.
+
+    Not asked of the papers' backbones, nor of depthwise layers, which those convert, too.
+    """
+    if placed.family != INFERRED or kind_of(site) == "dwconv":
+        return False
+    return _least_attention(site, settings) > math.prod(site.kernel)
+
+
+def _least_attention(site: Site, settings: Settings) -> int:
+    """Parameters of the attention to one mixture of one cell."""
+    return attention_cost(
+        site.in_channels,
+        1,
+        1,
+        1,
+        ratio=None,
+        reduction=settings.reduction,
+        basis_ratio=1.0,
+        norm="batch",
+    ).params
+
+
+def _by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """A line per reason, with the first layer that it holds for. Empty reasons aside."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason:
+            names.setdefault(reason, []).append(shown(name))
     return [
         f"{listed[0]} stays static: {reason}"
         if len(listed) == 1
         else f"{listed[0]} and {len(listed) - 1} more stay static: {reason}"
         for reason, listed in names.items()
     ]
+
+
+def static_others(network: Network) -> list[str]:
+    """The modules with weights that are no layers: a line per class."""
+    names: dict[str, list[str]] = {}
+    for other in network.others:
+        names.setdefault(other.kind, []).append(shown(other.name))
+    return [
+        f"{listed[0]}: its own weights stay static ({kind})"
+        if len(listed) == 1
+        else f"{listed[0]} and {len(listed) - 1} more: their own weights stay static ({kind})"
+        for kind, listed in names.items()
+    ]
+
+
+def sharing_notes(network: Network, shares: Mapping[str, Share], settings: Settings) -> list[str]:
+    """Layers that cannot be converted, and depthwise ones that hardly pay: a line per reason."""
+    notes = _by_reason({site.name: site.fixed for site in network.sites})
+    if not isinstance(settings.sharing, str) or place(network.sites).family != INFERRED:
+        return notes
+    dynamic = {layer for share in shares.values() for layer in share.layers}
+    heavy = [
+        site.name
+        for site in network.sites
+        if site.name in dynamic
+        and kind_of(site) == "dwconv"
+        and _least_attention(site, settings) > math.prod(site.kernel)
+    ]
+    if heavy:
+        more = f" and {len(heavy) - 1} more" if heavy[1:] else ""
+        notes.append(
+            f"{heavy[0]}{more}: depthwise layers are dynamic, as in the published MobileNetV2 and "
+            "ConvNeXt, though attention outweighs such kernels (a rule can keep them static)"
+        )
+    return notes
 
 
 def shares_of(
@@ -184,7 +299,7 @@ def _with_rule(
 
 def stage_of(network: Network) -> dict[str, int]:
     """The stage of each layer that can share a warehouse."""
-    labels = {site.name: place(network.sites).labels[site.name] for site in network.sites}
+    labels = place(network.sites).labels
     return {
         site.name: label.stage
         for site in network.sites
@@ -204,6 +319,8 @@ def _automatic(
     for site in network.sites:
         label = placed.labels[site.name]
         if site.fixed or label.static or site.name in kept:
+            continue
+        if _outweighed(site, placed, settings):
             continue
         rule = settings.sharing if label.alone else stage_sharing.get(label.stage, settings.sharing)
         if rule == "layer":
@@ -287,8 +404,7 @@ def _explicit(
     owner: dict[str, str] = {}
     for name, given in named.items():
         share = given if isinstance(given, Share) else Share(given)
-        patterns = [share.layers] if isinstance(share.layers, str) else share.layers
-        layers = match_layers(network, patterns, f"group {name!r}")
+        layers = match_layers(network, share.patterns, f"group {name!r}")
         if not layers:
             raise PlanError(f"group {name!r}: it has no layers")
         for layer in layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from kwlayers.blocks import blocks_of
 from kwlayers.counter import MacCounter
-from kwlayers.plan import Network, PlanError, Site
+from kwlayers.plan import Network, Other, PlanError, Site, short, shown
 
 # Exact types only: a subclass may compute something else.
 CONVERTIBLE: dict[type[nn.Module], str] = {
@@ -36,6 +37,8 @@ _QUANTISED = ("torch.ao.nn.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.in
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
 
 def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
     """The sites of `model` and its static totals, for one image of `input_size` = (C, ...).
@@ -43,14 +46,12 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
     The model may be on any device and is not changed: a copy without data runs on `meta`
     in evaluation mode. Raises PlanError if it does not run on such an input.
     """
-    if not isinstance(model, nn.Module):
-        raise PlanError(f"model: expected an nn.Module, got {type(model).__name__}")
+    refuse_wrapped(model)
     if not isinstance(input_size, Sequence) or not all(isinstance(s, int) for s in input_size):
-        raise PlanError(f"input_size {input_size!r}: a tuple (C, H, W), without batch")
+        raise PlanError(f"input_size {short(input_size)}: a tuple (C, H, W), without batch")
     size = tuple(input_size)
     if not size or min(size) < 1:
         raise PlanError(f"input_size {size}: positive sizes (C, H, W), without batch")
-    refuse_wrapped(model)
     twin = _meta_copy(model).eval()
     params = sum(parameter.numel() for parameter in model.parameters())
     counter = MacCounter()
@@ -58,9 +59,9 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
         with counter:
             calls = _Calls.of(twin, 1, size)
     except Exception as error:
-        shown = "x".join(map(str, size))
         raise PlanError(
-            f"the model does not run on an input of {shown} (on meta): {error}"
+            f"the model does not run on an input of {'x'.join(map(str, size))} (traced without "
+            f"data, on meta): {_explained(error)}{error}"
         ) from error
     constant = _constant(twin, size, calls)
     found = candidates(model)
@@ -72,7 +73,34 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
     macs_of_sites = sum(site.positions * math.prod(site.kernel) for site in sites)
     assert counter.macs >= macs_of_sites, (counter.macs, macs_of_sites)
     has_batch_norm = any(isinstance(module, _BATCH_NORMS) for module in model.modules())
-    return Network(sites, params, counter.macs, size, has_batch_norm)
+    others = tuple(_others(model, {name for name, _, _ in found}))
+    return Network(sites, params, counter.macs, size, has_batch_norm, others)
+
+
+def _explained(error: Exception) -> str:
+    """What torch's words mean for a forward that cannot be traced; empty for other errors."""
+    text = str(error)
+    if re.search("index|indices", text) and re.search(r"\b(long|int|int32/int64)\b|Long", text):
+        return (
+            "its forward takes integers, such as tokens or classes; only networks of real numbers "
+            "are supported. torch says: "
+        )
+    if re.search(r"\bmeta\b|Meta tensors|data-independent", text):
+        return (
+            "its forward reads the values of its input or of a result, which is not supported. "
+            "torch says: "
+        )
+    return ""
+
+
+def _others(model: nn.Module, sites: set[str]) -> Iterator[Other]:
+    """Modules besides the sites that hold weights of two axes or more."""
+    for name, module in model.named_modules():
+        if name in sites or isinstance(module, _NORMS):
+            continue
+        own = [p for p in module._parameters.values() if p is not None]
+        if any(sum(size > 1 for size in p.shape) > 1 for p in own):
+            yield Other(name, type(module).__name__, sum(p.numel() for p in own))
 
 
 def _constant(twin: nn.Module, size: tuple[int, ...], calls: _Calls) -> set[str]:
@@ -98,6 +126,9 @@ def _no_fast_path() -> Iterator[None]:
 
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise PlanError for what cannot be planned or converted in place."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise PlanError(f"model: expected an nn.Module, got {what}")
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.jit.ScriptModule)
     if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         raise PlanError(
@@ -106,7 +137,7 @@ def refuse_wrapped(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.startswith(_QUANTISED):
             raise PlanError(
-                f"the model is quantised ({name} is a {type(module).__module__}."
+                f"the model is quantised ({shown(name)} is a {type(module).__module__}."
                 f"{type(module).__name__}): plan and convert the floating-point model"
             )
     from kwlayers.warehouse import Warehouse
@@ -158,7 +189,7 @@ def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
             continue
         reason = ""
         if not name:
-            reason = "it is the model itself: wrap it in nn.Sequential"
+            reason = "it has no parent to be swapped in: wrap it in nn.Sequential"
         elif uses[id(module.weight)] > 1:
             reason = "its weight is tied to another layer's"
         elif id(module) in inside:
@@ -166,7 +197,7 @@ def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
         elif any(getattr(module, hooks) for hooks in _HOOKS):
             reason = "it carries hooks"
         elif type(module.weight) not in (nn.Parameter, Tensor):
-            reason = f"its weight is a {type(module.weight).__name__}"
+            reason = f"its weight is no plain tensor but of type {type(module.weight).__name__}"
         elif type(module) not in CONVERTIBLE:
             reason = f"{type(module).__name__} may compute something else from its weight"
         found.append((name, module, reason))

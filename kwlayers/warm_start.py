@@ -25,7 +25,7 @@ from torch import Tensor
 from kwlayers import geometry
 from kwlayers.attention import Attention
 from kwlayers.ops.published import assemble
-from kwlayers.plan import PlanError
+from kwlayers.plan import PlanError, short
 from kwlayers.warehouse import Warehouse
 
 Mode = Literal[True, "cells"]
@@ -53,7 +53,7 @@ class WarmStart:
 def check(mode: object, weights: Mapping[str, Tensor]) -> None:
     """Raise PlanError for a warm start that cannot be."""
     if not (mode is True or mode is False or mode == "cells"):
-        raise PlanError(f"warm_start {mode!r}: allowed are False, True and 'cells'")
+        raise PlanError(f"warm_start {short(mode)}: allowed are False, True and 'cells'")
     for name, weight in weights.items() if mode else ():
         if weight.is_meta:
             raise PlanError(

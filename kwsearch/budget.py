@@ -63,15 +63,12 @@ class Outcome:
 
     @property
     def ratio(self) -> float:
-        """The common b: as given, else cells over mixtures of the whole plan."""
-        return self.target.ratio if self.target.ratio is not None else plan_ratio_of(self.plan)
+        """b as reached, which whole cells may keep from the target's."""
+        return plan_ratio_of(self.plan)
 
 
 def plan_ratio_of(plan: Plan) -> float:
-    """b of a plan: the one its groups share, else all cells over all mixtures."""
-    ratios = {group.ratio for group in plan.groups}
-    if len(ratios) == 1 and (ratio := ratios.pop()) is not None:
-        return ratio
+    """b of a plan: all cells over all mixtures."""
     cells = sum(group.num_cells for group in plan.groups)
     return cells / sum(sum(plan.mixtures(group)) for group in plan.groups)
 

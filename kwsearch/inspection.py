@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kwlayers.plan import Plan
+from kwlayers.plan import Plan, shown
+from kwlayers.sharing import Settings, why_static
 from kwlayers.stages import place
 from kwsearch import units
-from kwsearch.report import Row, layer_row
+from kwsearch.report import Row, layer_row, stages_of
 from kwsearch.terminal import new_table, plain
 
 if TYPE_CHECKING:
@@ -38,15 +39,16 @@ class Layer:
     cost: Row
 
 
-def layers_of(plan: Plan) -> tuple[Layer, ...]:
-    """All layers in module order."""
+def layers_of(plan: Plan, settings: Settings | None = None) -> tuple[Layer, ...]:
+    """All layers in module order. settings: those that the plan was made with."""
     groups = {group.name: group for group in plan.groups}
-    placed = place(plan.network.sites)
+    placed, stages = place(plan.network.sites), stages_of(plan)
+    reasons = why_static(plan.network, settings or Settings())
     found = []
     for site, cost in zip(plan.network.sites, plan.cost_by_layer(), strict=True):
         label = placed.labels[site.name]
         group = groups.get(cost.group or "")
-        why = "" if group else site.fixed or label.static or "no warehouse takes it"
+        why = "" if group else reasons[site.name] or "no warehouse takes it"
         found.append(
             Layer(
                 name=site.name,
@@ -55,7 +57,7 @@ def layers_of(plan: Plan) -> tuple[Layer, ...]:
                 kernel=site.kernel,
                 groups=site.groups,
                 positions=site.out_positions,
-                stage=None if why or label.alone else label.stage,
+                stage=stages[site.name],
                 warehouse=group.name if group else None,
                 mixtures=cost.mixtures,
                 cells=group.num_cells if group else 0,
@@ -71,14 +73,20 @@ def tree(layers: Sequence[Layer], scale: int = 1) -> tuple[Table, list[str]]:
     unit = "MACs" if scale == 1 else "FLOPs"
     params = ("attention\nparams", "unchanged\nparams")
     work = tuple(f"{part}\n{unit}" for part in ("conv", "mixing", "attention"))
-    table = new_table(("layer", "kernel", "stage", "warehouse"), ("m", "n"), params, work)
+    table = new_table(
+        ("layer", "kernel", "stage", "warehouse"),
+        ("m", "n"),
+        params,
+        work,
+        spare=(params[1], work[2], work[0], "kernel", params[0], work[1], "stage"),
+    )
     reasons: dict[str, int] = {}
     block = ""
     for layer in layers:
         if layer.block != block and layer.block:
             table.add_row(plain(layer.block))
         block = layer.block
-        own = f"  {layer.name[len(block) + 1 :]}" if block else layer.name
+        own = f"  {layer.name[len(block) + 1 :]}" if block else shown(layer.name)
         kernel = "x".join(map(str, layer.kernel))
         row = layer.cost
         counts = (row.conv + row.unchanged_macs, row.mixing, row.attention_macs)

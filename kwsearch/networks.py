@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
@@ -85,8 +86,8 @@ class Source:
 def source(name: str, trust: bool = False) -> Source:
     """Where the network `name` comes from. trust: whether it may be the user's own code.
 
-    Imports timm or torchvision for a name of theirs, and never the user's code. Raises
-    zoo.UnknownModelError, and PlanError where a package is missing.
+    Imports timm or torchvision for a name of theirs, the user's code with trust only. Raises
+    zoo.UnknownModelError, and PlanError where a package is missing or does not load.
     """
     kind, colon, rest = name.partition(":")
     if not colon:
@@ -136,7 +137,9 @@ def trace_model(
     from kwlayers.sites import trace
 
     model = planning_model(name, input_size, num_classes, trust)
-    return trace(model, input_size or source(name, trust).size())
+    size = input_size or source(name, trust).size()
+    with _talk_to_stderr():
+        return trace(model, size)
 
 
 def count_outputs(model: nn.Module, input_size: InputSize) -> int:
@@ -152,7 +155,7 @@ def count_outputs(model: nn.Module, input_size: InputSize) -> int:
     found = []
     for training, when in ((False, "evaluated"), (True, "trained")):
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _talk_to_stderr():
                 out = model.train(training)(x)
         except Exception as error:
             if training and isinstance(error, RuntimeError):
@@ -166,7 +169,8 @@ def count_outputs(model: nn.Module, input_size: InputSize) -> int:
                 f"a tensor {(*out.shape,)}" if isinstance(out, torch.Tensor) else type(out).__name__
             )
             raise PlanError(
-                f"the model gives {what} for 2 images, {when}: a search needs a tensor (2, classes)"
+                f"the model gives {what} for 2 images, {when}: classifying images needs a "
+                "tensor (2, classes)"
             )
         found.append(out.shape[1])
     return min(found)
@@ -311,8 +315,10 @@ def _of_own_code(name: str, trust: bool) -> Source:
             f"{OTHERS}"
         )
     module, _, function = name.partition(":")
-    refusal = None
-    if not trust:
+    refusal = made = None
+    if trust:
+        made = _import_own(name, module, function)
+    else:
         close = difflib.get_close_matches(module, ["timm", "torchvision"], n=1)
         meant = f"did you mean {close[0]}:{function}? Otherwise " if close else ""
         refusal = (
@@ -321,7 +327,8 @@ def _of_own_code(name: str, trust: bool) -> Source:
         )
 
     def make(size: InputSize, num_classes: int | None, width: float) -> nn.Module:
-        return _call_own(name, _import_own(name, module, function), size, num_classes)
+        assert made is not None
+        return _call_own(name, made, size, num_classes)
 
     return Source(name, None, None, make, refusal=refusal)
 
@@ -330,7 +337,8 @@ def _import_own(name: str, module: str, function: str) -> Callable[..., Any]:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
-        found: Any = importlib.import_module(module)
+        with _talk_to_stderr():
+            found: Any = importlib.import_module(module)
     except (Exception, SystemExit) as error:
         raise PlanError(f"{name}: importing {module} fails: {_reason(error)}") from error
     for part in function.split("."):
@@ -340,9 +348,14 @@ def _import_own(name: str, module: str, function: str) -> Callable[..., Any]:
             raise PlanError(f"{name}: {module} has no {function}{hint}")
         found = getattr(found, part)
     if not callable(found):
-        raise PlanError(f"{name}: {function} is a {type(found).__name__}, not a function")
+        raise PlanError(f"{name}: {function} is of type {type(found).__name__}, not a function")
     made: Callable[..., Any] = found
     return made
+
+
+def _talk_to_stderr() -> contextlib.AbstractContextManager[Any]:
+    """What own code prints is no part of a command's result."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _call_own(
@@ -366,9 +379,10 @@ def _call_own(
             f"{name}: it needs num_classes: give --classes, or in a recipe "
             f"model: {{name: {name}, num_classes: 10}}"
         )
-    model = function(**{k: v for k, v in arguments.items() if takes_all or k in parameters})
+    with _talk_to_stderr():
+        model = function(**{k: v for k, v in arguments.items() if takes_all or k in parameters})
     if not isinstance(model, nn.Module):
-        raise PlanError(f"{name}: it returned a {type(model).__name__}, not a torch.nn.Module")
+        raise PlanError(f"{name}: it returned {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
@@ -383,8 +397,8 @@ def _package(name: str, package: str) -> Any:
         if error.name != package:
             raise PlanError(f"{name}: importing {package} fails: {_reason(error)}") from error
         raise PlanError(
-            f"{name}: it needs the package {package}, which is not installed; "
-            f"`pip install {package}` is all it takes"
+            f"{name}: it needs the package {package}, which is not installed: "
+            '`pip install "kwsearch[zoo]"`'
         ) from None
     except Exception as error:
         raise PlanError(

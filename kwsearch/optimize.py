@@ -20,6 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 
+from kwlayers.plan import counted
 from kwsearch import dry_run, finals, networks, train_step
 from kwsearch.driver import Driver, Rules, SpaceExhausted
 from kwsearch.driver import Watcher as DriverWatcher
@@ -33,6 +34,7 @@ from kwsearch.recipe import Proxy, Recipe, Search
 from kwsearch.resolve import (
     check_replannable,
     input_of,
+    located,
     network_of,
     outputs_of,
     settings_of,
@@ -114,6 +116,7 @@ class Study:
         self._check_choices()
         self.rungs = _rungs(self.search, self.proxy)
         self._resume = resume
+        self._notes: list[str] = []
         self._counted: dict[str, int] = {}
 
     def _check_choices(self) -> None:
@@ -150,15 +153,20 @@ class Study:
         executor: where, by default `search.workers` processes here. function, final: what trains,
         in place of those of `kwsearch.trial` (for simulations).
         """
-        with sole_driver(self.directory), contextlib.ExitStack() as stack:
-            self._note_provenance()
-            log = EventLog(self.directory / EVENTS, self.watcher, self.echo)
-            self.watcher = stack.enter_context(log)
+        with contextlib.ExitStack() as stack:
+            if begun := (self.directory / JOURNAL).exists():
+                stack.enter_context(sole_driver(self.directory))
+            prepare(self.directory, self.recipe, self._resume)
             self._plan_spaces()
             self._check_memory()
-            held_out = 0
-            if function == TRAINING:
-                held_out = self._check_images()
+            held_out, data = self._check_images() if function == TRAINING else (0, {})
+            if not begun:
+                stack.enter_context(sole_driver(self.directory))
+            self._note_provenance(data)
+            log = EventLog(self.directory / EVENTS, self.watcher, self.echo)
+            self.watcher = stack.enter_context(log)
+            for note in self._notes:
+                self.watcher.say(note)
             self.study = study = self._open()
             if executor is None:
                 executor = LocalExecutor(
@@ -214,20 +222,23 @@ class Study:
 
     def _spaces(self) -> dict[float, Space]:
         settings, section = settings_of(self.recipe), self.search.space
-        return {
-            value: Space(self.network, settings, target, section)
-            for value, target in self.targets.items()
-        }
+        where = ("search", "budgets") if self.search.budgets else ("budget",)
+        with located(self.recipe, budget=where):
+            return {
+                value: Space(self.network, settings, target, section)
+                for value, target in self.targets.items()
+            }
 
     def forecast(self) -> Forecast:
         """What the search would be, without starting it and without data."""
-        self.network = self._trace()
-        search, proxy, spaces = self.search, self.proxy, list(self._spaces().values())
+        self._plan_spaces()
+        search, proxy = self.search, self.proxy
+        spaces = [budget.space for budget in self.budgets]
         uniform = spaces[-1].uniform
         step_s = TrainStep(self.recipe, uniform, proxy, self.trust).seconds()
         nbytes = self._train_bytes(uniform)
         workers = slots_of(search, proxy, lambda: nbytes)
-        trainings = (search.finalists + 2) * search.seeds * len(spaces) if search.finalists else 0
+        trainings = self._most_finals()
         images = dry_run.images_of(proxy)
         least = most = None
         if images is not None:
@@ -256,6 +267,16 @@ class Study:
             disk_bytes=checkpoint * max(unfinished, workers),
         )
 
+    def _most_finals(self) -> int:
+        """Trainings of the verdict, if every trial finishes and no two are of one plan."""
+        count, search = 0, self.search
+        for place, budget in enumerate(self.budgets):
+            trials = len(range(place, search.trials, len(self.budgets)))
+            baselines = 1 if budget.twin is None else 2
+            if searched := min(search.finalists, max(trials - baselines, 0)):
+                count += (searched + baselines) * search.seeds
+        return count
+
     def _twin(self, space: Space) -> Twin | None:
         name = self.recipe.model.name
         source = networks.source(name, self.trust)
@@ -263,10 +284,10 @@ class Study:
         try:
             twin = static_twin(name, space.allowed, input_of(self.recipe), classes, self.trust)
         except NoTwin as reason:
-            self.watcher.say(f"no static network to compare with: {reason}")
+            self._notes.append(f"no static network to compare with: {reason}")
             return None
         if not source.scalable:
-            self.watcher.say(
+            self._notes.append(
                 f"the static network to compare with is {name} as it is: {twin.params:,} "
                 f"parameters, where plans may have {space.allowed:,}"
             )
@@ -300,28 +321,30 @@ class Study:
                     f"at batch {self.proxy.batch_size}: lower proxy.batch_size or proxy.resolution"
                 )
 
-    def _note_provenance(self) -> None:
-        """Write the recipe down, with the command that started the study."""
+    def _note_provenance(self, data: dict[str, Any]) -> None:
+        """Write the recipe down, with the command that started the study and its data."""
         begun = prepare(self.directory, self.recipe, self._resume)
         if begun is None:
             if self._resume:
-                self.watcher.say(f"nothing to resume in {self.directory}: a new study")
+                self._notes.append(f"{self.directory} has no trials yet: a new study")
             begun = {"command": self.command, "versions": versions(), "seed": self.search.seed}
-        self._provenance = {**self.recipe.provenance, **begun}
+        self._provenance = {**self.recipe.provenance, **begun, **data}
         write_down(self.directory, self.recipe, self._provenance)
 
-    def _check_images(self) -> int:
-        """Before the first trial: there are images, and they fit; how many are held out."""
+    def _check_images(self) -> tuple[int, dict[str, str]]:
+        """Before the first trial: there are images, and they fit; how many are held out, and what
+        the provenance says of them.
+        """
         from kwsearch import proxy
         from kwsearch.data import fingerprint as fingerprint_images
 
         if self.recipe.proxy is None:
-            self.watcher.say("the recipe has no proxy section: trials train on digits by default")
+            self._notes.append("the recipe has no proxy section: trials train on digits by default")
         proxy.device_of(self.proxy)
         images = proxy.load(self.proxy, input_of(self.recipe))
         self._check_fit(images)
-        self._provenance["data"] = f"{images.train.name} {fingerprint_images(images.train)}"
-        return len(images.valid.y)
+        data = f"{images.train.name} {fingerprint_images(images.train)}"
+        return len(images.valid.y), {"data": data}
 
     def _check_fit(self, images: ProxyData) -> None:
         """Before the first trial: the model takes these images and has their classes."""
@@ -330,8 +353,7 @@ class Study:
         if outputs < images.train.num_classes:
             raise SearchError(
                 f"{images.train.name} has {images.train.num_classes} classes, the model "
-                f"{outputs}: set model={{name: {self.recipe.model.name}, "
-                f"num_classes: {images.train.num_classes}}}"
+                f"{outputs}: set model.num_classes={images.train.num_classes}"
             )
 
     def _open(self) -> optuna.Study:
@@ -443,8 +465,8 @@ class Study:
         left = sum(t.key not in self.study.user_attrs for t in trainings)
         if left:
             self.watcher.say(
-                f"verdict: {len(chosen)} finalists, {self.search.seeds} seeds each: "
-                f"{left} trainings in full"
+                f"verdict: {counted(len(chosen), 'finalist')}, "
+                f"{counted(self.search.seeds, 'seed')} each: {counted(left, 'training')} in full"
             )
         finals.run(
             self.study,

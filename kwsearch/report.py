@@ -64,16 +64,23 @@ def stage_rows(plan: Plan) -> dict[str, tuple[Row, str]]:
 
 
 def _stages(plan: Plan) -> dict[str, str]:
-    """The stage of each group by its first layer."""
-    labels = place(plan.network.sites).labels
-    stages = {}
+    """The row of each group: the stage of all its layers, else its own name."""
+    stage_of = stages_of(plan)
+    rows = {}
     for group in plan.groups:
-        label = labels[group.layers[0]]
-        if label.static:
-            stages[group.name] = group.layers[0]
-        else:
-            stages[group.name] = label.alone or f"stage {label.stage}"
-    return stages
+        stages = {stage_of[name] for name in group.layers}
+        one = stages.pop() if len(stages) == 1 else None
+        rows[group.name] = group.name if one is None else f"stage {one}"
+    return rows
+
+
+def stages_of(plan: Plan) -> dict[str, int | None]:
+    """The stage of each layer by its name; None for those outside the stages."""
+    dynamic = {name for group in plan.groups for name in group.layers}
+    return {
+        name: None if label.static or label.alone or name not in dynamic else label.stage
+        for name, label in place(plan.network.sites).labels.items()
+    }
 
 
 def _rest(plan: Plan, rows: Sequence[Row]) -> Row:
@@ -119,7 +126,9 @@ def stage_tables(plan: Plan, scale: int = 1) -> list[Table]:
 def layer_tables(plan: Plan, scale: int = 1) -> list[Table]:
     """Parameters and MACs by layer, then the warehouses and the rest."""
     params = new_table(
-        ("parameters", "kernel", "warehouse"), ("m", "n", "cells", "attention", "unchanged")
+        ("parameters", "kernel", "warehouse"),
+        ("m", "n", "cells", "attention", "unchanged"),
+        spare=("kernel", "m", "n"),
     )
     macs = new_table((_unit(scale),), ("conv", "mixing", "attention", "unchanged", "total"))
     groups = {group.name: group for group in plan.groups}

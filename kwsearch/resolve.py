@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from kwlayers.sharing import Rule, Settings, Share, named_groups
 from kwsearch import networks, units
 from kwsearch.budget import Outcome, Target, meet
 from kwsearch.recipe import Recipe
+from kwsearch.zoo import UnknownModelError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,19 +28,54 @@ KINDS: dict[str, Callable[[float], float]] = {
 }
 
 
+@contextlib.contextmanager
+def located(
+    recipe: Recipe, *path: str | int, budget: tuple[str, ...] = ("budget",)
+) -> Iterator[None]:
+    """Errors about the recipe begin with their place in its file: that of `path`, if given.
+
+    budget: where the budget is that was tried.
+    """
+    try:
+        yield
+    except (PlanError, UnknownModelError) as error:
+        if place := recipe.place(*(path or _about(recipe, error) or budget)):
+            error.args = (f"{place}: {error}",)
+        raise
+
+
+def _about(recipe: Recipe, error: ValueError) -> tuple[str | int, ...]:
+    """What an error of planning or of the network is about, by how it begins; () the budget."""
+    text = str(error)
+    if rule := re.match(r"rule (\d+) ", text):
+        return "method", "rules", int(rule[1]) - 1
+    if group := re.search(r"\bgroup '(\w+)'", text):
+        names = [one.name for one in recipe.plan.groups] if recipe.plan is not None else []
+        if group[1] in names:
+            return "plan", "groups", names.index(group[1])
+        return "method", "sharing", group[1]
+    if isinstance(error, UnknownModelError):
+        return "model", "name"
+    if text.startswith("plan: it has"):
+        return ("plan",)
+    return () if re.match("params |ratio |plan: ", text) else ("model",)
+
+
 def create_model(recipe: Recipe, width: float | None = None, trust: bool = False) -> nn.Module:
     """The recipe's static model, on the current device; scaled to `width` if given.
 
     trust: whether it may be the user's own code, here and below.
     """
     model = recipe.model
-    return networks.build_model(model.name, recipe.input, model.num_classes, width, trust)
+    with located(recipe):
+        return networks.build_model(model.name, recipe.input, model.num_classes, width, trust)
 
 
 def network_of(recipe: Recipe, trust: bool = False) -> Network:
     """What tracing the recipe's model finds."""
     model = recipe.model
-    return networks.trace_model(model.name, recipe.input, model.num_classes, trust)
+    with located(recipe):
+        return networks.trace_model(model.name, recipe.input, model.num_classes, trust)
 
 
 def outputs_of(recipe: Recipe, input_size: Sequence[int], trust: bool = False) -> int:
@@ -46,18 +84,24 @@ def outputs_of(recipe: Recipe, input_size: Sequence[int], trust: bool = False) -
     Raises PlanError if it does not run on them, or gives something else.
     """
     choice = recipe.model
-    model = networks.planning_model(choice.name, recipe.input, choice.num_classes, trust)
-    return networks.count_outputs(model, tuple(input_size))
+    with located(recipe):
+        model = networks.planning_model(choice.name, recipe.input, choice.num_classes, trust)
+        return networks.count_outputs(model, tuple(input_size))
 
 
 def input_of(recipe: Recipe) -> tuple[int, ...]:
     """The recipe's input size, or the model's own."""
-    return recipe.input or networks.source(recipe.model.name).size()
+    with located(recipe):
+        return recipe.input or networks.source(recipe.model.name).size()
 
 
 def settings_of(recipe: Recipe) -> Settings:
     """The recipe's method, as planning takes it."""
     method = recipe.method
+    rules = []
+    for number, rule in enumerate(method.rules):
+        with located(recipe, "method", "rules", number):
+            rules.append(Rule(**rule.model_dump()))
     return Settings(
         cell_ratio=method.cell_ratio,
         sharing=method.sharing,
@@ -65,7 +109,7 @@ def settings_of(recipe: Recipe) -> Settings:
         basis_ratio=method.basis_ratio,
         spatial_partition=method.spatial_partition,
         norm=method.norm,
-        rules=tuple(Rule(**rule.model_dump()) for rule in method.rules),
+        rules=tuple(rules),
     )
 
 
@@ -93,18 +137,33 @@ def targets_of(recipe: Recipe) -> dict[float, Target]:
             given: dict[str, Any] = {kind: KINDS[kind](value)}
             found[value] = Target(**given)
         except ValueError as error:
-            raise PlanError(f"search.budgets: {error}; budget has {kind}") from None
+            with located(recipe, "search", "budgets"):
+                raise PlanError(f"search.budgets: {error}; budget has {kind}") from None
     return found
 
 
 def outcome_of(recipe: Recipe, network: Network) -> Outcome:
-    """The recipe's plan as it stands, else the plan that meets its budget."""
-    settings = settings_of(recipe)
-    if recipe.plan is not None:
-        groups = [group.model_dump() for group in recipe.plan.groups]
-        # It stands for itself: the budget it was once made for may not be its ratio.
-        return Outcome(Plan.from_groups(network, groups), Target(), settings)
-    return meet(network, target_of(recipe), settings)
+    """The recipe's plan as it stands, else the plan that meets its budget.
+
+    Raises PlanError for a plan that cannot be or has more parameters than the budget, BudgetError
+    for a budget that no plan meets.
+    """
+    settings, target = settings_of(recipe), target_of(recipe)
+    with located(recipe):
+        if recipe.plan is None:
+            return meet(network, target, settings)
+        if not recipe.plan.groups:
+            raise PlanError("plan: it has no groups; delete the section to plan by the budget")
+        plan = Plan.from_groups(network, [group.model_dump() for group in recipe.plan.groups])
+        if target and target.ratio is None:
+            total, allowed = plan.cost().params.total, target.params_of(network)
+            if total > allowed:
+                raise PlanError(
+                    f"plan: {total:,} parameters, over the budget of {allowed:,}: raise the "
+                    "budget, or delete it to take the plan as it stands"
+                )
+    # It stands for itself: the budget it was once made for may not be its ratio.
+    return Outcome(plan, Target(), settings)
 
 
 def plan_for(recipe: Recipe, model: nn.Module) -> Plan:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kwlayers.plan import Network, Plan
+from kwlayers.plan import Network, Plan, counted
 from kwsearch import verdict
 from kwsearch.finals import Finals
 from kwsearch.recipe import Recipe, RecipePlan, write_recipe
@@ -106,7 +106,7 @@ def write_best(
     if found.finals is not None and found.finals.verdict is not None:
         seeds = max(len(runs) for runs in found.finals.accuracies.values())
         provenance["verdict"] = verdict.sentence(found.finals.verdict)
-        said.append(f"On {found.finals.split} images, {seeds} seeds each:")
+        said.append(f"On {found.finals.split} images, {counted(seeds, 'seed')} each:")
         said += [f"    {part}" for part in provenance["verdict"].split("; ")]
     filled = recipe.model_copy(
         update={

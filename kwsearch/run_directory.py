@@ -25,6 +25,8 @@ JOURNAL, RECIPE, BEST = "study.journal", "recipe.lock.yaml", "best.yaml"
 CHECKPOINTS, TRIALS, EVENTS, LOCK = "checkpoints", "trials.csv", "events.ndjson", "driver.lock"
 
 
+# What is there before the journal is.
+_BEGUN = {RECIPE, EVENTS, LOCK, f"{JOURNAL}.lock"}
 # What may differ when a study goes on.
 _FREE = {"trials", "timeout", "workers", "finalists", "seeds"}
 
@@ -34,7 +36,10 @@ class SearchError(ValueError):
 
 
 def prepare(directory: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-    """Check that a study that is there is the recipe's; its provenance, None if there is none."""
+    """Check that the directory is for this study; the provenance of what is there of it, or None.
+
+    Raises SearchError for a study not to be resumed, another's, other files, or nothing to resume.
+    """
     path = directory / RECIPE
     if (directory / JOURNAL).exists():
         if not resume:
@@ -50,6 +55,17 @@ def prepare(directory: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | N
                 "another --run-dir"
             )
         return dict(begun.provenance)
+    found = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    # A dot begins what is about to be renamed.
+    if others := sorted(name for name in found - _BEGUN if not name.startswith(".")):
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        raise SearchError(
+            f"{directory} holds no study but {others[0]}{more}: --run-dir for another place"
+        )
+    if resume and not found & _BEGUN:
+        raise SearchError(
+            f"nothing to resume in {directory}: leave --resume out, or give a study's --run-dir"
+        )
     return None
 
 

@@ -2,37 +2,83 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-WIDTH = 120  # of a table that no terminal bounds
+_UNBOUNDED = 10_000
 
 
 def console() -> Console:
-    """Standard output: as wide as the terminal, or wide enough for a table in a file."""
+    """Standard output: as wide as the terminal or $COLUMNS says; a file has no width."""
     from rich.console import Console
 
     out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=WIDTH)
+    if out.is_terminal or os.environ.get("COLUMNS", "").isdigit():
+        return out
+    return Console(highlight=False, width=_UNBOUNDED)
 
 
-def new_table(words: Sequence[str], *numbers: Sequence[str]) -> Table:
-    """Columns of words, which fold, then columns of numbers, which do not."""
+def new_table(words: Sequence[str], *numbers: Sequence[str], spare: Sequence[str] = ()) -> Table:
+    """Columns of words, which fold, then columns of numbers, which do not.
+
+    spare: columns to leave out, one after the other, where the table would be too wide.
+    """
     from rich import box
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table: Table = _fitting_table()(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.spare = spare  # type: ignore[attr-defined]
     for name in words:
         table.add_column(name, overflow="fold")
     for group in numbers:
         for name in group:
             table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+@functools.cache
+def _fitting_table() -> type[Table]:
+    """The class of tables that leave columns out; rich is imported when the first one is made."""
+    from rich.table import Table
+
+    class Fitting(Table):
+        spare: Sequence[str] = ()
+
+        def __rich_console__(self, console: Any, options: Any) -> Any:
+            columns, table, left_out = list(self.columns), self._of(self.columns), []
+            unbounded = options.update(width=_UNBOUNDED)
+            for name in self.spare:
+                if console.measure(table, options=unbounded).maximum <= options.max_width:
+                    break
+                columns = [column for column in columns if column.header != name]
+                left_out.append(name.replace("\n", " "))
+                table = self._of(columns)
+            yield table
+            if left_out:
+                yield f" left out, as the terminal is narrow: {', '.join(left_out)}"
+
+        def _of(self, columns: Sequence[Any]) -> Table:
+            """An ordinary table with some of the columns."""
+            table = Table(box=self.box, pad_edge=self.pad_edge, padding=self.padding)
+            for column in columns:
+                table.add_column(
+                    column.header,
+                    justify=column.justify,
+                    overflow=column.overflow,
+                    no_wrap=column.no_wrap,
+                )
+            cells = zip(*(column.cells for column in columns), strict=True)
+            for row, shown in zip(self.rows, cells, strict=True):
+                table.add_row(*shown, end_section=row.end_section)
+            return table
+
+    return Fitting
 
 
 def plain(text: str) -> str:

@@ -133,7 +133,7 @@ def _how(request: Request, outcome: Outcome) -> str:
     if request.has_plan:
         return f"the recipe's plan, b = {outcome.ratio:.4g} overall"
     if outcome.target.ratio is not None:
-        return f"KernelWarehouse at b = {outcome.target.ratio:g}"
+        return f"KernelWarehouse at b = {outcome.ratio:.4g}"
     allowed = outcome.target.params_of(outcome.plan.network)
     unused = allowed - outcome.plan.cost().params.total
     return f"at most {allowed:,} parameters: b = {outcome.ratio:.4g} overall, {unused:,} unused"

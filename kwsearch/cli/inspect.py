@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kwsearch.cli.options import SIZE, plan_options, target_options, trust_option
+
+if TYPE_CHECKING:
+    from kwlayers.plan import Plan
+    from kwsearch.inspection import Layer
 
 
 @click.command("inspect")
@@ -37,6 +42,9 @@ def command(
     kwsearch inspect timm:resnext50_32x4d
     kwsearch inspect recipe.yaml --json
     """
+    from kwlayers.plan import Plan
+    from kwlayers.sharing import NothingToConvert, Settings
+    from kwsearch import inspection
     from kwsearch.budget import Target
     from kwsearch.cli.request import Request
 
@@ -45,14 +53,20 @@ def command(
     if not request.target and not request.has_plan:
         request.target = Target(ratio=1.0)
     request.apply({k: v for k, v in plan_settings.items() if v is not None})
-    outcome = request.outcome(request.network())
+    network = request.network()
+    try:
+        outcome = request.outcome(network)
+        plan, settings = outcome.plan, outcome.settings
+    except NothingToConvert:
+        plan, settings = Plan(network, ()), request.settings or Settings()
+    layers = inspection.layers_of(plan, settings)
     if as_json:
-        _print_json(request.model, outcome.plan)
+        _print_json(request.model, plan, layers)
     else:
-        _print(request.model, outcome.plan, 2 if flops else 1)
+        _print(request.model, plan, layers, 2 if flops else 1)
 
 
-def _print_json(model: str, plan: Any) -> None:
+def _print_json(model: str, plan: Plan, layers: Sequence[Layer]) -> None:
     import json
 
     from kwsearch import inspection, report
@@ -61,25 +75,28 @@ def _print_json(model: str, plan: Any) -> None:
         "model": model,
         "input": list(plan.network.input_size),
         **report.plan_json(plan),
-        "layers": inspection.layers_json(inspection.layers_of(plan)),
+        "layers": inspection.layers_json(layers),
+        "others": [vars(other) for other in plan.network.others],
     }
     click.echo(json.dumps(data, indent=2))
 
 
-def _print(model: str, plan: Any, scale: int) -> None:
+def _print(model: str, plan: Plan, layers: Sequence[Layer], scale: int) -> None:
+    from kwlayers.plan import counted
+    from kwlayers.sharing import static_others
     from kwsearch import inspection, report, terminal
 
     out = terminal.console()
     size = "x".join(map(str, plan.network.input_size))
-    layers = inspection.layers_of(plan)
     static = sum(layer.warehouse is None for layer in layers)
     out.print(
-        f"[bold]{terminal.plain(model)}[/bold] at {size}: {len(layers) - static} layers in "
-        f"{len(plan.groups)} warehouses, {static} static"
+        f"[bold]{terminal.plain(model)}[/bold] at {size}: "
+        f"{counted(len(layers) - static, 'layer')} in {counted(len(plan.groups), 'warehouse')}, "
+        f"{static} static"
     )
     for line in report.summary_lines(plan, scale):
         out.print(terminal.plain(line))
     table, notes = inspection.tree(layers, scale)
     out.print(table)
-    for note in notes:
+    for note in [*notes, *static_others(plan.network)]:
         out.print(terminal.plain(note))

@@ -82,7 +82,9 @@ def command(
 
     import optuna
 
+    from kwlayers.plan import counted
     from kwsearch.optimize import Study
+    from kwsearch.run_directory import RECIPE
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     command_line = shlex.join(["kwsearch", *sys.argv[1:]])
@@ -106,13 +108,15 @@ def command(
         )
         progress.expect(study.search.trials)
         progress.say(
-            f"{loaded.model.name} on {study.proxy.data}: {study.search.trials} trials, "
-            f"study in {directory}"
+            f"{loaded.model.name} on {study.proxy.data}: "
+            f"{counted(study.search.trials, 'trial')}, study in {directory}"
         )
         try:
             result = study.run()
         except KeyboardInterrupt:
-            progress.say(f"interrupted; nothing is lost: add --resume to go on with {directory}")
+            begun = (directory / RECIPE).exists()
+            how = f"nothing is lost: add --resume to go on with {directory}"
+            progress.say(f"interrupted; {how if begun else 'nothing had begun'}")
             raise click.exceptions.Exit(INTERRUPTED) from None
     if as_json:
         _print_json(result)
@@ -139,11 +143,16 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(vars(forecast), indent=2))
         return
+    from kwlayers.plan import counted
+
     fewest, most = forecast.warehouses
-    warehouses = str(fewest) if fewest == most else f"{fewest} to {most}"
+    warehouses = counted(most, "warehouse")
+    if fewest != most:
+        warehouses = f"{fewest} to {warehouses}"
     rungs = ", ".join(map(str, forecast.rungs))
+    finals = f"at most {counted(forecast.trainings, 'training')}" if forecast.trainings else "none"
     click.echo(
-        f"space: {forecast.combinations:,} combinations, {warehouses} warehouses to split over"
+        f"space: {counted(forecast.combinations, 'combination')}, {warehouses} to split over"
     )
     click.echo(
         f"budget: {' / '.join(f'{n:,}' for n in forecast.params_allowed)} parameters at most; "
@@ -151,7 +160,7 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
     )
     click.echo(
         f"trials: {forecast.trials}, {forecast.workers} at a time, rungs at epoch {rungs}; "
-        f"finals: {forecast.trainings}"
+        f"finals: {finals}"
     )
     click.echo(
         f"a step of the uniform plan: {forecast.step_s * 1e3:,.0f} ms, "

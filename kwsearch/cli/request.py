@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +72,21 @@ class Request:
         return self.recipe is not None and self.recipe.plan is not None
 
     def network(self) -> Network:
-        return networks.trace_model(self.model, self.input_size, self.classes, self.trust)
+        with self._located():
+            return networks.trace_model(self.model, self.input_size, self.classes, self.trust)
 
     def outcome(self, network: Network) -> Outcome:
         if self.recipe is not None and self.recipe.plan is not None:
             from kwsearch.resolve import outcome_of
 
             return outcome_of(self.recipe, network)
-        return meet(network, self.target, self.settings, self.model)
+        with self._located():
+            return meet(network, self.target, self.settings, self.model)
+
+    def _located(self) -> contextlib.AbstractContextManager[None]:
+        """Errors about a recipe have its lines; a target of the command line has none."""
+        if self.source is None:
+            return contextlib.nullcontext()
+        from kwsearch.resolve import located
+
+        return located(self.source, budget=() if self.recipe is None else ("budget",))

@@ -27,12 +27,15 @@ def command(run: Path, trial: int, as_json: bool, output: Path | None) -> None:
     """
     from kwsearch import snapshot, study_report
     from kwsearch.recipe import write_recipe
-    from kwsearch.results import recipe_of_trial
+    from kwsearch.results import recipe_of_trial, under
+    from kwsearch.trials import budget_of
 
     study = snapshot.take(run)
     found = study.trial(trial)
     if output is not None:
         recipe = recipe_of_trial(study.recipe, found)
+        if (budget := budget_of(found)) is not None:
+            recipe = under(recipe, budget)
         write_recipe(recipe, output, [f"Trial {trial} of {run}."])
     if as_json:
         click.echo(json.dumps(study_report.trial_json(found), indent=2))

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 def command(ctx: click.Context, recipe: str, overrides: tuple[str, ...], trust: bool) -> None:
     """Check a recipe file, with KEY=VALUE changes such as proxy.epochs=3.
 
-    Prints every problem with its line and column, and exits with 2 if there is one.
+    Prints every problem with its line and column, and exits with 2 if there is one, with 3 if
+    all that is wrong is a budget that no plan meets.
     """
     from kwsearch.recipe import RecipeError, load_recipe
+    from kwsearch.resolve import network_of, outcome_of
 
     settings, trust = without_trust(overrides, trust)
     try:
@@ -30,31 +32,13 @@ def command(ctx: click.Context, recipe: str, overrides: tuple[str, ...], trust: 
     except RecipeError as error:
         click.echo(str(error), err=True)
         ctx.exit(2)
-    _resolve(recipe, loaded, trust)
+    # What only the model can tell: its name, the plan's layers, whether a plan fits.
+    outcome_of(loaded, network_of(loaded, trust))
     click.echo(f"{recipe}: ok ({', '.join(_summary(loaded))})")
 
 
-def _resolve(path: str, recipe: Recipe, trust: bool) -> None:
-    """What only the model can tell: its name, the plan's layers, whether a plan fits."""
-    from kwlayers.plan import PlanError
-    from kwsearch.networks import source
-    from kwsearch.resolve import network_of, outcome_of, target_of
-    from kwsearch.zoo import UnknownModelError
-
-    try:
-        source(recipe.model.name, trust)
-        if recipe.plan is not None and not recipe.plan.groups:
-            raise PlanError("plan: it has no groups; delete the section to plan by the budget")
-        network = network_of(recipe, trust)
-        total = outcome_of(recipe, network).plan.cost().params.total
-        target = target_of(recipe)
-        if target and target.ratio is None and total > (allowed := target.params_of(network)):
-            raise PlanError(f"plan: {total:,} parameters, over the budget of {allowed:,}")
-    except (UnknownModelError, PlanError) as error:
-        raise PlanError(f"{path}: {error}") from None
-
-
 def _summary(recipe: Recipe) -> list[str]:
+    from kwlayers.plan import counted
     from kwsearch.units import format_count
 
     parts = [recipe.model.name]
@@ -65,6 +49,5 @@ def _summary(recipe: Recipe) -> list[str]:
         if recipe.budget.params is not None:
             parts.append(f"params {format_count(recipe.budget.params)}")
     if recipe.plan is not None:
-        count = len(recipe.plan.groups)
-        parts.append(f"{count} group" if count == 1 else f"{count} groups")
+        parts.append(counted(len(recipe.plan.groups), "group"))
     return parts

@@ -302,7 +302,7 @@ def _timm() -> Any:
         return importlib.import_module("timm")
     except ImportError:
         raise ExportError(
-            "a module for timm needs timm, not installed here: `pip install timm`"
+            'a module for timm needs timm, not installed here: pip install "kwsearch[zoo]"'
         ) from None
     except RuntimeError as error:  # of torchvision, which timm imports
         raise ExportError(

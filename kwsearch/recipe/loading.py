@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from kwsearch.recipe.messages import to_problems
 from kwsearch.recipe.schema import Recipe
-from kwsearch.recipe.tree import Problem, override_, problem, read_yaml
+from kwsearch.recipe.tree import Origin, Problem, override_, problem, read_yaml
 
 _NEEDED = "a recipe has at least format, model, and a budget or a plan"
 
@@ -73,4 +73,5 @@ def parse_recipe(text: str, source: str = "<string>", overrides: Sequence[str] =
     if problems:
         in_order = sorted(problems, key=lambda one: one[0][:2])
         raise RecipeError(line for _, line in in_order)
+    recipe._origin = Origin(source, root)
     return recipe

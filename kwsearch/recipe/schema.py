@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -44,6 +45,7 @@ from kwsearch.recipe.fields import (
     Size,
     Text,
 )
+from kwsearch.recipe.tree import Origin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -233,7 +235,7 @@ class Limits(_Section):
     macs: Count | None = Field(default=None, description="MACs of one image, e.g. 1.8G")
     train_memory: Memory | None = Field(
         default=None,
-        description="bytes of one training step at the proxy's batch size, measured before a "
+        description="peak bytes of a training step at the proxy's batch size, counted before a "
         "plan is trained, e.g. 500MB or 12GB",
     )
 
@@ -452,6 +454,7 @@ class Recipe(_Section):
     provenance: dict[str, Json] = Field(
         default_factory=dict, description="where the recipe comes from: free keys and values"
     )
+    _origin: Origin = PrivateAttr(default=Origin())
 
     @field_validator("plan")
     @classmethod
@@ -461,6 +464,10 @@ class Recipe(_Section):
                 "no budget and no plan (allowed either or both, e.g. budget: {ratio: 0.5})"
             )
         return plan
+
+    def place(self, *path: str | int) -> str:
+        """`file:line:column` of the value at `path`; "" if the recipe was not read from text."""
+        return self._origin.place(*path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and YAML: what was set, in the order of the schema."""

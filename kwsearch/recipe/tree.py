@@ -17,6 +17,8 @@ import yaml
 _TAG = "tag:yaml.org,2002:"
 _MAX_VALUES = 100_000
 _MAX_DIGITS = 1000
+# What a text stands for in place of a mapping: `model: NAME`.
+_SHORT_FORMS = {"model": "name"}
 
 # The scalars of YAML 1.2 (core schema) and the characters that they start with: `1e-3` is a
 # number; `no`, `12:30` and `2024-01-01` are text. An int is tried before a float.
@@ -85,6 +87,28 @@ class Located:
         return self.value
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a recipe was written, value by value. No part of the recipe: all are equal."""
+
+    source: str = field(default="", compare=False)
+    root: Located | None = field(default=None, compare=False, repr=False)
+
+    def place(self, *path: str | int) -> str:
+        """`file:line:column` of the value at `path`, as far as it is written; "" if unknown."""
+        text, node = self.source, self.root
+        for part in path:
+            key = inner = None
+            if node is not None and isinstance(node.value, dict) and isinstance(part, str):
+                key, inner = node.keys.get(part), node.value.get(part)
+            elif node is not None and isinstance(node.value, list) and isinstance(part, int):
+                inner = node.value[part] if part < len(node.value) else None
+            if inner is None:
+                break
+            text, node = (inner.override or key or inner.place).text, inner
+        return text
+
+
 def problem(place: Place, path: list[str], message: str) -> Problem:
     """One line about the value at `path`."""
     dotted = ".".join(part if part.isprintable() else repr(part)[1:-1] for part in path)
@@ -117,6 +141,8 @@ def override_(root: Located, text: str, problems: list[Problem]) -> Located:
         above, last = parts[:depth], depth == len(parts) - 1
         if node.value is None:
             node.value, node.place = {}, place
+        if isinstance(node.value, str) and (name := _SHORT_FORMS.get(".".join(above))):
+            node.value = {name: Located(node.value, node.place)}
         if last:
             node.override = place
         if isinstance(node.value, dict):

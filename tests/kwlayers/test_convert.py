@@ -78,7 +78,7 @@ def volume_net() -> nn.Module:
 
 
 def token_net() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.Linear(32, 16), nn.Linear(16, 8))
+    return nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 8))
 
 
 def depthwise_net() -> nn.Module:
@@ -295,6 +295,12 @@ def test_warehouses_print_what_was_changed() -> None:
     }
 
 
+def test_one_layer_in_one_warehouse_prints_as_one() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    convert_(model, plan_model(model, (8, 4, 4), ratio=1, sharing=[["0"]]))
+    assert repr(model.kw_warehouses).startswith("Warehouses(\n  1 layer shares 1 warehouse\n")
+
+
 # What is refused ---------------------------------------------------------------------
 
 
@@ -327,6 +333,19 @@ def test_a_converted_model_is_refused() -> None:
     refuse(model, plan, "the model is already converted: it holds warehouses")
     with pytest.raises(PlanError, match="the model is already converted: it holds warehouses"):
         net_plan(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (None, "model: expected an nn.Module, got NoneType"),
+        (Net, "model: expected an nn.Module, got the class Net"),
+    ],
+)
+def test_what_is_no_model_is_refused(model: Any, message: str) -> None:
+    with pytest.raises(PlanError) as error:
+        convert_(model, net_plan(Net()))
+    assert str(error.value) == message
 
 
 def test_a_model_with_one_hand_made_layer_counts_as_converted() -> None:
@@ -406,7 +425,7 @@ def test_a_subclass_of_a_layer_is_refused() -> None:
         (
             nn.Conv2d(4, 16, 2),
             "down: planned for a kernel (16, 4, 2, 2) in 2 groups with bias=True, but the model "
-            "has (16, 4, 2, 2) in 1 groups with bias=True: plan again for this model",
+            "has (16, 4, 2, 2) in 1 group with bias=True: plan again for this model",
         ),
     ],
     ids=["kernel", "bias", "groups"],
@@ -428,17 +447,19 @@ def test_a_model_that_differs_elsewhere_is_refused() -> None:
 
 def test_a_convolution_as_the_model_itself_is_refused() -> None:
     model = nn.Conv2d(8, 8, 1)
-    with pytest.raises(
-        PlanError, match=r"it is the model itself: wrap it in nn\.Sequential"
-    ) as info:
+    with pytest.raises(PlanError) as info:
         plan_model(model, (8, 4, 4), ratio=1, sharing="layer")
-    assert "no layer can be converted" in str(info.value)
+    assert str(info.value) == (
+        "no layer can be converted: the model itself stays static: it has no parent to be swapped "
+        "in: wrap it in nn.Sequential"
+    )
     network = plan_model(nn.Sequential(model, model), (8, 4, 4), ratio=1, sharing=[["0"]]).network
     renamed = Network(
         (replace(network.sites[0], name=""),), network.params, network.macs, network.input_size
     )
     group = replace(net_plan(Net()).groups[0], cell=(8, 8, 1, 1), num_cells=1, layers=("",))
-    refuse(model, Plan(renamed, (group,)), "it is the model itself: wrap it in nn.Sequential")
+    message = "the model itself cannot be converted: it has no parent to be swapped in: wrap it in"
+    refuse(model, Plan(renamed, (group,)), message)
 
 
 def hook(*_: Any) -> None:

@@ -14,7 +14,7 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3)
         self.norm = nn.BatchNorm2d(8)
-        self.conv = nn.Conv2d(8, 8, 1)
+        self.conv = nn.Conv2d(8, 8, 3)
         self.token = nn.Parameter(torch.zeros(1, 1, 8))
         self.head = nn.Linear(8, 2)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kwlayers import Group, Network, Plan, PlanError, Site
-from kwlayers.plan import match_layers
+from kwlayers.plan import Other, counted, match_layers
 
 SITES = (
     Site("stem", "conv2d", 3, 16, (3, 3), positions=64),
@@ -39,7 +39,7 @@ def refusal(*groups: Group) -> str:
 
 def test_a_plan_survives_json() -> None:
     plan = Plan(
-        NETWORK,
+        dataclasses.replace(NETWORK, others=(Other("up", "ConvTranspose2d", 64),)),
         (
             group(ratio=0.5, reduction=1 / 32, basis_ratio=1 / 16, norm="layer"),
             Group("head", (10, 8, 1), 2, ("fc",)),
@@ -50,6 +50,7 @@ def test_a_plan_survives_json() -> None:
     assert hash(read) == hash(plan)
     assert read.cost() == plan.cost()
     assert read.network["layer1.0.conv1"].kernel_size == (3, 3)
+    assert read.network.others[0].kind == "ConvTranspose2d"
 
 
 def test_plain_data_names_the_method_first_and_holds_only_json_types() -> None:
@@ -133,6 +134,8 @@ def test_an_unknown_layer_of_a_network_is_an_error_with_the_closest_name() -> No
     ("changes", "message"),
     [
         ({"name": "a.b"}, "group 'a.b': a name is made of letters, digits and underscores"),
+        ({"name": 5}, "group 5: a name is made of letters, digits and underscores"),
+        ({"name": "__"}, "group '__': a name is made of letters, digits and underscores"),
         ({"name": ""}, "group '': a name is made of letters, digits and underscores"),
         ({"name": "é"}, "group 'é': a name is made of letters, digits and underscores"),
         ({"method": "odconv"}, "group 'w': unknown method 'odconv'; there is 'kernel_warehouse'"),
@@ -195,6 +198,10 @@ def test_a_layer_is_in_one_group() -> None:
             {"network": {"sites": 3, "params": 1, "macs": 1, "input_size": [3]}},
             "network.sites: expected a list, got int",
         ),
+        (
+            {"network": {"sites": [], "params": 1, "macs": 1, "input_size": [3], "others": [2]}},
+            "network.others: expected a mapping, got int",
+        ),
         ({"network": NETWORK, "groups": 5}, "groups: expected a list, got int"),
         ({"network": NETWORK, "groups": ["w"]}, "groups: expected a mapping, got str"),
         (
@@ -217,6 +224,15 @@ def test_data_that_is_no_plan_is_refused_with_where_and_what(data: Any, message:
 def test_a_group_without_its_required_fields_is_refused_with_their_names() -> None:
     with pytest.raises(PlanError, match=r"groups: .*'cell', 'num_cells', and 'layers'"):
         Plan.from_groups(NETWORK, [{"name": "w"}])
+
+
+def test_counts_have_their_plural() -> None:
+    assert [counted(n, "layer") for n in (0, 1, 2, 1000)] == [
+        "0 layers",
+        "1 layer",
+        "2 layers",
+        "1,000 layers",
+    ]
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_the_group() -> None:

@@ -25,6 +25,9 @@ from kwlayers import (
     plan_network,
 )
 from kwlayers.families import recognise
+from kwlayers.plan import Other
+from kwlayers.planner import lay_out
+from kwlayers.sharing import NothingToConvert, why_static
 from kwsearch import zoo
 
 MODELS = list(zoo.MODELS)
@@ -47,9 +50,9 @@ def unknown_network(*more: Site) -> Network:
         conv("begin", 3, 8),
         conv("body.a", 8, 8),
         conv("body.b", 8, 16),
-        conv("body.c", 16, 16, 1),
+        conv("body.c", 16, 32, 1),
         *more,
-        Site("out", "linear", 16, 10, (1,), bias=True),
+        Site("out", "linear", 32, 10, (1,), bias=True),
     )
     weights = sum(math.prod(site.kernel) for site in sites)
     macs = sum(site.positions * math.prod(site.kernel) for site in sites)
@@ -129,20 +132,23 @@ def test_a_target_of_a_ratio_gives_the_cells_of_that_ratio_back() -> None:
 
 def test_a_target_below_the_floor_says_what_the_floor_is_made_of() -> None:
     found = unknown_network()
-    # One warehouse per layer, with cells (8, 8), (16, 8) and (16, 16): m = 9, 9 and 1.
+    # One warehouse per layer, with cells (8, 8), (16, 8) and (32, 16): m = 9, 9 and 1.
     # n = 1, h = 16: C*h + 2h + h*2*m + 2*m.
     attention = (128 + 32 + 288 + 18) + (128 + 32 + 288 + 18) + (256 + 32 + 32 + 2)
-    cells = 8 * 8 + 16 * 8 + 16 * 16
-    rest = 8 * 3 * 9 + (16 * 10 + 10)
+    cells = 8 * 8 + 16 * 8 + 32 * 16
+    rest = 8 * 3 * 9 + (32 * 10 + 10)
     with pytest.raises(BudgetError) as error:
         plan_network(found, Settings(sharing="layer"), params=1_000)
     assert str(error.value) == (
         f"params 1,000: below the floor of {attention + cells + rest:,} (unchanged {rest} "
-        "[begin 216 + out 170 + norms and others 0] + "
+        "[out 330 + begin 216 + norms and others 0] + "
         f"attention of 3 layers {attention:,} + one cell in each of 3 warehouses {cells})"
     )
     assert error.value.target == 1_000
     assert error.value.floor.cost().params.total == attention + cells + rest
+    with pytest.raises(BudgetError) as error:
+        plan_network(found, Settings(sharing={"all": ["body.a"]}), params=1_000)
+    assert "attention of 1 layer 466 + one cell in the warehouse 64)" in str(error.value)
 
 
 def test_the_floor_of_resnet18_is_explained_with_its_published_unchanged_part() -> None:
@@ -205,9 +211,9 @@ def test_exactly_one_budget_is_given(budget: dict[str, Any]) -> None:
     assert str(error.value) == "give exactly one budget: ratio=0.5 or params=12_000_000"
 
 
-@pytest.mark.parametrize("ratio", [0, -1.0, math.nan, math.inf])
-def test_a_ratio_is_a_number_above_0(ratio: float) -> None:
-    message = f"ratio {ratio}: it must be a number above 0, at most 1,000"
+@pytest.mark.parametrize("ratio", [0, -1.0, math.nan, math.inf, True, "1"])
+def test_a_ratio_is_a_number_above_0(ratio: Any) -> None:
+    message = f"ratio {ratio!r}: it must be a number above 0, at most 1,000"
     refused = refusal(unknown_network(), Settings(sharing="layer"), ratio=ratio)
     assert refused == message
     with pytest.raises(PlanError) as error:
@@ -233,6 +239,24 @@ def test_a_target_beyond_reason_is_refused_and_not_filled() -> None:
         ({"cell_ratio": (2, 1)}, "cell_ratio (2, 1): two numbers (out, in) in (0, 1]"),
         ({"reduction": 0}, "reduction 0: it must be in (0, 1]"),
         ({"basis_ratio": 1.5}, "basis_ratio 1.5: it must be in (0, 1]"),
+        ({"reduction": "1/16"}, "reduction '1/16': it must be in (0, 1]"),
+        ({"cell_ratio": ("1", 1)}, "cell_ratio ('1', 1): two numbers (out, in) in (0, 1]"),
+        ({"cell_ratio": (True, 1)}, "cell_ratio (True, 1): two numbers (out, in) in (0, 1]"),
+        (
+            {"sharing": 5},
+            "sharing 5: allowed are 'stage', 'position', 'layer', or groups of glob patterns over "
+            "module names",
+        ),
+        ({"rules": 5}, "rules 5: expected a list"),
+        (
+            {"rules": ["x"]},
+            "rules: expected kwlayers.Rule('layer1.*', static=True) and the like, got 'x'",
+        ),
+        (
+            {"rules": [{"layers": "x"}]},
+            "rules: expected kwlayers.Rule('layer1.*', static=True) and the like, got "
+            "{'layers': 'x'}",
+        ),
         ({"norm": "group"}, "norm 'group': allowed are 'auto', 'batch' and 'layer'"),
         (
             {"sharing": "block"},
@@ -249,6 +273,27 @@ def test_a_setting_out_of_range_is_refused_with_what_is_allowed(
     assert str(error.value) == message
 
 
+def test_a_share_is_checked_before_it_is_used() -> None:
+    for wrong, message in (
+        (lambda: Share(5), "layers 5: expected a list"),  # type: ignore[arg-type]
+        (lambda: Rule([5], static=True), "layers [5]: a glob pattern, or a list of them"),  # type: ignore[list-item]
+        (lambda: Rule("a", share=5), "share 5: the name of a warehouse"),  # type: ignore[arg-type]
+        (lambda: Rule("a", basis_ratio=2), "basis_ratio 2: it must be in (0, 1]"),
+    ):
+        with pytest.raises(PlanError) as error:
+            wrong()
+        assert str(error.value) == message
+
+
+def test_one_rule_may_stand_alone_and_a_list_is_as_good_as_a_tuple() -> None:
+    rule = Rule("body.a", static=True)
+    one: Any = rule
+    assert Settings(rules=one) == Settings(rules=(rule,)) == Settings(rules=[rule])  # type: ignore[arg-type]
+    model = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 16, 16, 1 + i % 2) for i in range(4)))
+    plan = kwlayers.plan_model(model, (3, 8, 8), ratio=1, rules=Rule("2", static=True))
+    assert layers(plan) == {"stage0_conv": ("1",)}
+
+
 @pytest.mark.parametrize("cell_ratio", [(1, 0), (2, 1), (0.5,), 0.5])
 def test_a_cell_ratio_of_a_share_is_checked_like_any(cell_ratio: Any) -> None:
     with pytest.raises(PlanError, match=r"cell_ratio .* two numbers"):
@@ -258,7 +303,7 @@ def test_a_cell_ratio_of_a_share_is_checked_like_any(cell_ratio: Any) -> None:
 def test_settings_reach_every_warehouse() -> None:
     settings = Settings((0.5, 0.25), "layer", 1 / 8, 1 / 4, False, "layer")
     plan = plan_network(unknown_network(), settings, ratio=1)
-    assert [group.cell for group in plan.groups] == [(4, 2, 3, 3), (8, 2, 3, 3), (8, 4, 1, 1)]
+    assert [group.cell for group in plan.groups] == [(4, 2, 3, 3), (8, 2, 3, 3), (16, 4, 1, 1)]
     for group in plan.groups:
         assert (group.reduction, group.basis_ratio, group.norm) == (1 / 8, 1 / 4, "layer")
 
@@ -370,13 +415,112 @@ def test_a_layer_that_cannot_be_converted_stays_static_with_a_note() -> None:
 def test_a_network_without_convertible_layers_is_refused_with_the_reason() -> None:
     tied = replace(unknown_network(), sites=(conv("a", 8, 8), conv("b", 8, 8, fixed="it is tied")))
     message = (
-        "no layer can be converted: b stays static: it is tied; a stays static: the first "
-        "convolution stays static (a rule with a share converts it all the same)"
+        "no layer can be converted: a stays static: the first convolution stays static; b stays "
+        "static: it is tied (a rule with a share converts what is static by default)"
     )
     assert refusal(tied, Settings(sharing="layer")) == message
     empty = replace(unknown_network(), sites=())
     message = "no layer can be converted: the network has none"
     assert refusal(empty, Settings(sharing="layer")) == message
+    up, down = Other("up", "ConvTranspose2d", 64), Other("down", "ConvTranspose2d", 64)
+    assert refusal(replace(empty, others=(up, down, Other("", "Net", 9))), Settings()) == (
+        "no layer can be converted: up and 1 more: their own weights stay static "
+        "(ConvTranspose2d); the model itself: its own weights stay static (Net)"
+    )
+
+
+def test_rules_that_keep_every_layer_static_are_the_reason() -> None:
+    rules = (Rule("body.*", static=True), Rule(["begin", "out"], static=True))
+    assert refusal(unknown_network(), Settings(rules=rules)) == (
+        "no layer can be converted: begin and 1 more stay static: a rule keeps it static "
+        "(begin, out); body.a and 2 more stay static: a rule keeps it static (body.*)"
+    )
+    with pytest.raises(NothingToConvert, match=r"body\.a and 2 more stay static: keep_static has"):
+        lay_out(unknown_network(), Settings(), keep_static=["body.*"])
+
+
+def test_reasons_name_the_last_word_on_each_layer() -> None:
+    found = unknown_network(conv("twice", 16, 16, fixed="it is tied"))
+    settings = Settings(rules=(Rule(["*.a", "twice", "begin"], static=True),))
+    rule = "a rule keeps it static (*.a, twice, begin)"
+    assert why_static(found, settings) == {
+        "begin": rule,
+        "body.a": rule,
+        "body.b": "",
+        "body.c": "",
+        "twice": "it is tied",
+        "out": "the last layer stays static",
+    }
+    grouped = why_static(found, Settings(sharing={"all": ["body.*"]}))
+    assert grouped["begin"] == grouped["out"] == "no sharing group has it"
+
+
+# Kernels that are less than their attention
+
+
+def narrow_network() -> Network:
+    """Between stem and head: attention of at least 96 * 16 + 66 = 1,602 weights each."""
+    return unknown_network(
+        conv("thin", 96, 16, 1),  # 1,536
+        conv("wide", 96, 17, 1),  # 1,632
+        conv("depth", 96, 96, groups=96),  # 864
+    )
+
+
+def test_a_layer_that_its_attention_would_outweigh_stays_static_unless_it_is_named() -> None:
+    found = narrow_network()
+    plan = plan_network(found, Settings(sharing="layer"), ratio=1)
+    assert {"wide", "depth"} <= set(layers(plan))
+    assert "thin" not in layers(plan)
+    cost = {layer.name: layer for layer in plan.cost_by_layer()}
+    # One mixture of one cell: 96 -> 16 with its norm, 16 -> 2, and the bias of those.
+    assert cost["wide"].attention_params == 96 * 16 + 2 * 16 + 16 * 2 + 2 == 1602
+    assert why_static(found, Settings())["thin"] == (
+        "even with a single cell, its attention would outweigh its kernel"
+    )
+    slim = Settings(sharing="layer", reduction=1 / 64)  # hidden: never under 16
+    assert "thin" not in layers(plan_network(found, slim, ratio=1))
+    for named in (
+        Settings(sharing="layer", rules=(Rule("thin", share="thin"),)),
+        Settings(sharing={"thin": ["thin"]}),
+    ):
+        assert layers(plan_network(found, named, ratio=1))["thin"] == ("thin",)
+
+
+def test_a_depthwise_layer_is_dynamic_all_the_same_with_a_note() -> None:
+    found = narrow_network()
+    (note,) = plan_network(found, Settings(), ratio=1).notes
+    assert note == (
+        "depth: depthwise layers are dynamic, as in the published MobileNetV2 and ConvNeXt, "
+        "though attention outweighs such kernels (a rule can keep them static)"
+    )
+    kept = Settings(rules=(Rule("depth", static=True),))
+    assert plan_network(found, kept, ratio=1).notes == ()
+    named = Settings(sharing={"depth": ["depth"]})
+    assert plan_network(found, named, ratio=1).notes == ()
+    more = unknown_network(conv("d1", 96, 96, groups=96), conv("d2", 96, 96, groups=96))
+    (note,) = plan_network(more, Settings(), ratio=1).notes
+    assert note.startswith("d1 and 1 more: depthwise layers are dynamic")
+
+
+# Ratios that whole cells cannot be
+
+
+def test_a_ratio_that_is_not_reached_is_noted_with_what_is() -> None:
+    found = unknown_network()
+    # 9, 9 and 1 mixtures: 4, 4 and 1 cells at 1/2.
+    plan = plan_network(found, Settings(sharing="layer"), ratio=0.5)
+    assert [group.num_cells for group in plan.groups] == [4, 4, 1]
+    assert {group.ratio for group in plan.groups} == {0.5}
+    assert plan.notes == (
+        "b = 0.4737, not 0.5, as cells are whole and every warehouse has one: "
+        "9 cells over 19 mixtures",
+    )
+    one = plan_network(found, Settings(sharing={"c": ["body.c"]}), ratio=0.5)
+    assert one.notes[0].endswith("every warehouse has one: 1 cell over 1 mixture")
+    assert plan_network(found, Settings(sharing="layer"), ratio=2).notes == ()
+    own = Settings(sharing={"a": Share(["body.a"], ratio=2), "b": ["body.b"]})
+    assert plan_network(found, own, ratio=1).notes == ()
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_a_weight_that_is_no_plain_tensor_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(model[1].weight.detach().as_subclass(Packed))
     (first, second) = trace(model, (4,)).sites
-    assert (first.fixed, second.fixed) == ("", "its weight is a Packed")
+    assert (first.fixed, second.fixed) == ("", "its weight is no plain tensor but of type Packed")
 
 
 def test_batch_norm_is_noticed_wherever_it_is() -> None:
@@ -202,7 +202,7 @@ def test_a_layer_that_the_forward_never_calls_is_kept_but_cannot_be_converted() 
 
 def test_a_model_that_is_one_layer_says_to_wrap_it() -> None:
     (site,) = trace(nn.Conv2d(3, 4, 1), (3, 2, 2)).sites
-    assert site.fixed == "it is the model itself: wrap it in nn.Sequential"
+    assert site.fixed == "it has no parent to be swapped in: wrap it in nn.Sequential"
     assert site.positions == 4
 
 
@@ -447,7 +447,7 @@ def test_a_model_on_meta_or_in_half_precision_is_traced_like_any() -> None:
 
 def test_a_wrong_input_size_is_an_error_with_the_size_and_the_reason() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 5))
-    with pytest.raises(PlanError, match=r"4x8x8 \(on meta\): .*channels"):
+    with pytest.raises(PlanError, match=r"4x8x8 \(traced without data, on meta\): .*channels"):
         trace(model, (4, 8, 8))
     with pytest.raises(PlanError, match="does not run on an input of 3x2x2"):
         trace(model, (3, 2, 2))
@@ -458,6 +458,100 @@ def test_sizes_are_positive_and_without_batch(size: tuple[int, ...]) -> None:
     with pytest.raises(PlanError) as error:
         trace(nn.Sequential(nn.Linear(3, 3)), size)
     assert str(error.value) == f"input_size {size}: positive sizes (C, H, W), without batch"
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        (torch.zeros(99, 99), "tensor([["),
+        ({f"layer{i}": torch.zeros(9) for i in range(50)}, "{'layer0': "),
+        (nn.Linear(3, 3).state_dict(), "OrderedDict("),
+        ("3x8x8", "'3x8x8': "),
+        ((3, 8.0), "(3, 8.0): "),
+    ],
+)
+def test_what_is_no_size_is_refused_in_one_short_line(size: Any, shown: str) -> None:
+    with pytest.raises(PlanError) as error:
+        trace(nn.Sequential(nn.Linear(3, 3)), size)
+    message = str(error.value)
+    assert message.startswith(f"input_size {shown}")
+    assert message.endswith(": a tuple (C, H, W), without batch")
+    assert "\n" not in message
+    assert len(message) < 250
+
+
+VALUES = "its forward reads the values of its input or of a result, which is not supported. torch"
+INTEGERS = "its forward takes integers, such as tokens or classes; only networks of real numbers"
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda net, x: x * x.mean().item(), f"{VALUES} says: Tensor.item() cannot be called on"),
+        (lambda net, x: x if x.sum() > 0 else -x, VALUES),
+        (lambda net, x: x[x > 0], VALUES),
+        (lambda net, x: torch.from_numpy(x.numpy()), VALUES),
+        (lambda net, x: x.tolist(), VALUES),
+        (lambda net, x: x.unique(), VALUES),
+        (lambda net, x: net.table(x), INTEGERS),
+        (lambda net, x: F.one_hot(x), INTEGERS),
+        (lambda net, x: x[x], INTEGERS),
+        (lambda net, x: x.gather(0, x), INTEGERS),
+    ],
+)
+def test_a_forward_that_cannot_be_traced_is_refused_in_plain_words(
+    forward: Callable[[Any, Tensor], Tensor], message: str
+) -> None:
+    model = Net(forward, table=nn.Embedding(9, 4))
+    with pytest.raises(PlanError) as error:
+        trace(model, (3, 8, 8))
+    start = "the model does not run on an input of 3x8x8 (traced without data, on meta): "
+    assert str(error.value).startswith(start + message)
+    assert str(error.value).endswith(f"torch says: {error.value.__cause__}")
+
+
+def test_what_is_no_model_is_refused_with_what_it_is() -> None:
+    for given, message in (
+        (None, "model: expected an nn.Module, got NoneType"),
+        (nn.Linear, "model: expected an nn.Module, got the class Linear"),
+    ):
+        for refuse in (lambda model: trace(model, (3, 8, 8)), refuse_wrapped):
+            with pytest.raises(PlanError) as error:
+                refuse(given)  # type: ignore[arg-type]
+            assert str(error.value) == message
+
+
+def test_modules_with_weights_that_are_no_sites_are_found() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(1, 4, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.table
+
+    class Scale(nn.Module):  # one number per channel, as norms have
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1, 1, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(8, 8), Scale()),
+        Positions(),
+        nn.LSTM(8, 8, batch_first=True),
+        Net(lambda net, x: net.a(x[0], x[0], x[0])[0][:, :1], a=nn.MultiheadAttention(8, 1)),
+    )
+    model.append(nn.Sequential(nn.ConvTranspose1d(1, 2, 3), nn.LayerNorm((2, 10))))
+    found = trace(model, (4, 8))
+    assert [(other.name, other.kind, other.params) for other in found.others] == [
+        ("1", "Positions", 4 * 8),
+        ("2", "LSTM", 4 * 8 * (8 + 8 + 2)),
+        ("3.a", "MultiheadAttention", 3 * 8 * (8 + 1)),  # its out_proj is a site
+        ("4.0", "ConvTranspose1d", 1 * 2 * 3 + 2),
+    ]
 
 
 def test_a_failed_trace_leaves_the_model_as_it_was() -> None:

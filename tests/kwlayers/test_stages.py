@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kwlayers
 from kwlayers import Network, PlanError, Settings, convert_, plan_network, trace
 from kwlayers.families import recognise
+from kwlayers.sharing import why_static
 from kwlayers.stages import INFERRED, _infer, place
 from kwsearch import zoo
 
@@ -356,9 +357,7 @@ def test_a_network_of_timm_is_planned_converted_trained_and_counted(
         assert grad is not None
         assert grad.isfinite().all()
         assert grad.any()
-    why = {
-        site.name: site.fixed or place(found.sites).labels[site.name].static for site in found.sites
-    }
+    why = why_static(found, Settings())
     dynamic = {layer for group in plan.groups for layer in group.layers}
     assert all(bool(why[site.name]) != (site.name in dynamic) for site in found.sites)
 

@@ -505,6 +505,14 @@ def test_an_unknown_mode_is_refused(mode: Any) -> None:
     refuse(model, plan, f"warm_start {mode!r}: allowed are False, True and 'cells'", mode)
 
 
+def test_weights_given_as_a_mode_are_not_printed_whole() -> None:
+    model = Net()
+    plan = plan_model(model, IMAGE, sharing=PAIR, ratio=1)
+    with pytest.raises(PlanError, match=r"^warm_start \{'a': tensor") as caught:
+        convert_(model, plan, warm_start={"a": torch.zeros(1000)})  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 150
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_model_on_meta_has_nothing_to_start_from(mode: Any) -> None:
     with torch.device("meta"):

@@ -7,7 +7,7 @@ import pytest
 from kwlayers.plan import PlanError
 from kwlayers.planner import BudgetError, lay_out
 from kwlayers.sharing import Settings
-from kwsearch import zoo
+from kwsearch import published, zoo
 from kwsearch.budget import Target, meet, plan_ratio_of
 from kwsearch.networks import trace_model
 
@@ -102,6 +102,26 @@ def test_the_nearest_settings_say_whether_they_reach_the_target() -> None:
 def test_two_targets_are_one_too_many() -> None:
     with pytest.raises(PlanError, match="one target at a time, got ratio and params"):
         Target(ratio=1, params=10)
+
+
+def test_a_ratio_is_shown_as_reached_and_kept_as_asked() -> None:
+    outcome = meet(trace_model("resnet20"), Target(ratio=0.0001))
+    # Of one cell each: 6 * 9 + 18 + 2, 5 * 9 + 18 + 2 and 5 * 9 mixtures.
+    assert outcome.ratio == 3 / 184
+    assert {group.ratio for group in outcome.plan.groups} == {0.0001}
+    assert outcome.plan.notes == (
+        "b = 0.0163, not 0.0001, as cells are whole and every warehouse has one: "
+        "3 cells over 184 mixtures",
+    )
+    assert meet(trace_model("resnet50"), Target(ratio=0.5), None, "resnet50").ratio == 0.5
+
+
+@pytest.mark.parametrize("model", published.TITLES)
+def test_published_ratios_are_reached(model: str) -> None:
+    entries = published.of_model(model)
+    assert entries
+    for entry in entries:
+        assert entry.plan(trace_model(model)).notes == ()
 
 
 def test_the_ratio_of_a_solved_plan_is_its_cells_over_its_mixtures() -> None:

@@ -355,7 +355,7 @@ def test_a_missing_package_ends_with_how_to_get_it(run, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "timm", None)
     ran = run("budget", "timm:resnext50_32x4d", "--ratio", "0.5")
     assert (ran.code, ran.out) == (2, "")
-    assert "`pip install timm` is all it takes" in ran.err
+    assert 'not installed: `pip install "kwsearch[zoo]"`' in ran.err
 
 
 OWN = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kwlayers.plan import PlanError
+from kwsearch import cli
 from kwsearch.cli import schema, validate
 from kwsearch.recipe import json_schema
 
@@ -65,17 +67,79 @@ def test_overrides_count_in_the_summary(recipe: str, overrides: list[str], summa
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model=resnet[50]", "recipe.yaml: unknown model 'resnet[50]': did you mean resnet50"),
+        ("model=resnet[50]", "unknown model 'resnet[50]': did you mean resnet50"),
         ("plan.groups.0.layers=[layer1.0.conv9]", "did you mean 'layer1.0.conv3'?"),
         ("plan.groups.0.cell=[5, 5, 1, 1]", "do not tile a kernel of shape (64, 64, 3, 3)"),
-        ("plan.groups=[]", "recipe.yaml: plan: it has no groups"),
+        ("plan.groups=[]", "plan: it has no groups; delete the section to plan by the budget"),
         ("budget={params: 1M}", "parameters, over the budget of 1,000,000"),
     ],
 )
 def test_what_only_the_model_can_tell_is_told(recipe: str, override: str, message: str) -> None:
     result = run(recipe, override)
-    assert isinstance(result.exception, PlanError)
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception).startswith(f"override '{override}': ")
     assert message in str(result.exception)
+
+
+PLANNED = """\
+format: 1
+model: resnet18
+method:
+  sharing: {early: [layer1.*], late: [layer4.*]}
+  rules:
+    - {layers: [layer1.0.conv1], static: true}
+    - {layers: [layer4.1.*], static: true}
+budget: {ratio: 0.5}
+"""
+ROWS = [
+    ("layer4.1.*", "nothing.*", 2, "7:7: rule 2 (nothing.*): no convolution or linear layer is"),
+    ("late: [layer4.*]", "late: [layer1.0.*]", 2, "4:13: layer1.0.conv1 matches group 'early'"),
+    ("early: [layer1.*]", "early: [layer9.*]", 2, "4:13: group 'early': no convolution or"),
+    ("], static: true}\nb", "]}\nb", 2, "7:7: rule for layer4.1.*: either static, or a share"),
+    ("18", "19", 2, "2:1: unknown model 'resnet19': did you mean resnet18"),
+    ("ratio: 0.5", "ratio: 5000", 2, "8:1: ratio 5000.0: it must be a number above 0, at most"),
+    ("ratio: 0.5", "params: 1000", 3, "8:1: params 1,000: below the floor of "),
+    ("ratio: 0.5", "total_ratio: 0.001", 3, "8:1: params 11,689: below the floor of "),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "code", "message"), ROWS, ids=[row[1] for row in ROWS])
+def test_what_does_not_go_with_the_model_has_a_line_too(
+    old: str,
+    new: str,
+    code: int,
+    message: str,
+    recipe: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert old in PLANNED
+    Path(recipe).write_text(PLANNED.replace(old, new, 1))
+    for command in (["validate"], ["export", "--to", "official.json"], ["optimize", "--dry-run"]):
+        assert cli.run([*command, recipe]) == code
+        assert f"recipe.yaml:{message}" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_plan_over_its_own_budget_is_refused_by_every_command(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kwsearch.recipe import load_recipe
+
+    # Half of the 25,557,032 parameters of the static network.
+    Path(recipe).write_text(RECIPE.replace("{ratio", "{total_ratio"))
+    for command in (["validate"], ["budget"], ["inspect"], ["export", "--to", "train.py"]):
+        assert cli.run([*command, recipe]) == 2
+        shown = capsys.readouterr()
+        assert not shown.out
+        assert re.fullmatch(
+            r"Error: recipe\.yaml:3:1: plan: [\d,]+ parameters, over the budget of 12,778,516: "
+            r"raise the budget, or delete it to take the plan as it stands\n",
+            shown.err,
+        )
+    asked = load_recipe(recipe)
+    with pytest.raises(PlanError, match=r"does not fit this ResNet: recipe\.yaml:3:1: plan: "):
+        asked.plan_for(asked.create_model())
+    assert cli.run(["validate", recipe, "budget=null"]) == 0
 
 
 def test_every_problem_goes_to_stderr_and_the_exit_code_is_2(recipe: str) -> None:
@@ -143,7 +207,7 @@ def test_own_code_is_imported_with_trust_given_on_the_command_line_only(
     Path("own.yaml").write_text(text)
     refused = run("own.yaml")
     assert isinstance(refused.exception, PlanError)
-    assert str(refused.exception).startswith(f"own.yaml: {module}:make: it is code of your own: ")
+    assert str(refused.exception).startswith(f"own.yaml:2:1: {module}:make: it is code of your ")
     assert module not in sys.modules
     for trust in ("--trust", "trust=true"):
         result = run("own.yaml", trust)

@@ -316,5 +316,7 @@ def test_code_of_your_own_is_refused_with_what_to_do() -> None:
 
 def test_a_missing_timm_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ExportError, match="needs timm, not installed here: `pip install timm`"):
+    with pytest.raises(
+        ExportError, match=r"needs timm, not installed here: pip install \"kwsearch\[zoo\]\""
+    ):
         timm_module(recipe("resnet20"), "kw_small")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from kwlayers import Rule, Settings, plan_network, trace
 from kwsearch import zoo
 from kwsearch.cli import run
 from kwsearch.inspection import layers_of
+from kwsearch.terminal import new_table
 
 
 def inspected(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -61,7 +66,7 @@ def test_a_recipe_with_rules_says_what_they_keep(
     )
     found = json.loads(inspected(capsys, str(recipe), "--json"))
     by_name = {layer["name"]: layer for layer in found["layers"]}
-    assert by_name["layer1.0.conv1"]["static"] == "no warehouse takes it"
+    assert by_name["layer1.0.conv1"]["static"] == "a rule keeps it static (layer1.*)"
     assert by_name["layer3.0.conv1"]["warehouse"] == "late"
     (late,) = (w for w in found["warehouses"] if w["name"] == "late")
     # The common channels of layer3 are 64 (out) and 32 (in).
@@ -93,8 +98,151 @@ def test_a_rule_that_does_nothing_is_refused_with_its_line(
 def test_layers_that_nothing_converts_say_so() -> None:
     with torch.device("meta"):
         found = trace(zoo.create("resnet20"), (3, 32, 32))
-    plan = plan_network(found, Settings(rules=(Rule("layer[12].*", static=True),)), ratio=1)
-    why = {layer.name: layer.static for layer in layers_of(plan)}
-    assert why["layer1.0.conv1"] == "no warehouse takes it"
+    settings = Settings(rules=(Rule("layer[12].*", static=True),))
+    plan = plan_network(found, settings, ratio=1)
+    why = {layer.name: layer.static for layer in layers_of(plan, settings)}
+    assert why["layer1.0.conv1"] == "a rule keeps it static (layer[12].*)"
     assert why["fc"] == "the head stays static"
     assert why["layer3.1.conv1"] == ""
+    # A plan of unknown origin does not say why.
+    why = {layer.name: layer.static for layer in layers_of(plan)}
+    assert why["layer1.0.conv1"] == "no warehouse takes it"
+
+
+RULES = """\
+format: 1
+model: resnet18
+input: 3x32x32
+budget: {ratio: 0.5}
+method:
+  rules:
+    - {layers: ["layer1.*"], static: true}
+    - {layers: ["*.downsample.0"], share: shortcuts, cell_ratio: 0.5}
+    - {layers: ["fc"], share: head}
+"""
+
+
+def test_inspect_and_budget_have_the_same_stages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RULES)
+    found = json.loads(inspected(capsys, str(recipe), "--json"))
+    stages: dict[str, set[int | None]] = {}
+    attention: dict[str, int] = {}
+    for layer in found["layers"]:
+        if layer["warehouse"]:
+            name = layer["warehouse"]
+            stages.setdefault(name, set()).add(layer["stage"])
+            attention[name] = attention.get(name, 0) + layer["params"]["attention"]
+    assert stages.pop("shortcuts") == {0, 1, 2}
+    assert stages.pop("head") == {None}
+    assert stages == {f"stage{i}_conv": {i} for i in range(4)}
+    assert run(["budget", str(recipe)]) == 0
+    table, *_ = capsys.readouterr().out.split(" static layers, norms")
+    rows = re.findall(r"^ (\S+(?: \S+)?) .* ([\d,]+) +[\d,]+ +[\d,]+ $", table, re.M)
+    assert {name: int(count.replace(",", "")) for name, count in rows} == {
+        "shortcuts": attention["shortcuts"],
+        "head": attention["head"],
+        **{f"stage {i}": attention[f"stage{i}_conv"] for i in range(4)},
+    }
+
+
+NETS = """
+    import torch
+    from torch import nn
+
+    def mlp():
+        return nn.Sequential(nn.Flatten(), nn.Linear(3072, 128), nn.ReLU(), nn.Linear(128, 10))
+
+    def encoder():
+        return nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+
+    def layer():
+        return nn.Conv2d(3, 8, 3)
+
+    def ups():
+        up = [nn.ConvTranspose2d(32, 32, 2, 2) for _ in range(2)]
+        return nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3), *up, nn.Conv2d(32, 8, 1))
+"""
+
+
+def test_a_network_that_stays_static_is_shown_with_its_reasons(
+    own_code: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = own_code(NETS)
+    text = inspected(capsys, f"{own}:mlp", "--trust", "--input", "3x32x32", "--ratio", "0.5")
+    assert text.startswith(f"{own}:mlp at 3x32x32: 0 layers in 0 warehouses, 2 static\n")
+    assert "parameters: 394,634, 1.00 x static (394,634)\n" in text
+    assert "(1) even with a single cell, its attention would outweigh its kernel\n" in text
+    text = inspected(capsys, f"{own}:encoder", "--trust", "--input", "5x32", "--params", "1k")
+    assert "(2) TransformerEncoderLayer reads its weight without calling it\n" in text
+    assert "self_attn: its own weights stay static (MultiheadAttention)\n" in text
+    text = inspected(capsys, f"{own}:layer", "--trust", "--input", "3x8x8")
+    assert re.search("^ the model itself +8x3x3x3 +static", text, re.M)
+    found = json.loads(inspected(capsys, f"{own}:layer", "--trust", "--input", "3x8x8", "--json"))
+    assert found["warehouses"] == []
+    assert found["params"]["total"] == found["static"]["params"] == 8 * 27 + 8
+    # Only inspect has something to show.
+    assert run(["budget", f"{own}:layer", "--trust", "--input", "3x8x8", "--ratio", "1"]) == 2
+    assert "the model itself stays static: it has no parent" in capsys.readouterr().err
+
+
+def test_modules_that_are_no_layers_are_shown_as_static(
+    own_code: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = (f"{own_code(NETS)}:ups", "--trust", "--input", "3x8x8")
+    text = inspected(capsys, *asked)
+    assert ": 1 layer in 1 warehouse, 2 static\n" in text
+    assert "2 and 1 more: their own weights stay static (ConvTranspose2d)\n" in text
+    others = json.loads(inspected(capsys, *asked, "--json"))["others"]
+    params = 32 * 32 * 4 + 32
+    assert others == [
+        {"name": name, "kind": "ConvTranspose2d", "params": params} for name in ("2", "3")
+    ]
+
+
+# Widths: of a file, of $COLUMNS, of a terminal
+
+
+def test_a_table_in_a_file_folds_no_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    text = inspected(capsys, "deit_tiny", "--ratio", "0.5")
+    assert text.count("stage0_attention") == 24
+    assert run(["budget", "deit_tiny", "--ratio", "0.5", "--by", "layer"]) == 0
+    assert capsys.readouterr().out.count(" blocks.11.attn.qkv ") == 2
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_a_narrow_table_drops_columns_before_it_folds_names(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    whole = inspected(capsys, "deit_tiny", "--ratio", "0.5")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = inspected(capsys, "deit_tiny", "--ratio", "0.5")
+    assert max(map(len, text.splitlines())) <= columns
+    assert text.count("stage0_attention") == 24
+    assert "left out, as the terminal is narrow: unchanged params" in text
+    assert "left out" not in whole
+    (row, *_) = (line for line in text.splitlines() if "stage0_attention" in line)
+    (full, *_) = (line for line in whole.splitlines() if "stage0_attention" in line)
+    # attn.qkv: m = 576 / 192, n of half of 12 * (3 + 1).
+    assert row.split()[0] == "attn.qkv"
+    assert set(row.split()) < set(full.split())
+    assert row.split()[row.split().index("stage0_attention") + 1 :][:2] == ["3", "24"]
+
+
+def test_a_section_of_a_narrowed_table_stays_one(capsys: pytest.CaptureFixture[str]) -> None:
+    table = new_table(("name", "kernel"), ("count",), spare=("kernel",))
+    table.add_row("first", "k" * 40, "1")
+    table.add_section()
+    table.add_row("total", "k" * 40, "2")
+    Console(width=30).print(table)
+    lines = [line.strip("─ ") for line in capsys.readouterr().out.splitlines()]
+    assert [re.sub(" +", " ", line) for line in lines] == [
+        *("", "name count", "", "first 1", "", "total 2", ""),
+        *("left out, as the terminal is", "narrow: kernel"),
+    ]

@@ -56,7 +56,9 @@ budget: {{total_ratio: 0.5}}
 search: {{trials: {trials}, workers: 2, sampler: random, pruner: none, finalists: 0}}
 proxy: {{epochs: 3}}
 ''')
-    study = optimize.Study(recipe, Path({folder!r}) / "run", resume=True, watcher=Quiet())
+    run = Path({folder!r}) / "run"
+    begun = (run / "study.journal").exists()
+    study = optimize.Study(recipe, run, resume=begun, watcher=Quiet())
     study.run(function="simulated:train")
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from kwlayers.plan import PlanError
-from kwsearch import networks, zoo
+from kwsearch import cli, networks, zoo
 from kwsearch.networks import build_model, count_outputs, planning_model, source, trace_model
 
 OWN = """
@@ -230,7 +231,7 @@ def test_an_unknown_name_of_a_package_is_told_close_ones(
 @pytest.mark.parametrize("package", ["timm", "torchvision"])
 def test_a_missing_package_is_one_message(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"^{package}:x: it needs the package {package}, .*; `pip install {package}` is all"
+    message = rf'^{package}:x: it needs the package {package}, .*: `pip install "kwsearch\[zoo\]"`$'
     with pytest.raises(PlanError, match=message):
         source(f"{package}:x")
 
@@ -339,16 +340,47 @@ def test_own_code_gets_what_its_signature_takes(own_code: Callable[[str], str]) 
 
 
 def test_the_input_size_of_own_code_must_be_given(own_code: Callable[[str], str]) -> None:
-    name = f"{own_code(OWN)}:make_model"
+    module = own_code(OWN)
+    name = f"{module}:make_model"
     with pytest.raises(PlanError, match=rf"^{name}: its input size is not known: give --input"):
         trace_model(name, trust=True)
+    with pytest.raises(PlanError, match=rf"^{module}:makes: {module} has no makes$"):
+        trace_model(f"{module}:makes", trust=True)
+
+
+def test_what_own_code_prints_is_no_result(
+    own_code: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = own_code(
+        OWN
+        + """
+    print("imported")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            print("called")
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), make_model(5, 8))
+
+        def forward(self, x):
+            print("traced")
+            return self.body(x)
+    """
+    )
+    trace_model(f"{module}:Net", (3, 8, 8), trust=True)
+    count_outputs(build_model(f"{module}:Net", (3, 8, 8), trust=True), (3, 8, 8))
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.splitlines()[:3] == ["imported", "called", "traced"]
+    assert cli.run(["budget", f"{module}:Net", "--trust", "--input", "3x8x8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["input"] == [3, 8, 8]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def make():\n    return 3", r"it returned a int, not a torch\.nn\.Module"),
-        ("make = 3", "make is a int, not a function"),
+        ("def make():\n    return 3", r"it returned int, not a torch\.nn\.Module"),
+        ("make = 3", "make is of type int, not a function"),
         ("def maker(): ...", r"own_\w+ has no make; did you mean maker\?"),
         (
             "def make():\n    raise KeyError('depth')",

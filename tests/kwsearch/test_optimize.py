@@ -295,6 +295,54 @@ def test_a_run_directory_is_not_overwritten(tmp_path: Path) -> None:
         run(study(tmp_path)[0], score)
 
 
+def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
+    directory = tmp_path / "typo"
+    for _ in ("there is no such folder", "it is empty"):
+        with pytest.raises(
+            optimize.SearchError, match=r"^nothing to resume in .*typo: leave --res"
+        ):
+            run(study(directory, resume=True)[0], score)
+        assert not directory.exists() or not list(directory.iterdir())
+        directory.mkdir(exist_ok=True)
+    # A kill before the journal is there leaves these.
+    (directory / "driver.lock").touch()
+    (directory / ".0123.tmp").touch()
+    search, watcher = study(directory, "search.trials=1", resume=True)
+    run(search, score)
+    assert f"{directory} has no trials yet: a new study" in watcher.said
+
+
+def test_a_folder_of_other_files_is_no_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "b.png").touch()
+    for resume in (False, True):
+        with pytest.raises(optimize.SearchError, match=r"holds no study but b\.png: --run-dir for"):
+            run(study(tmp_path, resume=resume)[0], score)
+    (tmp_path / "a.png").touch()
+    with pytest.raises(optimize.SearchError, match=r"holds no study but a\.png and 1 more: "):
+        run(study(tmp_path)[0], score)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method={rules: [{layers: [x], static: true}]}", r": rule 1 \(x\): no convolution or"),
+        ("budget={params: 1k}", "^override 'budget={params: 1k}': params 1,000: below the floor"),
+        ("search.budgets=[0.01]", r"^override 'search.budgets=\[0.01\]': params 2,724: below the"),
+        ("input=3x32", "^<string>:3:1: the model does not run on "),
+        ("model={name: resnet20, num_classes: 4}", "set model.num_classes=10$"),
+        ("proxy={data: ./nowhere}", "nowhere"),
+    ],
+)
+def test_what_cannot_be_searched_leaves_no_folder(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    search, _ = study(tmp_path / "run", override, "search.trials=1")
+    with pytest.raises(ValueError, match=message):
+        search.run()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_study_is_not_resumed_with_another_recipe(tmp_path: Path) -> None:
     run(study(tmp_path, "search.trials=1")[0], score)
     with pytest.raises(optimize.SearchError, match=r"another recipe \(budget, proxy differ\)"):
@@ -407,13 +455,22 @@ def test_the_command_searches_interrupts_and_resumes(
 ) -> None:
     from kwsearch import cli
 
+    def interrupted(*args: object) -> list[Event]:
+        raise KeyboardInterrupt
+
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(
         "format: 1\nmodel: resnet20\nbudget: {params: 60k}\nsearch: {trials: 2}\n"
         "proxy: {resolution: 8, epochs: 1, subset: 60, batch_size: 24, lr: 0.05, threads: 1}\n"
     )
+    with monkeypatch.context() as patch:
+        patch.setattr(optimize.Study, "_check_memory", interrupted)
+        assert cli.run(["optimize", "tiny.yaml"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted; nothing had begun\n")
+    assert not Path("runs").exists()
     assert cli.run(["optimize", "tiny.yaml", "--trials", "1"]) == 0
     first = capsys.readouterr()
+    assert "resnet20 on digits: 1 trial, study in runs/tiny\n" in first.err
     assert "0 (uniform)" in first.out
     assert "the uniform plan: no other plan did better" in first.out
     assert "trial 0 (uniform): " in first.err
@@ -421,10 +478,6 @@ def test_the_command_searches_interrupts_and_resumes(
     assert "--resume to go on" in capsys.readouterr().err
 
     wait = LocalExecutor.wait
-
-    def interrupted(*args: object) -> list[Event]:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(LocalExecutor, "wait", interrupted)
     assert cli.run(["optimize", "tiny.yaml", "--resume"]) == 130
     assert "nothing is lost: add --resume" in capsys.readouterr().err
@@ -502,7 +555,9 @@ KILLED = """
             report(epoch, 0.1 * epoch)
         return test_optimize.score(plan, lambda *a: None)
 
-    test_optimize.run(test_optimize.study(Path({directory!r}), resume=True)[0], slow)
+    directory = Path({directory!r})
+    begun = (directory / "study.journal").exists()
+    test_optimize.run(test_optimize.study(directory, resume=begun)[0], slow)
 """
 
 
@@ -771,6 +826,23 @@ def test_a_sweep_has_its_baselines_and_its_best_under_every_budget(tmp_path: Pat
         assert recipe.provenance["trial"] == max(plans, key=lambda t: t.values[0]).number
 
 
+def test_the_recipe_of_a_trial_of_a_sweep_has_its_budget(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kwsearch import cli
+
+    run(study(tmp_path / "run", "search.budgets=[0.5, 1]", "search.trials=2")[0], score)
+    written = tmp_path / "second.yaml"
+    assert cli.run(["show", str(tmp_path / "run"), "1", "-o", str(written)]) == 0
+    assert cli.run(["validate", str(written)]) == 0
+    # The second budget's uniform plan, over the half that the study's own recipe names.
+    recipe = load_recipe(written)
+    assert recipe.budget is not None
+    assert recipe.budget.total_ratio == 1
+    assert recipe.search is not None
+    assert recipe.search.budgets == ()
+
+
 def test_a_sweep_tries_what_was_best_under_the_next_budget(tmp_path: Path) -> None:
     search, _ = study(tmp_path, *SWEEP)
 
@@ -968,7 +1040,7 @@ def kill_at_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, s
     monkeypatch.setattr(JournalFileBackend, "append_logs", counted)
 
     def outcome(directory: Path) -> list[tuple[object, ...]]:
-        search, _ = study(directory, *KILLS[case], resume=True)
+        search, _ = study(directory, *KILLS[case], resume=directory.exists())
         trials = search.run(Scored(score, lambda value: value), "nowhere:nothing").trials
         return [(t.number, t.params, t.state, t.values, t.user_attrs.get("kind")) for t in trials]
 
@@ -1101,7 +1173,36 @@ def test_a_dry_run_needs_no_data_and_starts_nothing(
     assert found["most_seconds"] is None
     assert not Path("runs").exists()
     assert cli.run(["optimize", "dry.yaml", "proxy.subset=100", "--dry-run"]) == 0
-    assert "time on one worker: " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "time on one worker: " in shown
+    assert "space: 2 combinations, 3 to 20 warehouses to split over" in shown
+    assert "finals: none" in shown
+    one = ["search.space={}", "search.finalists=3", "search.seeds=1", "proxy.subset=100"]
+    assert cli.run(["optimize", "dry.yaml", *one, "--dry-run", "--trials", "3"]) == 0
+    shown = capsys.readouterr().out
+    # A plan, the uniform one and the static network.
+    assert "space: 1 combination, 3 warehouses to split over" in shown
+    assert "; finals: at most 3 trainings\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trainings"),
+    [
+        (("search.trials=1",), 0),
+        (("search.trials=2",), 0),  # the baselines
+        (("search.trials=4",), (2 + 2) * 3),
+        (("search.trials=40",), (3 + 2) * 3),
+        (("search.trials=40", "search.finalists=0"), 0),
+        # Of 5 trials the first budget has 3, of which one is a plan, the second only baselines.
+        (("search.trials=5", "search.budgets=[0.5, 1]"), (1 + 2) * 3),
+    ],
+)
+def test_a_dry_run_counts_the_finals_that_there_can_be(
+    tmp_path: Path, overrides: tuple[str, ...], trainings: int
+) -> None:
+    search, _ = study(tmp_path, "search.finalists=3", *overrides)
+    search._plan_spaces()
+    assert search._most_finals() == trainings
 
 
 def test_the_time_of_a_study_is_that_of_its_steps() -> None:
@@ -1167,7 +1268,8 @@ def test_trust_reaches_every_worker_and_no_file(
     search.run(executor, "nowhere:nothing")
     assert executor.trusts == [True] * 3
     resumed, _ = own_study(name, tmp_path / "run", trust=False, resume=True)
-    with pytest.raises(PlanError, match=f"^{name}: it is code of your own: .* --trust allows"):
+    place = "<string>:3:1: "
+    with pytest.raises(PlanError, match=f"^{place}{name}: it is code of your own: .* --trust"):
         resumed.run(executor, "nowhere:nothing")
     assert executor.trusts == [True] * 3
     own_study(name, tmp_path / "run", resume=True)[0].run(executor, "nowhere:nothing")
@@ -1192,7 +1294,7 @@ def test_a_network_without_a_width_is_compared_with_as_it_is(
     tmp_path: Path, own_code: Callable[[str], str]
 ) -> None:
     name = f"{own_code(OWN)}:make"
-    search, watcher = own_study(name, tmp_path, "budget={ratio: 1}", "search.trials=3")
+    search, watcher = own_study(name, tmp_path / "run", "budget={ratio: 1}", "search.trials=3")
     first, second, _ = search.run(Trusting(), "nowhere:nothing").trials
     assert (baseline(first), baseline(second)) == ("uniform", "static")
     assert second.user_attrs["params"] == OWN_PARAMS < first.user_attrs["params"]
@@ -1207,7 +1309,7 @@ def test_a_network_that_is_over_the_budget_is_not_compared_with(
     tmp_path: Path, own_code: Callable[[str], str]
 ) -> None:
     name = f"{own_code(OWN)}:make"
-    search, watcher = own_study(name, tmp_path, "search.trials=3")
+    search, watcher = own_study(name, tmp_path / "run", "search.trials=3")
     trials = search.run(Trusting(), "nowhere:nothing").trials
     assert [baseline(trial) for trial in trials] == ["uniform", None, None]
     reason = f"params {int(OWN_PARAMS * 0.75):,}: below those of {name}, {OWN_PARAMS:,}, and only "
@@ -1221,7 +1323,7 @@ def test_a_network_that_gives_no_classes_is_refused_before_anything_is_trained(
 ) -> None:
     module = own_code(OWN)
     search, _ = own_study(f"{module}:Several", tmp_path / "a")
-    with pytest.raises(PlanError, match="the model gives dict for 2 images, evaluated: a search"):
+    with pytest.raises(PlanError, match="the model gives dict for 2 images, evaluated: "):
         search.forecast()
     search, _ = own_study("torchvision:r3d_18", tmp_path / "b", "input=null")
     with pytest.raises(optimize.SearchError, match=r"takes inputs of 3x16x112x112: a search"):

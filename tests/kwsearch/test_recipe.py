@@ -714,6 +714,48 @@ def test_overrides_replace_create_and_index() -> None:
     assert recipe.budget == Budget(total_ratio=0.25)
 
 
+def test_a_field_of_the_model_is_overridden_where_only_its_name_is_written() -> None:
+    short = "format: 1\nmodel: resnet18\nbudget: {ratio: 1}\n"
+    recipe = parse_recipe(short, overrides=["model.num_classes=10"])
+    assert recipe.model == ModelChoice(name="resnet18", num_classes=10)
+    assert parse_recipe(short, overrides=["model.name=a"]).model == ModelChoice(name="a")
+    unnamed = short.replace("resnet18", "''")
+    assert problems(unnamed, "model.num_classes=10") == [
+        "r.yaml:2:8: model.name: empty (got ''; allowed text that is not empty)",
+    ]
+    assert problems(short, "model.classes=10")[0].startswith(
+        "override 'model.classes=10': model.classes: unknown key"
+    )
+
+
+def test_a_recipe_knows_where_it_was_written() -> None:
+    text = """\
+format: 1
+model: resnet18
+method:
+  rules:
+    - {layers: [a], static: true}
+    - layers: [b]
+      static: true
+plan:
+  groups: [{name: a, cell: [1, 1, 1], num_cells: 1, layers: [c]}]
+"""
+    recipe = parse_recipe(text, "r.yaml", ["plan.groups.0.num_cells=2", "budget.ratio=1"])
+    assert recipe.place("model") == "r.yaml:2:1"
+    assert recipe.place("method", "rules", 0) == "r.yaml:5:7"
+    assert recipe.place("method", "rules", 1) == "r.yaml:6:7"
+    assert recipe.place("plan", "groups", 0) == "override 'plan.groups.0.num_cells=2'"
+    assert recipe.place("budget") == "override 'budget.ratio=1'"
+    # As far as it is written.
+    assert recipe.place("method", "rules", 2) == "r.yaml:4:3"
+    assert recipe.place("method", "sharing", "x") == "r.yaml:3:1"
+    assert recipe.place("search") == "r.yaml"
+    # Which is no part of what it says.
+    again = Recipe.model_validate(recipe.to_dict())
+    assert (again, again.place("model")) == (recipe, "")
+    assert pickle.loads(pickle.dumps(recipe)).place("model") == "r.yaml:2:1"
+
+
 def test_overrides_create_sections_that_are_absent_or_null() -> None:
     recipe = parse_recipe(
         HEAD + "proxy: null\n", overrides=["proxy.epochs=2", "search.space.split=1"]
