@@ -36,10 +36,6 @@ from kwsearch.allocations import Allocations, Event, cpu_scratch, no_scratch
 if TYPE_CHECKING:
     from kwlayers.plan import Plan
 
-OPTIMIZERS = ("sgd", "adamw")
-DTYPES = ("float32", "bfloat16", "float16")
-DEVICES = ("cpu", "cuda")
-
 
 @dataclass(frozen=True)
 class Step:

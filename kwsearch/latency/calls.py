@@ -91,7 +91,7 @@ class Call:
     kind: str
     family: str
     cells: int
-    work: tuple[float, ...]
+    work: tuple[int, ...]
     what: Any = field(compare=False, repr=False, default=None)
 
     @property
@@ -217,28 +217,28 @@ def _function_call(what: tuple[Any, ...], training: bool) -> Call:
     func, specs, _, _ = what
     name = (resolve_name(func) or getattr(func, "__name__", str(func))).split(".")[-1]
     shown = " ".join(str(spec) for spec in specs)
-    nbytes = float(sum(spec.nbytes for spec in specs if isinstance(spec, Spec)))
+    nbytes = sum(spec.nbytes for spec in specs if isinstance(spec, Spec))
     work = (_products(name, specs), nbytes)
     family = f"{name} {shown} {_mode(training)}"
     return Call(f"{name} {_mode(training)}", family, 0, work, what)
 
 
-def _products(name: str, specs: list[Any]) -> float:
+def _products(name: str, specs: list[Any]) -> int:
     """Multiply-adds, as far as one can tell from shapes: of convolutions, products, attention."""
     tensors = [spec for spec in specs if isinstance(spec, Spec)]
     if len(tensors) < 2:
-        return 0.0
+        return 0
     x, weight = tensors[:2]
     if name.startswith("conv") and len(weight.shape) > 2:
         # Of a stride of one: the kind is fitted, and strides are in the family.
         stride = next((s for s in specs[len(tensors) :] if isinstance(s, int)), 1)
         positions = math.prod(x.shape[2:]) / max(stride, 1) ** (len(x.shape) - 2)
-        return float(x.shape[0] * positions * math.prod(weight.shape))
+        return int(x.shape[0] * positions * math.prod(weight.shape))
     if name in ("linear", "matmul", "__matmul__", "bmm", "mm"):
-        return math.prod(x.shape) * float(weight.shape[0 if name == "linear" else -1])
+        return math.prod(x.shape) * weight.shape[0 if name == "linear" else -1]
     if name == "scaled_dot_product_attention":
-        return 2 * math.prod(x.shape) * float(x.shape[-2])
-    return 0.0
+        return 2 * math.prod(x.shape) * x.shape[-2]
+    return 0
 
 
 def _layer_name(layer: Any) -> str:
@@ -256,8 +256,8 @@ def _attention_call(layer: Any, x: Spec, training: bool) -> Call:
     basis = "" if attention.basis is None else f" basis {attention.basis.width}"
     norm = type(attention.norm).__name__
     batch = x.shape[0]
-    outputs = float(batch * m * n)
-    work = (float(x.nbytes), outputs, outputs * hidden)
+    outputs = batch * m * n
+    work = (x.nbytes, outputs, outputs * hidden)
     kind = f"attention {_mode(training)}"
     family = f"attention {x} m={m} h={hidden}{basis} {norm} {_mode(training)}"
     return Call(kind, family, n, work, (layer, x))
@@ -274,11 +274,11 @@ def _mixing_call(layer: Any, x: Tensor, training: bool) -> Call:
     positions = math.prod(geometry.out_size(tuple(given.shape[2:])))
     maps = spec.nbytes + batch * geometry.kernel[0] * positions * x.element_size()
     work = (
-        float(batch * positions * weights),
-        float(batch * n * weights),
-        float(batch * weights * x.element_size()),
-        float(maps),
-        float(n * math.prod(cells.shape[1:]) * cells.element_size()),
+        batch * positions * weights,
+        batch * n * weights,
+        batch * weights * x.element_size(),
+        maps,
+        cells.nbytes,
     )
     cell = "x".join(map(str, cells.shape[1:]))
     kind = f"mixing {path} {_mode(training)}"
@@ -287,8 +287,8 @@ def _mixing_call(layer: Any, x: Tensor, training: bool) -> Call:
 
 
 def _sum_call(spec: Spec) -> Call:
-    return Call("sum", f"sum {spec}", 0, (float(spec.nbytes),), spec)
+    return Call("sum", f"sum {spec}", 0, (spec.nbytes,), spec)
 
 
 def _buffer_call(spec: Spec) -> Call:
-    return Call("buffer", f"buffer {spec}", 0, (float(spec.nbytes),), spec)
+    return Call("buffer", f"buffer {spec}", 0, (spec.nbytes,), spec)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kwsearch.files import write_whole
 from kwsearch.recipe.schema import Recipe
 from kwsearch.recipe.tree import SCALARS
 
@@ -75,17 +73,4 @@ def _printable(line: str) -> str:
 
 def write_recipe(recipe: Recipe, path: str | os.PathLike[str], header: Sequence[str] = ()) -> None:
     """Write `dump_recipe` to `path`, all or nothing. Follows a link. Raises OSError."""
-    target = Path(os.path.realpath(path))
-    text = dump_recipe(recipe, header)
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, dump_recipe(recipe, header))

@@ -55,7 +55,7 @@ def test_training_adds_up_gradients_of_what_two_calls_read() -> None:
     calls = calls_of(model.to("meta"), 4, (3, 6, 6), training=True)
     # The inputs of both residual blocks; nothing of the images.
     (total,) = [call for call in calls if call.kind == "sum"]
-    assert (calls[total], total.work) == (2, (4.0 * 4 * 8 * 4 * 4,))
+    assert (calls[total], total.work) == (2, (4 * 4 * 8 * 4 * 4,))
     assert by_kind(calls)["cross_entropy training"] == 1
 
 
