@@ -88,9 +88,7 @@ def check(name: str, side: int, ratio: float | None, step: Step, within: float) 
     [
         ("resnet20", 32, None),
         ("resnet20", 32, 0.5),
-        ("resnet20", 32, 4),
         ("resnet18", 32, 1),
-        ("mobilenetv2_050", 64, None),
         ("mobilenetv2_050", 64, 1),
         ("deit_tiny", 64, None),
         ("deit_tiny", 64, 1),
@@ -126,7 +124,7 @@ def test_it_is_what_the_profiler_sees_of_every_model(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("ratio", [None, 1])
+@pytest.mark.parametrize("ratio", [1])
 def test_so_it_is_in_other_circumstances(ratio: float | None, settings: dict[str, Any]) -> None:
     check("resnet18", 32, ratio, Step(8, **settings), within=0.02)
 
