@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kwlayers.ops.path import format_of
+
 _aten = torch.ops.aten
 _BLOCK = 16  # channels
 # Sums that gradients of large depthwise kernels are made of, in channels_last: as measured.
@@ -267,10 +269,7 @@ class _Convolution:
 
 
 def _channels_last(tensor: Tensor) -> bool:
-    found = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if found is None or tensor.is_contiguous():
-        return False
-    return tensor.is_contiguous(memory_format=found)
+    return format_of(tensor) != torch.contiguous_format
 
 
 def _rounded(channels: int) -> int:

@@ -158,10 +158,10 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside or getattr(func, "__name__", "") in _ASKED:
             return func(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         for tensor in tensors:
             self._note_reader(tensor)
-        leaves, structure = tree_flatten((args, kwargs))
         specs = [Spec.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         found = func(*args, **kwargs)
         writes = bool(args) and found is args[0]
