@@ -295,11 +295,6 @@ def choice_of(call: Call, case: Case) -> Choice:
     )
 
 
-def label(choice: Choice) -> str:
-    """`gemm`, or `loop/gemm` where forward and backward differ."""
-    return choice.forward if choice.forward == choice.backward else "/".join(choice)
-
-
 def measure(case: Case, seconds: float = 10, rounds: int | None = None) -> dict[str, Any]:
     """Times and peak memory of the three networks, as plain data.
 
@@ -325,7 +320,7 @@ def measure(case: Case, seconds: float = 10, rounds: int | None = None) -> dict[
     result: dict[str, Any] = {
         **circumstances(case),
         "plan": f"published setting {published.name}" if published else "default settings",
-        "paths": dict(Counter(label(choice) for choice in choices(case).values())),
+        "paths": dict(Counter(str(choice) for choice in choices(case).values())),
         "rounds": len(times["ours"].wall),
     }
     for kind, (first, median, third) in seconds_of.items():

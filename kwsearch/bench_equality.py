@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kwlayers.ops import Choice
-from kwsearch.bench import BenchFailed, Call, Case, calls, choices, images, label, networks
+from kwsearch.bench import BenchFailed, Call, Case, calls, choices, images, networks
 from kwsearch.bench_layers import Layer, timeable
 
 # Of the largest value that the published form in float64 has in the same tensor. float32, with
@@ -98,7 +98,7 @@ def _check_network(case: Case, paths: Paths) -> tuple[Equality, tuple[str, ...]]
         kept = Choice("published", "published")
         allowed = tuple((n, kept if {*c} & {*refusing} else c) for n, c in paths)
         found = _network_errors(ours, allowed, x, grad, expected)
-    used = ", ".join(sorted({label(choice) for _, choice in paths} - {*refusing}))
+    used = ", ".join(sorted({str(choice) for _, choice in paths} - {*refusing}))
     what = f"{case.model} b={case.ratio:g} by {used or 'published'}"
     return _equality(found, "float64", case.batch, case.size, what), refusing
 

@@ -21,7 +21,6 @@ from kwsearch.bench import (
     choice_of,
     circumstances,
     cudnn_benchmark,
-    label,
     try_once,
 )
 
@@ -109,7 +108,7 @@ def measure_layer(
     """
     layer = Layer(call, case, case.compute_dtype)
     choice = choice_of(call, case)
-    chosen = label(choice) if case.training else choice.forward
+    chosen = str(choice) if case.training else choice.forward
     runs = {backend: functools.partial(layer.mixed, backend) for backend in accepted}
     # Forward by one path and backward by another: no backend's name asks for that.
     runs.setdefault(chosen, functools.partial(layer.mixed, None))

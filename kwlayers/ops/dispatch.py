@@ -22,6 +22,10 @@ class Choice(NamedTuple):
     forward: str
     backward: str
 
+    def __str__(self) -> str:
+        """`gemm`, or `loop/gemm` where forward and backward differ."""
+        return self.forward if self.forward == self.backward else "/".join(self)
+
 
 PUBLISHED = Choice("published", "published")
 

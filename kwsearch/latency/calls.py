@@ -267,8 +267,7 @@ def _mixing_call(layer: Any, x: Tensor, training: bool) -> Call:
     geometry, cells = layer.geometry, layer.warehouse.cells
     spec = Spec.of(x)
     given = layer.tokens(x) if isinstance(layer, KWLinear) else x
-    choice = choose_for(given, cells, geometry)
-    path = choice.forward if choice.forward == choice.backward else "/".join(choice)
+    path = choose_for(given, cells, geometry)
     n, weights = cells.shape[0], math.prod(geometry.kernel)
     batch = x.shape[0]
     positions = math.prod(geometry.out_size(tuple(given.shape[2:])))
