@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from kwsearch.trials import REASON, accuracy_of, baseline
+from kwsearch.trials import LATENCY, REASON, accuracy_of, baseline
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -49,7 +49,8 @@ class EventLog:
 
     def start(self, trial: FrozenTrial, attempt: int, until: int) -> None:
         facts = {
-            key: trial.user_attrs.get(key) for key in ("budget", "fingerprint", "params", "macs")
+            key: trial.user_attrs.get(key)
+            for key in ("budget", "fingerprint", "params", "macs", LATENCY)
         }
         kind = baseline(trial)
         self._write("start", trial=trial.number, attempt=attempt, until=until, kind=kind, **facts)

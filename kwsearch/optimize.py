@@ -12,6 +12,8 @@ import errno
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,10 +31,12 @@ from kwsearch.events import EventLog
 from kwsearch.executors import Executor, Job
 from kwsearch.executors.local import LocalExecutor
 from kwsearch.failures import StudyFailed, disk_is_full
+from kwsearch.latency.plans import PlanLatency
 from kwsearch.proposals import GENERATION, Budget, Proposer, seed_of
 from kwsearch.recipe import Proxy, Recipe, Search
 from kwsearch.resolve import (
     check_replannable,
+    create_model,
     input_of,
     located,
     network_of,
@@ -192,7 +196,10 @@ class Study:
                         left = self._run_finals(executor, driver.rules.deadline)
                 finally:
                     trials = tuple(_finished(study))
-                    result = Result(self.recipe, trials, held_out, self._found(trials), self.rungs)
+                    found = self._found(trials)
+                    result = Result(
+                        self.recipe, trials, held_out, found, self.rungs, self._warnings()
+                    )
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
@@ -216,6 +223,7 @@ class Study:
 
     def _plan_spaces(self) -> None:
         self.network = self._trace()
+        self.latency = self._latency()
         self.budgets = [
             Budget(value, space, self._twin(space)) for value, space in self._spaces().items()
         ]
@@ -225,7 +233,7 @@ class Study:
         where = ("search", "budgets") if self.search.budgets else ("budget",)
         with located(self.recipe, budget=where):
             return {
-                value: Space(self.network, settings, target, section)
+                value: Space(self.network, settings, target, section, self.latency)
                 for value, target in self.targets.items()
             }
 
@@ -291,7 +299,30 @@ class Study:
                 f"the static network to compare with is {name} as it is: {twin.params:,} "
                 f"parameters, where plans may have {space.allowed:,}"
             )
+        if self.latency is not None:
+            twin = replace(twin, latency_ms=self.latency.of_model(twin.create).ms)
         return twin
+
+    def _latency(self) -> PlanLatency | None:
+        """Of plans, by the recipe's table. Raises latency.table.TableError."""
+        limits = self.search.space.limits
+        if limits.lut is None:
+            return None
+        with located(self.recipe, "search", "space", "limits", "lut"):
+            found = PlanLatency(
+                Path(limits.lut),
+                partial(create_model, self.recipe, None, self.trust),
+                tuple(self.network.input_size),
+                limits.latency_batch,
+                force=limits.lut_force,
+            )
+        self._notes += [f"warning: {found.warning}"] if found.warning else []
+        return found
+
+    def _warnings(self) -> tuple[str, ...]:
+        """What still holds of the result."""
+        warning = None if self.latency is None else self.latency.warning
+        return () if warning is None else (warning,)
 
     def _workers(self) -> int:
         def nbytes() -> int:
@@ -329,6 +360,8 @@ class Study:
                 self._notes.append(f"{self.directory} has no trials yet: a new study")
             begun = {"command": self.command, "versions": versions(), "seed": self.search.seed}
         self._provenance = {**self.recipe.provenance, **begun, **data}
+        if warnings := self._warnings():
+            self._provenance["warnings"] = list(warnings)
         write_down(self.directory, self.recipe, self._provenance)
 
     def _check_images(self) -> tuple[int, dict[str, str]]:

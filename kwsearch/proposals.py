@@ -25,6 +25,7 @@ from kwsearch.trials import (
     BUDGET,
     FINGERPRINT,
     KIND,
+    LATENCY,
     LEASE,
     STATIC,
     TEMPERATURE,
@@ -164,6 +165,8 @@ class Proposer:
             "params": cost.params.total,
             "macs": cost.macs.total,
         }
+        if space.latency is not None:
+            facts[LATENCY] = space.latency(plan).ms
         if name in plans:
             facts[AGAIN] = plans.count(name)
         if candidate.temperature_epochs is not None:
@@ -259,13 +262,14 @@ def _copy(trials: Sequence[FrozenTrial]) -> optuna.Study:
 
 
 def _static_facts(twin: Twin) -> dict[str, Any]:
-    return {
+    facts = {
         KIND: STATIC,
         FINGERPRINT: f"static {twin.width:g}",
         "width": twin.width,
         "params": twin.params,
         "macs": twin.macs,
     }
+    return facts if twin.latency_ms is None else {**facts, LATENCY: twin.latency_ms}
 
 
 def seed_of(study_seed: int, plan: str, again: int = 0) -> int:

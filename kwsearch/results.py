@@ -14,7 +14,7 @@ from kwsearch.recipe import Recipe, RecipePlan, write_recipe
 from kwsearch.resolve import KINDS, target_of
 from kwsearch.run_directory import SearchError
 from kwsearch.rungs import Rung
-from kwsearch.trials import UNIFORM, accuracy_of, baseline, best_of
+from kwsearch.trials import LATENCY, UNIFORM, accuracy_of, baseline, best_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -47,7 +47,7 @@ class Found:
 class Result:
     """A study's finished trials, in the order of their numbers, and what each budget gave.
 
-    held_out: images that trials are scored on.
+    held_out: images that trials are scored on. warnings: of what its numbers are not.
     """
 
     recipe: Recipe
@@ -55,6 +55,7 @@ class Result:
     held_out: int
     budgets: tuple[Found, ...]
     rungs: tuple[Rung, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def found(self) -> bool:
@@ -119,12 +120,14 @@ def write_best(
                 "uniform_score": uniform,
                 "params": best.user_attrs["params"],
                 "macs": best.user_attrs["macs"],
+                **({LATENCY: best.user_attrs[LATENCY]} if LATENCY in best.user_attrs else {}),
             },
         }
     )
     header = [
         *said,
-        f"{best.user_attrs['params']:,} parameters, {best.user_attrs['macs']:,} MACs.",
+        f"{best.user_attrs['params']:,} parameters, {best.user_attrs['macs']:,} MACs"
+        + (f", {best.user_attrs[LATENCY]:.3g} ms." if LATENCY in best.user_attrs else "."),
         f"    kwsearch budget {path}" + (" --trust" if trust else ""),
     ]
     write_recipe(filled, path, header)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from kwsearch.recipe import Proxy, Recipe, Search, load_recipe, write_recipe
-from kwsearch.trials import BUDGET, REASON, SECONDS, accuracy_of, baseline
+from kwsearch.trials import BUDGET, LATENCY, REASON, SECONDS, accuracy_of, baseline
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -85,7 +85,7 @@ def write_down(directory: Path, recipe: Recipe, provenance: Mapping[str, Any]) -
 def write_trials(directory: Path, trials: Sequence[FrozenTrial]) -> None:
     """trials.csv: a line per finished trial, the columns of the search space last."""
     chosen = sorted({key for trial in trials for key in trial.params})
-    facts = ["params", "macs", SECONDS, "fingerprint", REASON]
+    facts = ["params", "macs", LATENCY, SECONDS, "fingerprint", REASON]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["trial", "kind", "budget", "state", "accuracy", "epochs", *facts, *chosen])

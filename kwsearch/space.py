@@ -30,6 +30,7 @@ from kwsearch.budget import Target, meet
 if TYPE_CHECKING:
     import optuna
 
+    from kwsearch.latency.predict import Latency
     from kwsearch.recipe import Space as SpaceSection
 
 _STEPS = 8  # from a sample to its shape's anchor
@@ -68,15 +69,22 @@ class Space:
 
     uniform: the plan of `settings` with all ratios equal, or of the nearest shape that meets
     the target and the limits. allowed: parameters that every plan has at most. least: and at
-    least. Raises kwlayers.BudgetError if no shape does, PlanError for settings that cannot be.
+    least. latency: of a plan; its interval's upper end keeps the limit of it. Raises
+    kwlayers.BudgetError if no shape does, PlanError for settings that cannot be.
     """
 
     def __init__(
-        self, network: Network, settings: Settings, target: Target, section: SpaceSection
+        self,
+        network: Network,
+        settings: Settings,
+        target: Target,
+        section: SpaceSection,
+        latency: Callable[[Plan], Latency] | None = None,
     ) -> None:
         self.network = network
         self.split = section.split
         self.max_macs = section.limits.macs
+        self.latency, self.max_ms = latency, section.limits.latency_ms
         self._layouts: dict[str, Layout] = {}
         self._outlooks: dict[str, _Outlook] = {}
         self._sizes: dict[Group, _Warehouse] = {}
@@ -208,6 +216,20 @@ class Space:
                 relative = {name: self.split ** rng.uniform(-1, 1) for name in self._even(shape)}
                 yield Sample(shape, relative, temperature)
 
+    def extremes(self) -> Iterator[Plan]:
+        """Plans that between them have every choice of each dimension, and both ends of the split
+        for each of the uniform plan's warehouses.
+        """
+        yield self.uniform
+        names = list(self._even(self._start))
+        if self.split > 1:
+            for first in (0, 1):
+                ends = {n: self.split ** (-1) ** (i + first) for i, n in enumerate(names)}
+                yield self.project(Sample(self._start, ends))
+        for shape in self._by_distance(self._start, 1):
+            if shape != self._start and self._anchor(shape) is not None:
+                yield self.project(Sample(shape, self._even(shape)))
+
     def project(self, sample: Sample) -> Plan:
         """The plan of a sample: on the budget, and no room for one more cell."""
         if sample.shape == self._start and set(sample.relative.values()) == {1.0}:
@@ -282,8 +304,16 @@ class Space:
         cost = plan.cost()
         if not self.least <= cost.params.total <= self.allowed:
             return False
-        # Further limits (the memory of training, latency) belong here.
-        return self.max_macs is None or cost.macs.total <= self.max_macs
+        if self.max_macs is not None and cost.macs.total > self.max_macs:
+            return False
+        return self.max_ms is None or self._ms(plan) <= self.max_ms
+
+    def _ms(self, plan: Plan) -> float:
+        """The most that the latency may be; 0 where nobody asks."""
+        if self.max_ms is None:
+            return 0.0
+        assert self.latency is not None, "a limit of latency without a table"
+        return self.latency(plan).high
 
     def _anchor(self, shape: Shape) -> list[float] | None:
         """Relative ratios for which the shape's plan is valid, None if none are found."""
@@ -298,14 +328,15 @@ class Space:
     def _look(self, shape: Shape) -> _Outlook:
         excess = self._floor(shape) - self.allowed
         if excess > 0:
-            return _Outlook(None, (excess, 0))
+            return _Outlook(None, (excess, 0, 0.0))
         layout, misses = self._layout(shape), []
         for relative in self._candidates(self._warehouses(layout)):
             plan = self._plan(layout, relative)
             if self._is_valid(plan):
                 return _Outlook(relative)
             cost = plan.cost()
-            misses.append((max(self.least - cost.params.total, 0), cost.macs.total))
+            missed = max(self.least - cost.params.total, 0)
+            misses.append((missed, cost.macs.total, self._ms(plan)))
         return _Outlook(None, min(misses))
 
     def _floor(self, shape: Shape) -> int:
@@ -342,7 +373,7 @@ class Space:
         MACs are least where all ratios are at one end, on either side of one price.
         """
         yield [1.0] * len(warehouses)
-        if self.max_macs is None or self.split == 1:
+        if (self.max_macs is None and self.max_ms is None) or self.split == 1:
             return
         prices = [w.mixing / w.step(1) for w in warehouses]
         order = sorted(prices)
@@ -370,7 +401,7 @@ class Space:
     def _out_of_reach(self, shape: Shape, below: BudgetError | None) -> BudgetError:
         """The error for a target that `shape`, which comes closest, misses."""
         layout = self._layout(shape)
-        missed, macs = self._outlook(shape).miss
+        missed, macs, ms = self._outlook(shape).miss
         if self._floor(shape) > self.allowed:
             assert below is not None
             message = f"{below}\nthe lowest floor found in search.space is {self._floor(shape):,}"
@@ -380,6 +411,14 @@ class Space:
                 f"no plan of {self.least:,} to {self.allowed:,} parameters: the cells are too "
                 f"coarse, and the closest has {self.least - missed:,}; try smaller cell ratios or "
                 "a larger search.space.tolerance",
+                self.allowed,
+                layout.floor(),
+            )
+        if self.max_macs is None or macs <= self.max_macs:
+            return BudgetError(
+                f"search.space.limits.latency_ms {self.max_ms:g}: at {self.least:,} to "
+                f"{self.allowed:,} parameters none is found that surely keeps it; the fastest may "
+                f"take {ms:.3g} ms",
                 self.allowed,
                 layout.floor(),
             )
@@ -415,11 +454,11 @@ class _Floor:
 class _Outlook:
     """What a shape can do: a split with a valid plan, or by how much none is.
 
-    miss: parameters outside the band, then MACs; of the split that comes closest.
+    miss: parameters outside the band, then MACs and milliseconds; of the split that comes closest.
     """
 
     anchor: list[float] | None
-    miss: tuple[int, int] = (0, 0)
+    miss: tuple[int, int, float] = (0, 0, 0.0)
 
 
 class _Warehouse:

@@ -29,7 +29,7 @@ class NoTwin(ValueError):
 class Twin:
     """A static network by its width, with its exact parameters and MACs of one image.
 
-    trust: whether it may be the user's own code.
+    trust: whether it may be the user's own code. latency_ms: of a forward pass, if it is known.
     """
 
     model: str
@@ -39,6 +39,7 @@ class Twin:
     input_size: InputSize
     num_classes: int | None
     trust: bool = False
+    latency_ms: float | None = None
 
     def create(self) -> nn.Module:
         """The network with fresh weights, on the current device."""

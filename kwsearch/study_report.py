@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kwsearch import verdict
 from kwsearch.terminal import new_table
 from kwsearch.trials import (
+    LATENCY,
     REASON,
     STATIC,
     UNIFORM,
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 def trials_table(trials: Sequence[FrozenTrial]) -> Table:
     """One line per trial, by budget, the best first."""
     sweep = len(by_budget(trials)) > 1
+    timed = any(LATENCY in trial.user_attrs for trial in trials)
     table = new_table(
         (*(["budget"] if sweep else []), "trial", "result"),
-        ("held-out accuracy", "parameters", "MACs", "seconds"),
+        ("held-out accuracy", "parameters", "MACs", *(["ms"] if timed else []), "seconds"),
         ("n of warehouses",),
     )
     for trial in sorted(trials, key=_by_result):
@@ -46,6 +48,7 @@ def trials_table(trials: Sequence[FrozenTrial]) -> Table:
             "" if (accuracy := accuracy_of(trial)) is None else f"{accuracy:.2%}",
             f"{attrs['params']:,}" if "params" in attrs else "",
             f"{attrs['macs']:,}" if "macs" in attrs else "",
+            *([f"{attrs[LATENCY]:.3g}" if LATENCY in attrs else ""] if timed else []),
             f"{attrs['seconds']:.0f}" if "seconds" in attrs else "",
             shown,
         )
@@ -60,7 +63,7 @@ def _by_result(trial: FrozenTrial) -> tuple[float, bool, float, int]:
 
 def result_lines(result: Result) -> list[str]:
     """What was found under each budget, and how much of it may be chance."""
-    lines = []
+    lines = [f"warning: {warning}" for warning in result.warnings]
     for found in result.budgets:
         head = f"budget {found.budget:.12g}: " if len(result.budgets) > 1 else ""
         lines += _verdict_lines(result, found, head)
@@ -130,12 +133,15 @@ def trust_lines(result: Result) -> list[str]:
 
 
 def front_table(result: Result) -> Table:
-    """The trials that no other beats in accuracy, parameters and MACs at once."""
+    """The trials that no other beats in accuracy, parameters, MACs and latency at once."""
+    timed = any(LATENCY in trial.user_attrs for trial in result.trials)
     table = new_table(
-        ("front: trial", "budget"), ("held-out accuracy", "test, mean", "parameters", "MACs")
+        ("front: trial", "budget"),
+        ("held-out accuracy", "test, mean", "parameters", "MACs", *(["ms"] if timed else [])),
     )
     tested = _test_means(result)
     for trial in front(result.trials):
+        ms = trial.user_attrs.get(LATENCY)
         name = baseline(trial)
         test = tested.get(trial.number)
         table.add_row(
@@ -145,6 +151,7 @@ def front_table(result: Result) -> Table:
             "" if test is None else f"{test:.2%}",
             f"{trial.user_attrs['params']:,}",
             f"{trial.user_attrs['macs']:,}",
+            *(["" if ms is None else f"{ms:.3g}"] if timed else []),
         )
     return table
 
@@ -185,10 +192,12 @@ def result_json(result: Result) -> dict[str, Any]:
                 "accuracy": trial.values[0],
                 "params": trial.user_attrs["params"],
                 "macs": trial.user_attrs["macs"],
+                **({LATENCY: trial.user_attrs[LATENCY]} if LATENCY in trial.user_attrs else {}),
             }
             for trial in front(result.trials)
         ],
         "held_out": result.held_out,
+        **({"warnings": list(result.warnings)} if result.warnings else {}),
         "trials": [trial_json(trial) for trial in result.trials],
     }
 
@@ -226,7 +235,8 @@ def trial_lines(trial: FrozenTrial) -> list[str]:
     if accuracy is not None:
         lines[0] += f", {accuracy:.2%}"
     if "params" in attrs:
-        lines.append(f"{attrs['params']:,} parameters, {attrs['macs']:,} MACs")
+        latency = f", {attrs[LATENCY]:.3g} ms" if LATENCY in attrs else ""
+        lines.append(f"{attrs['params']:,} parameters, {attrs['macs']:,} MACs{latency}")
     if "seconds" in attrs:
         lines.append(f"{attrs['seconds']:,.1f} s, attempt {attrs['lease']['attempt']}")
     accuracies = {step: value for step, value in trial.intermediate_values.items() if step}

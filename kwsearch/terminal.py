@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,6 +80,42 @@ def _fitting_table() -> type[Table]:
             return table
 
     return Fitting
+
+
+@contextlib.contextmanager
+def tracked(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr's terminal, else a line for every tenth; call it with how many are done."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    out = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    tenths = 0
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        *columns,
+        TimeRemainingColumn(),
+        console=out,
+        disable=not out.is_terminal,
+    ) as bars:
+        task = bars.add_task(what, total=total)
+
+        def advance(done: int) -> None:
+            nonlocal tenths
+            bars.update(task, completed=done)
+            reached = 10 * done // max(total, 1)
+            if not out.is_terminal and reached > tenths:
+                tenths = reached
+                out.print(f"{what}: {done:,} of {total:,}")
+
+        yield advance
 
 
 def plain(text: str) -> str:

@@ -20,6 +20,8 @@ FINGERPRINT, AGAIN = "fingerprint", "again"
 TEMPERATURE = "temperature_epochs"
 # Scores before training, by name.
 SCORES = "scores"
+# Milliseconds of a forward pass by a latency table.
+LATENCY = "latency_ms"
 # The baselines, which have a kind: the plan of equal ratios, and a static network.
 KIND, UNIFORM, STATIC = "kind", "uniform", "static"
 
@@ -83,14 +85,14 @@ def score_pairs(trials: Iterable[FrozenTrial]) -> dict[str, list[tuple[float, fl
 
 
 def front(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """The complete trials that no other beats, with more accuracy, no more parameters and no more
-    MACs, or as much accuracy and less of one of those; by parameters. Static networks count.
+    """The complete trials that no other beats, with more accuracy, no more parameters, MACs and
+    latency, or as much accuracy and less of one of those; by parameters. Static networks count.
     """
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
 
-    def worth(trial: FrozenTrial) -> tuple[float, int, int]:
+    def worth(trial: FrozenTrial) -> tuple[float, int, int, float]:
         attrs = trial.user_attrs
-        return trial.values[0], -attrs["params"], -attrs["macs"]
+        return trial.values[0], -attrs["params"], -attrs["macs"], -attrs.get(LATENCY, 0.0)
 
     def beaten(one: Sequence[float], other: Sequence[float]) -> bool:
         return one != other and all(theirs >= mine for mine, theirs in zip(one, other, strict=True))

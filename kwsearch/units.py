@@ -15,8 +15,10 @@ _NUMBER = r"(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,2
 COUNT_PATTERN = rf"^\s*(?:{_DIGITS}(?:\.[0-9]{{1,30}})?(?:[eE]\+?[0-9]{{1,2}})?)\s*[kKMGB]?\s*$"
 BYTES_PATTERN = rf"^\s*{_NUMBER}\s*(?:[kKMG]i?)?B\s*$"
 RATIO_PATTERN = rf"^\s*{_NUMBER}(?:\s*/\s*{_NUMBER})?\s*[xX]?\s*$"
+MS_PATTERN = rf"^\s*({_NUMBER})\s*(us|ms|s)?\s*$"
 SIZE_PATTERN = r"^\s*[0-9]{1,9}(?:x[0-9]{1,9}){0,3}\s*$"
 
+_MS = {"us": Fraction(1, 1000), "ms": Fraction(1), "s": Fraction(1000)}
 _UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
 
@@ -95,6 +97,21 @@ def _bytes_as_fraction(value: object) -> Fraction | None:
         scale = 1024**power if binary else 1000**power
         text = text[:-1].strip()
     return Fraction(text) * scale
+
+
+def parse_ms(value: object) -> float:
+    """Milliseconds above 0: 8, "8ms", "800us", "0.5s"."""
+    found = re.fullmatch(MS_PATTERN, value) if isinstance(value, str) else None
+    if found is not None:
+        number = float(Fraction(found[1]) * _MS[found[2] or "ms"])
+    else:
+        number = float(value) if type(value) in (int, float) else 0.0  # type: ignore[arg-type]
+    if not 0 < number < math.inf:
+        raise ValueError(
+            f"not a time (got {_shown(value)}; allowed milliseconds above 0, or a number with us, "
+            "ms or s, e.g. 8ms)"
+        )
+    return number
 
 
 def parse_budget(value: object) -> float:

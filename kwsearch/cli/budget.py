@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from kwlayers.plan import Network
     from kwsearch.budget import Outcome
     from kwsearch.cli.request import Request
+    from kwsearch.latency_report import Latencies
     from kwsearch.step_report import Takes
+
+    Reports = Mapping[str, Takes | Latencies]
 
 
 @click.command("budget")
@@ -70,6 +74,7 @@ def command(
     kwsearch budget resnet18 --params 8M --sharing layer -o recipe.yaml
     kwsearch budget recipes/kw_resnet18_1x.yaml --by layer
     kwsearch budget resnet50 --ratio 0.5 --batch 64 --memory 12GB
+    kwsearch budget resnet18 --ratio 0.5 --latency 80ms --lut device.lut.yaml
     """
     from kwsearch.budget import Target
     from kwsearch.cli.request import Request
@@ -85,26 +90,27 @@ def command(
     if not request.target and not request.has_plan:
         if output or check or step.asked:
             raise click.UsageError(
-                "-o, --check, --batch and --memory need a target: --ratio, --params, --total-ratio"
+                "-o, --check, --batch, --memory and --lut need a target: --ratio, --params, "
+                "--total-ratio"
             )
         _show_settings(request, network, as_json)
         return
     outcome = request.outcome(network)
     _note_published(request)
-    takes = step.takes(request, outcome.plan) if step.asked else None
+    reports = step.reports(request, outcome.plan)
     if as_json:
-        _print_json(request, outcome, by, takes)
+        _print_json(request, outcome, by, reports)
     else:
-        _print(request, outcome, by, 2 if flops else 1, takes)
+        _print(request, outcome, by, 2 if flops else 1, reports)
     if check:
         _print_check(request, outcome, as_json)
     if output:
         _write(request, outcome, output)
-    if takes is not None:
-        takes.check()
+    for report in reports.values():
+        report.check()
 
 
-def _print(request: Request, outcome: Outcome, by: str, scale: int, takes: Takes | None) -> None:
+def _print(request: Request, outcome: Outcome, by: str, scale: int, reports: Reports) -> None:
     from kwsearch import report, terminal
 
     out = terminal.console()
@@ -119,8 +125,8 @@ def _print(request: Request, outcome: Outcome, by: str, scale: int, takes: Takes
         out.print(table)
     if len(outcome.candidates) > 1:
         out.print(report.trade_table(outcome.candidates))
-    if takes is not None:
-        for part in takes.parts():
+    for step in reports.values():
+        for part in step.parts():
             out.print(part)
 
 
@@ -152,7 +158,7 @@ def _note_published(request: Request) -> None:
         )
 
 
-def _print_json(request: Request, outcome: Outcome, by: str, takes: Takes | None) -> None:
+def _print_json(request: Request, outcome: Outcome, by: str, reports: Reports) -> None:
     import json
 
     from kwsearch import report
@@ -172,8 +178,7 @@ def _print_json(request: Request, outcome: Outcome, by: str, takes: Takes | None
         ]
     if outcome.plan.notes:
         data["notes"] = list(outcome.plan.notes)
-    if takes is not None:
-        data["memory"] = takes.to_json()
+    data.update({name: step.to_json() for name, step in reports.items()})
     if by == "layer":
         data["layers"] = [vars(layer) for layer in outcome.plan.cost_by_layer()]
     click.echo(json.dumps(data, indent=2))

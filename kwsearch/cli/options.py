@@ -46,6 +46,7 @@ class Pair(click.ParamType):  # type: ignore[type-arg]
 RATIO = Parsed("parse_ratio", "RATIO")
 COUNT = Parsed("parse_count", "COUNT")
 BYTES = Parsed("parse_bytes", "BYTES")
+MS = Parsed("parse_ms", "TIME")
 SIZE = Parsed("parse_size", "CxH[xW…]")
 Command = Callable[..., Any]
 

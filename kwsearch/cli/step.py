@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kwsearch.cli.options import BYTES
+from kwsearch.cli.options import BYTES, MS
 
 if TYPE_CHECKING:
     from kwlayers.plan import Plan
     from kwsearch.cli.request import Request
+    from kwsearch.latency_report import Latencies
     from kwsearch.step_report import Takes
 
 STEP_OPTIONS = (
-    "batch", "memory", "inference", "device", "dtype", "optimizer", "channels_last",
-    "checkpointing",
+    "batch", "memory", "latency", "lut", "force", "inference", "device", "dtype", "optimizer",
+    "channels_last", "checkpointing",
 )  # fmt: skip
 
 
 def step_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A step of so many images, and the memory it may take."""
+    """A step of so many images, and the memory and time it may take."""
     for option in (
         click.option(
             "--checkpointing", is_flag=True, default=None, help="Repeated blocks run again."
@@ -39,7 +41,18 @@ def step_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--device", type=click.Choice(["cpu", "cuda"]), help="Of the step.  [default: cpu]"
         ),
-        click.option("--inference", is_flag=True, default=None, help="Forward only, not training."),
+        click.option(
+            "--inference", is_flag=True, default=None, help="Memory of forward only, not training."
+        ),
+        click.option(
+            "--force", is_flag=True, default=None, help="Take a --lut of another device as it is."
+        ),
+        click.option(
+            "--lut",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="Latency table of a device, by `kwsearch profile`.",
+        ),
+        click.option("--latency", type=MS, help="That a forward pass may take by --lut: 8ms."),
         click.option("--memory", type=BYTES, help="That a step may take: 12GB."),
         click.option("--batch", type=click.IntRange(min=1), help="Images of a step."),
     ):
@@ -54,9 +67,15 @@ class StepRequest:
         self.given = dict(given)
         self.batch: int | None = self.given.pop("batch", None)
         self.limit: int | None = self.given.pop("memory", None)
+        self.latency: float | None = self.given.pop("latency", None)
+        self.lut: Path | None = self.given.pop("lut", None)
+        self.force: bool = self.given.pop("force", False)
+        if self.lut is None and (self.latency is not None or self.force):
+            name = "--force" if self.latency is None else "--latency"
+            raise click.UsageError(f"{name}: give --lut, a table by `kwsearch profile`, too")
         if self.given and not self.asked:
             shown = ", ".join("--" + name.replace("_", "-") for name in self.given)
-            raise click.UsageError(f"{shown}: of a step; give --batch or --memory, too")
+            raise click.UsageError(f"{shown}: of a step; give --batch, --memory or --lut, too")
         if self.given.get("inference"):
             for name in {"optimizer", "checkpointing"} & self.given.keys():
                 raise click.UsageError(f"--{name}: of training; leave it or --inference out")
@@ -64,10 +83,42 @@ class StepRequest:
     @property
     def asked(self) -> bool:
         """Whether anything is."""
-        return self.batch is not None or self.limit is not None
+        return self.lut is not None or self.of_memory
 
-    def takes(self, request: Request, plan: Plan) -> Takes:
-        """The memory of a step of the plan, and of the static network."""
+    @property
+    def of_memory(self) -> bool:
+        """Whether memory is."""
+        return self.limit is not None or (self.batch is not None and self.lut is None)
+
+    def reports(self, request: Request, plan: Plan) -> dict[str, Takes | Latencies]:
+        """What is asked, of the plan and of the static network, by what it is of."""
+        found: dict[str, Takes | Latencies] = {}
+        if self.of_memory:
+            found["memory"] = self._takes(request, plan)
+        if self.lut is not None:
+            found["latency"] = self._latencies(self.lut, request, plan)
+        return found
+
+    def _latencies(self, lut: Path, request: Request, plan: Plan) -> Latencies:
+        from kwsearch import networks
+        from kwsearch.latency.plans import PlanLatency
+        from kwsearch.latency_report import Latencies
+
+        size = tuple(plan.network.input_size)
+        latency = PlanLatency(
+            lut,
+            partial(
+                networks.build_model, request.model, size, request.classes, None, request.trust
+            ),
+            size,
+            self.batch,
+            device=self.given.get("device"),
+            dtype=self.given.get("dtype"),
+            force=self.force,
+        )
+        return Latencies.of(latency, plan, self.latency)
+
+    def _takes(self, request: Request, plan: Plan) -> Takes:
         from kwsearch import networks
         from kwsearch.memory import Step
         from kwsearch.step_report import Takes

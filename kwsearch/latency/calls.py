@@ -106,13 +106,14 @@ def calls_of(
     input_size: tuple[int, ...],
     training: bool,
     device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Counter[Call]:
-    """The calls of one step, and how often. model: on `meta`, converted or not.
+    """The calls of one step, and how often. model: on `meta`, converted or not, of `dtype`.
 
     input_size: (C, ...) of an image. Raises PlanError where the step cannot run.
     """
     recorder = _Recorder(training)
-    x = torch.empty(batch, *input_size, device="meta")
+    x = torch.empty(batch, *input_size, device="meta", dtype=dtype)
     y = torch.empty(batch, dtype=torch.long, device="meta")
     model.train(training)
     try:
@@ -167,9 +168,10 @@ class _Recorder(TorchFunctionMode):
         writes = bool(args) and found is args[0]
         if writes:
             self.readers.pop(id(found), None)  # it is another one now, in the same place
-        if tensors and any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
+        outs = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+        if tensors and outs:
             what = (func, specs, structure, writes)
-            self.calls[_function_call(what, self.training)] += 1
+            self.calls[_function_call(what, outs, self.training)] += 1
         return found
 
     def _note_reader(self, tensor: Tensor) -> None:
@@ -213,31 +215,41 @@ def _mode(training: bool) -> str:
     return "training" if training else "inference"
 
 
-def _function_call(what: tuple[Any, ...], training: bool) -> Call:
-    func, specs, _, _ = what
+def _function_call(what: tuple[Any, ...], outs: list[Tensor], training: bool) -> Call:
+    func, leaves, _, _ = what
     name = (resolve_name(func) or getattr(func, "__name__", str(func))).split(".")[-1]
-    shown = " ".join(str(spec) for spec in specs)
-    nbytes = sum(spec.nbytes for spec in specs if isinstance(spec, Spec))
-    work = (_products(name, specs), nbytes)
-    family = f"{name} {shown} {_mode(training)}"
-    return Call(f"{name} {_mode(training)}", family, 0, work, what)
+    specs = [leaf for leaf in leaves if isinstance(leaf, Spec)]
+    work = (
+        _products(name, specs, outs[0]),
+        specs[0].nbytes,
+        sum(spec.nbytes for spec in specs[1:]),
+        sum(out.nbytes for out in outs),
+    )
+    family = f"{name} {' '.join(map(str, leaves))} {_mode(training)}"
+    return Call(f"{name}{_variant(name, specs)} {_mode(training)}", family, 0, work, what)
 
 
-def _products(name: str, specs: list[Any]) -> int:
-    """Multiply-adds, as far as one can tell from shapes: of convolutions, products, attention."""
-    tensors = [spec for spec in specs if isinstance(spec, Spec)]
-    if len(tensors) < 2:
+def _variant(name: str, specs: list[Spec]) -> str:
+    """Convolutions of one channel at a time are a kind of their own, as are those of 1x1."""
+    if not name.startswith("conv") or len(specs) < 2:
+        return ""
+    x, weight = specs[:2]
+    if weight.shape[1] < x.shape[1]:
+        return " grouped"
+    return " 1x1" if set(weight.shape[2:]) == {1} else ""
+
+
+def _products(name: str, specs: list[Spec], out: Tensor) -> int:
+    """Multiply-adds of convolutions, products and torch's attention; 0 for all else."""
+    if len(specs) < 2:
         return 0
-    x, weight = tensors[:2]
+    x, weight = specs[:2]
     if name.startswith("conv") and len(weight.shape) > 2:
-        # Of a stride of one: the kind is fitted, and strides are in the family.
-        stride = next((s for s in specs[len(tensors) :] if isinstance(s, int)), 1)
-        positions = math.prod(x.shape[2:]) / max(stride, 1) ** (len(x.shape) - 2)
-        return int(x.shape[0] * positions * math.prod(weight.shape))
+        return out.numel() * math.prod(weight.shape[1:])
     if name in ("linear", "matmul", "__matmul__", "bmm", "mm"):
-        return math.prod(x.shape) * weight.shape[0 if name == "linear" else -1]
+        return out.numel() * x.shape[-1]
     if name == "scaled_dot_product_attention":
-        return 2 * math.prod(x.shape) * x.shape[-2]
+        return 2 * out.numel() * x.shape[-2]
     return 0
 
 

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kwlayers.plan import PlanError
 from kwsearch.files import write_whole
 from kwsearch.latency.calls import Call
+from kwsearch.latency.measure import Times
 
 FORMAT = 1
 # What a time is of: tables that differ in one of these have nothing in common.
+# How much slower than usual the machine may be: a part of the anchor's time.
+DRIFT = 0.1
 MUST_AGREE = ("cpu", "gpu", "device", "threads", "dtype", "torch", "malloc")
 
 
-class TableError(ValueError):
+LISTS = ("entries", "wholes", "checks")
+
+
+class TableError(PlanError):
     """A table that cannot be read, or is not of this device."""
 
 
@@ -27,7 +34,7 @@ class TableError(ValueError):
 class Entry:
     """One call, measured: the median over `rounds` and the quartiles, in nanoseconds.
 
-    kind, family, cells, work: of the `Call`.
+    kind, family, cells, work: of the `Call`. anchor_ns: what a fixed piece of work took then.
     """
 
     kind: str
@@ -38,12 +45,12 @@ class Entry:
     median_ns: int
     third_ns: int
     rounds: int
+    anchor_ns: int
 
     @classmethod
-    def of(cls, call: Call, quartiles: tuple[float, float, float], rounds: int) -> Entry:
-        """quartiles: first, median, third, in seconds."""
-        first, median, third = (round(1e9 * seconds) for seconds in quartiles)
-        return cls(call.kind, call.family, call.cells, call.work, first, median, third, rounds)
+    def of(cls, call: Call, times: Times) -> Entry:
+        """Of what measuring a call gave."""
+        return cls(call.kind, call.family, call.cells, call.work, *times.in_ns())
 
     @property
     def key(self) -> str:
@@ -51,30 +58,93 @@ class Entry:
         return f"{self.family} n={self.cells}" if self.cells else self.family
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A whole step, measured, and the sum of its calls by the table, in nanoseconds.
+
+    name: of the network and its plan. The rest as in `Entry`.
+    """
+
+    name: str
+    batch: int
+    training: bool
+    calls_ns: int
+    first_ns: int
+    measured_ns: int
+    third_ns: int
+    rounds: int
+    anchor_ns: int
+
+    @property
+    def key(self) -> str:
+        """In a table."""
+        return f"{self.name} {self.batch} {self.training}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A whole step that the table had no part in, measured against the prediction."""
+
+    name: str
+    batch: int
+    training: bool
+    measured_ms: float
+    predicted_ms: float
+    low_ms: float
+    high_ms: float
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, as a part of what was measured."""
+        return self.predicted_ms / self.measured_ms - 1
+
+
 @dataclass
 class Table:
     """What was measured, by key, and in what circumstances: `MUST_AGREE` and versions.
 
-    anchors: nanoseconds of a fixed piece of work, over and over, by which drift shows.
+    checks: of `kwsearch lut check`, which say how good it is.
     """
 
     circumstances: dict[str, Any]
     entries: dict[str, Entry] = field(default_factory=dict)
-    anchors: list[int] = field(default_factory=list)
+    wholes: list[Whole] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
 
-    def __contains__(self, call: Call) -> bool:
-        return call.key in self.entries
+    def anchor(self) -> float:
+        """The usual nanoseconds of the anchor: lower quartile, for the machine at its best."""
+        found = sorted(one.anchor_ns for one in self._measured())
+        return float(found[len(found) // 4]) if found else 0.0
+
+    def drifted(self) -> set[str]:
+        """Keys of calls and whole steps that were measured while the machine was slower."""
+        most = (1 + DRIFT) * self.anchor()
+        return {one.key for one in self._measured() if one.anchor_ns > most}
+
+    def _measured(self) -> list[Entry | Whole]:
+        return [*self.entries.values(), *self.wholes]
 
     def add(self, entries: Iterable[Entry]) -> None:
         """Later ones replace earlier ones."""
         self.entries |= {entry.key: entry for entry in entries}
 
-    def differences(self, circumstances: Mapping[str, Any]) -> list[str]:
+    def add_checks(self, checks: Iterable[Check]) -> None:
+        """Later ones replace earlier ones."""
+        all_ = (*self.checks, *checks)
+        self.checks = list({(one.name, one.batch, one.training): one for one in all_}.values())
+
+    def add_wholes(self, wholes: Iterable[Whole]) -> None:
+        """Later ones replace earlier ones."""
+        self.wholes = list({one.key: one for one in (*self.wholes, *wholes)}.values())
+
+    def differences(
+        self, circumstances: Mapping[str, Any], names: Sequence[str] = MUST_AGREE
+    ) -> list[str]:
         """Why times of this table are none of those circumstances; nothing if they are."""
         mine = self.circumstances
         return [
             f"{name} {mine.get(name)}, not {circumstances.get(name)}"
-            for name in MUST_AGREE
+            for name in names
             if mine.get(name) != circumstances.get(name)
         ]
 
@@ -83,7 +153,8 @@ class Table:
         if found := other.differences(self.circumstances):
             raise TableError(f"tables of different circumstances: {'; '.join(found)}")
         self.add(other.entries.values())
-        self.anchors += other.anchors
+        self.add_wholes(other.wholes)
+        self.checks = []  # were of another table
 
     def save(self, path: Path) -> None:
         """All of it or nothing, with a checksum."""
@@ -93,22 +164,21 @@ class Table:
             f"format: {FORMAT}",
             f"checksum: {_checksum(plain)}",
             f"circumstances: {json.dumps(plain['circumstances'])}",
-            f"anchors: {plain['anchors']}",
-            "entries:",
-            *(f"- {json.dumps(row)}" for row in plain["entries"]),
         ]
+        for name in LISTS:
+            lines += [f"{name}:", *(f"- {json.dumps(row)}" for row in plain[name])]
         write_whole(path, "\n".join(lines) + "\n")
 
     def _plain(self) -> dict[str, Any]:
-        rows = [list(vars(entry).values()) for entry in self.entries.values()]
-        return {"circumstances": self.circumstances, "anchors": self.anchors, "entries": rows}
+        listed = {"entries": self.entries.values(), "wholes": self.wholes, "checks": self.checks}
+        plain = {name: [list(vars(row).values()) for row in listed[name]] for name in LISTS}
+        return {"circumstances": self.circumstances, **plain}
 
     @classmethod
     def load(cls, path: Path) -> Table:
         """Raises TableError for anything but a whole table."""
         try:
-            text = path.read_text(encoding="utf-8")
-            data = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            data = _parsed(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             raise TableError(f"{path}: not a latency table, nor any text") from None
         except yaml.YAMLError as error:
@@ -121,16 +191,37 @@ class Table:
                 f"{path}: of format {data.get('format')!r}, and this kwsearch reads {FORMAT}; "
                 "measure it again"
             )
-        kept = {name: data.get(name) for name in ("circumstances", "anchors", "entries")}
+        kept: dict[str, Any] = {name: data.get(name) or [] for name in ("circumstances", *LISTS)}
         if data["checksum"] != _checksum(kept):
             raise TableError(
                 f"{path}: its checksum is not that of its content: it was cut short or changed by "
                 "hand; measure it again, or take a copy that is whole"
             )
-        table = cls(data["circumstances"], anchors=data["anchors"])
-        for kind, family, cells, work, *times in data["entries"]:
+        table = cls(kept["circumstances"])
+        for kind, family, cells, work, *times in kept["entries"]:
             table.add([Entry(kind, family, cells, tuple(work), *times)])
+        table.wholes = [Whole(*row) for row in kept["wholes"]]
+        table.checks = [Check(*row) for row in kept["checks"]]
         return table
+
+
+def _parsed(text: str) -> Any:
+    """YAML. Rows as `save` writes them are JSON, which is read ten times as fast."""
+    data: dict[str, Any] = {}
+    head: list[str] = []
+    rows: list[Any] | None = None
+    for line in text.splitlines():
+        if rows is not None and line.startswith("- ["):
+            try:
+                rows.append(json.loads(line[2:]))
+            except ValueError:
+                raise yaml.YAMLError(f"a row that is none: {line[:60]}") from None
+        elif line.removesuffix(":") in LISTS:
+            rows = data[line.removesuffix(":")] = []
+        else:
+            head.append(line)
+    found = yaml.safe_load("\n".join(head))
+    return {**found, **data} if isinstance(found, dict) else found
 
 
 def _checksum(plain: Mapping[str, Any]) -> str:

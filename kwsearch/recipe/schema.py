@@ -232,12 +232,39 @@ class RecipePlan(_Section):
 class Limits(_Section):
     """What no plan of the search may exceed, besides the budget."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"required": ["latency_ms"], "properties": {"latency_ms": {"type": "number"}}},
+            "then": {"required": ["lut"], "properties": {"lut": {"type": "string"}}},
+        }
+    )
+
     macs: Count | None = Field(default=None, description="MACs of one image, e.g. 1.8G")
     train_memory: Memory | None = Field(
         default=None,
         description="peak bytes of a training step at the proxy's batch size, counted before a "
         "plan is trained, e.g. 500MB or 12GB",
     )
+    latency_ms: Positive | None = Field(
+        default=None,
+        description="milliseconds of a forward pass by `lut`, the upper end of the interval",
+    )
+    lut: Text | None = Field(
+        default=None,
+        validate_default=True,
+        description="a latency table of `kwsearch profile`, e.g. device.lut.yaml",
+    )
+    latency_batch: AtLeast1 = Field(default=1, description="images of that forward pass")
+    lut_force: Bool = Field(
+        default=False, description="take a table of another device or torch version as it is"
+    )
+
+    @field_validator("lut")
+    @classmethod
+    def _has_table(cls, lut: str | None, info: ValidationInfo) -> str | None:
+        if lut is None and info.data.get("latency_ms") is not None:
+            raise _section_error("latency_ms needs lut, a table that `kwsearch profile` writes")
+        return lut
 
 
 class Space(_Section):

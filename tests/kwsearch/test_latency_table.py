@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kwsearch.latency.calls import Call
-from kwsearch.latency.table import MUST_AGREE, Entry, Table, TableError
+from kwsearch.latency.measure import Times
+from kwsearch.latency.table import MUST_AGREE, Check, Entry, Table, TableError, Whole
 
 HERE: dict[str, Any] = {
     "cpu": "a processor", "gpu": None, "device": "cpu", "threads": 1, "dtype": "float32",
@@ -18,10 +19,12 @@ CALL = Call("mixing gemm training", "mixing gemm 64x64x1x1 s1 p0 d1 g1", 27, (10
 
 
 def table() -> Table:
-    found = Table(dict(HERE), anchors=[50, 25])
+    found = Table(dict(HERE))
     plain = Call("conv2d inference", "conv2d 2x3x8x8 8x3x3x3*' inference", 0, (10**6, 10**3))
-    found.add([Entry.of(CALL, (0.1, 0.2, 0.3), 7)])
-    found.add([Entry.of(plain, (1e-6, 1.5e-6, 2e-6), 40)])
+    found.add([Entry.of(CALL, Times(0.1, 0.2, 0.3, 7, 1e-3))])
+    found.add([Entry.of(plain, Times(1e-6, 1.5e-6, 2e-6, 40, 1e-3))])
+    found.add_wholes([Whole("net at 3x8x8", 2, True, 900, 990, 1000, 1010, 7, 10**6)])
+    found.add_checks([Check("other at 3x8x8", 2, True, 5.0, 5.5, 5.0, 6.0)])
     return found
 
 
@@ -37,16 +40,15 @@ def test_a_file_gives_the_table_back(tmp_path: Path) -> None:
 
 def test_an_entry_is_found_by_its_call() -> None:
     found = table()
-    assert CALL in found
     entry = found.entries[CALL.key]
     assert (entry.first_ns, entry.median_ns, entry.third_ns) == (10**8, 2 * 10**8, 3 * 10**8)
     other = Call(CALL.kind, CALL.family, 28, CALL.work)
-    assert other not in found
+    assert other.key not in found.entries
 
 
 def test_a_later_measurement_replaces_an_earlier_one() -> None:
     found = table()
-    found.add([Entry.of(CALL, (1.0, 2.0, 3.0), 9)])
+    found.add([Entry.of(CALL, Times(1.0, 2.0, 3.0, 9, 1e-3))])
     assert len(found.entries) == 2
     assert found.entries[CALL.key].median_ns == 2 * 10**9
 
@@ -64,11 +66,20 @@ def test_other_versions_of_ours_are_no_other_device() -> None:
 
 
 def test_tables_of_one_device_are_merged() -> None:
-    first, second = table(), Table(dict(HERE), anchors=[12])
+    first, second = table(), Table(dict(HERE))
     more = Call("relu inference", "relu 2x8 inference", 0, (64,))
-    second.add([Entry.of(more, (1.0, 1.0, 1.0), 5)])
+    second.add([Entry.of(more, Times(1.0, 1.0, 1.0, 5, 1e-3))])
+    second.add_wholes([Whole("net at 3x8x8", 2, False, 400, 390, 400, 410, 7, 10**6)])
     first.merge(second)
-    assert (len(first.entries), first.anchors) == (3, [50, 25, 12])
+    assert (len(first.entries), len(first.wholes)) == (3, 2)
+    assert first.checks == []  # which were of the table as it was
+
+
+def test_what_was_measured_while_the_machine_was_slow_is_told() -> None:
+    found = table()
+    more = Call("relu inference", "relu 2x8 inference", 0, (64,))
+    found.add([Entry.of(more, Times(1.0, 1.0, 1.0, 5, 1.11e-3))])
+    assert found.drifted() == {more.key}  # a tenth is allowed
 
 
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.8, 0.99])

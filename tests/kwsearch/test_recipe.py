@@ -217,7 +217,14 @@ def test_what_is_left_out_has_the_documented_default() -> None:
                 "spatial_partition": (),
                 "keep_static": (),
                 "temperature_epochs": (),
-                "limits": {"macs": None, "train_memory": None},
+                "limits": {
+                    "macs": None,
+                    "train_memory": None,
+                    "latency_ms": None,
+                    "lut": None,
+                    "latency_batch": 1,
+                    "lut_force": False,
+                },
             },
         },
         "proxy": {
@@ -1254,7 +1261,7 @@ def test_the_schema_is_valid_and_describes_every_key() -> None:
             for key, field in one.get("properties", {}).items():
                 assert field.get("description"), f"{name}.{key}"
                 seen += 1
-    assert seen == 10 + 2 + 8 + 8 + 3 + 1 + 9 + 18 + 3 + 11 + 2 + 16 + 7
+    assert seen == 10 + 2 + 8 + 8 + 3 + 1 + 9 + 18 + 3 + 11 + 2 + 4 + 16 + 7
 
 
 def test_recipes_need_no_torch() -> None:

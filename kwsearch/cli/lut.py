@@ -1,0 +1,142 @@
+"""kwsearch lut: what latency tables hold, several as one, how good they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kwsearch.cli import INTERRUPTED
+from kwsearch.cli.bench import several
+from kwsearch.cli.options import RATIO, SIZE, trust_option
+
+if TYPE_CHECKING:
+    from kwsearch.latency.table import Check, Table
+
+TABLE = click.Path(dir_okay=False, path_type=Path)
+# Small enough to measure in minutes; of several families.
+CHECKED, CHECKED_SIZE = ("resnet18", "mobilenetv2_050", "convnext_tiny"), (3, 64, 64)
+
+
+@click.group("lut")
+def command() -> None:
+    """Latency tables, which `kwsearch profile` measures and budgets and searches use."""
+
+
+@command.command("show")
+@click.argument("table", type=TABLE)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every call.")
+def show(table: Path, as_json: bool) -> None:
+    """Where TABLE was measured, what is in it, and how good it is."""
+    from kwsearch import lut_report, terminal
+    from kwsearch.latency.plans import load
+
+    loaded = load(table)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(lut_report.to_json(loaded), indent=2))
+        return
+    out = terminal.console()
+    for part in lut_report.parts(loaded):
+        out.print(part)
+
+
+@command.command("merge")
+@click.argument("tables", metavar="TABLE...", type=TABLE, nargs=-1, required=True)
+@click.option("-o", "--output", type=TABLE, required=True, help="The table of all.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+def merge(tables: tuple[Path, ...], output: Path, force: bool) -> None:
+    """Write several tables of one device as one; of what two have, the later TABLE's is kept."""
+    from kwlayers.plan import counted
+    from kwsearch.latency.plans import load
+    from kwsearch.latency.table import TableError
+
+    if output.exists() and not force:
+        raise click.UsageError(f"-o {output}: the file exists; --force replaces it")
+    merged = load(tables[0])
+    for path in tables[1:]:
+        try:
+            merged.merge(load(path))
+        except TableError as error:
+            raise TableError(f"{path}, {tables[0]}: {error}") from None
+    merged.save(output)
+    click.echo(
+        f"wrote {output}: {counted(len(merged.entries), 'call')} and "
+        f"{counted(len(merged.wholes), 'whole step')}"
+    )
+
+
+@command.command("check")
+@click.argument("table", type=TABLE)
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
+@several(RATIO, "--ratio", "0.5,1,2", "Ratios b of their plans.  [default: 0.5,1,2]")
+@click.option("--input", "input_size", type=SIZE, help="Input size.  [default: the model's]")
+@click.option("--classes", type=click.IntRange(min=1), help="Number of classes.")
+@trust_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(
+    table: Path,
+    models: tuple[str, ...],
+    ratio: list[float],
+    input_size: tuple[int, ...] | None,
+    classes: int | None,
+    trust: bool,
+    as_json: bool,
+) -> None:
+    """Measure whole MODELs, which TABLE was not made from, against its predictions.
+
+    Each as it is and under plans, in the batches of the table, forward and in training if the
+    table has that; steps that it was made from are left out. The errors are written to TABLE.
+    Without a MODEL it is resnet18, mobilenetv2_050 and convnext_tiny on 3x64x64.
+    """
+    import torch
+
+    from kwsearch.latency import circumstances
+    from kwsearch.latency.checking import check as measured
+    from kwsearch.latency.plans import load
+    from kwsearch.latency.profiling import steps_of
+    from kwsearch.latency.subjects import Mode, of_model
+    from kwsearch.latency.table import TableError
+    from kwsearch.terminal import tracked
+
+    loaded = load(table)
+    kept = loaded.circumstances
+    torch.set_num_threads(kept["threads"])
+    if found := loaded.differences(circumstances.here(kept["device"], kept["dtype"])):
+        raise TableError(f"{table} cannot be checked here, it is of {'; '.join(found)}")
+    found_modes = sorted({(whole.batch, whole.training) for whole in loaded.wholes})
+    modes = [Mode(b, training, kept["device"], kept["dtype"]) for b, training in found_modes]
+    if not modes:
+        raise TableError(f"{table}: no whole step in it; let `kwsearch profile` finish")
+    if not models:
+        models, input_size = CHECKED, input_size or CHECKED_SIZE
+    subjects = [s for m in models for s in of_model(m, input_size, classes, trust, ratio)]
+    checks: list[Check] = []
+    try:
+        with tracked("measuring", len(subjects) * len(modes)) as advance:
+            for one in measured(loaded, steps_of(subjects, modes, lambda *_: None)):
+                checks.append(one)
+                advance(len(checks))
+    except KeyboardInterrupt:
+        click.echo(f"interrupted after {len(checks)}", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    if not checks:
+        raise TableError(f"{table} was made from all of these: name a MODEL that it was not")
+    loaded.add_checks(checks)
+    loaded.save(table)
+    _print(loaded, checks, as_json)
+
+
+def _print(table: Table, checks: list[Check], as_json: bool) -> None:
+    from kwsearch import lut_report, terminal
+
+    if as_json:
+        import json
+
+        click.echo(json.dumps(lut_report.checks_json(checks), indent=2))
+        return
+    out = terminal.console()
+    out.print(lut_report.checks_table(checks))
+    out.print(lut_report.sentence(checks))

@@ -1,0 +1,58 @@
+"""How good a table is: whole steps that it had no part in, measured against its predictions."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+
+from kwsearch.latency.measure import measure
+from kwsearch.latency.predict import Predictor
+from kwsearch.latency.profiling import Step
+from kwsearch.latency.table import DRIFT, Check, Table
+from kwsearch.verdict import kendall
+
+# Measured again where the machine was slower than when the table was made: at most so often.
+_AGAIN = 2
+
+
+def check(table: Table, steps: Iterable[Step]) -> Iterator[Check]:
+    """Predict each step, measure it, and yield both. Steps that the table has as wholes are left
+    out.
+    """
+    predictor, known = Predictor(table), {whole.key for whole in table.wholes}
+    device = str(table.circumstances["device"])
+    usual = 1e-9 * table.anchor()
+    for step in steps:
+        if step.key in known:
+            continue
+        predicted = predictor.step(step.calls, step.mode.batch, step.mode.training)
+        making = partial(step.subject.whole, step.mode)
+        for _ in range(1 + _AGAIN):
+            (times,) = measure([making], device)
+            if times.anchor <= (1 + DRIFT) * usual:
+                break
+        yield Check(
+            step.name,
+            step.mode.batch,
+            step.mode.training,
+            1e3 * times.median,
+            predicted.ms,
+            predicted.low,
+            predicted.high,
+        )
+
+
+def summary(checks: Sequence[Check]) -> dict[str, float]:
+    """Median and worst error, as parts of what was measured; the part of the steps within their
+    interval; Kendall's tau of predicted and measured times.
+    """
+    errors = [abs(one.error) for one in checks]
+    within = [one.low_ms <= one.measured_ms <= one.high_ms for one in checks]
+    found = {
+        "median": statistics.median(errors),
+        "worst": max(errors),
+        "within": sum(within) / len(within),
+    }
+    ranked = kendall([(one.predicted_ms, one.measured_ms) for one in checks])
+    return found if ranked.tau is None else {**found, "tau": ranked.tau}

@@ -1,0 +1,104 @@
+"""Timing many things on one machine that is not always as fast: interleaved, against an anchor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from kwsearch.timing import quartiles, turns
+
+ROUNDS = 7
+# Quartiles further apart than this part of the median are measured in more rounds.
+_SPREAD, _MORE = 0.15, 14
+
+Clock = Callable[[], float]
+
+
+class Timed(Protocol):
+    """What can be timed."""
+
+    def seconds(self) -> float:
+        """Of one round."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Quartiles of seconds, and the median of the anchor's meanwhile."""
+
+    first: float
+    median: float
+    third: float
+    rounds: int
+    anchor: float
+
+    def in_ns(self) -> tuple[int, int, int, int, int]:
+        """First quartile, median, third quartile, rounds, anchor."""
+        first, median, third = (round(1e9 * s) for s in (self.first, self.median, self.third))
+        return first, median, third, self.rounds, round(1e9 * self.anchor)
+
+
+def clock_of(device: str) -> Clock:
+    """Seconds at which all work on the device that was given so far is done."""
+    if torch.device(device).type != "cuda":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+@dataclass
+class Anchor:
+    """A fixed piece of work, by which it shows how fast the machine is: products and copies."""
+
+    device: str = "cpu"
+    times: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._clock = clock_of(self.device)
+        self._a = torch.ones(192, 192, device=self.device)
+        self._x = torch.ones(2**19, device=self.device)
+        for _ in range(3):
+            self.run()
+        self.times.clear()
+
+    def run(self) -> None:
+        """Once more."""
+        begun = self._clock()
+        for _ in range(2):
+            self._a @ self._a
+            self._x.clone()
+        self.times.append(self._clock() - begun)
+
+
+def measure(making: Sequence[Callable[[], Timed]], device: str = "cpu") -> list[Times]:
+    """Time what these make, side by side: each once in every round, after one that warms up."""
+    anchor = Anchor(device)
+    timed = [make() for make in making]
+    for one in timed:
+        one.seconds()
+    names = list(map(str, range(len(timed))))
+    found: list[list[float]] = [[] for _ in timed]
+    chosen = set(names)
+    for round_ in range(ROUNDS + _MORE):
+        if round_ >= ROUNDS:
+            chosen = {name for name in chosen if _scattered(found[int(name)])}
+            if not chosen:
+                break
+        anchor.run()
+        for name in turns(names, round_):
+            if name in chosen:
+                found[int(name)].append(timed[int(name)].seconds())
+    usual = quartiles(anchor.times)[1]
+    return [Times(*quartiles(seconds), len(seconds), usual) for seconds in found]
+
+
+def _scattered(seconds: Sequence[float]) -> bool:
+    first, median, third = quartiles(seconds)
+    return third - first > _SPREAD * median

@@ -1,0 +1,95 @@
+"""The latency of plans, by a table that is of this device or was asked for all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from kwlayers.plan import Plan
+from kwsearch.latency import circumstances
+from kwsearch.latency.predict import Latency, Predictor
+from kwsearch.latency.subjects import Mode, Subject
+from kwsearch.latency.table import Table, TableError
+from kwsearch.space import fingerprint
+
+# What a table has in common with the machine whose latencies it tells, unless forced.
+_HERE = ("cpu", "gpu", "torch")
+
+
+class PlanLatency:
+    """Called with a plan, None for the static network, tells the latency of a step.
+
+    path: of the table. make_model: makes the network on the current device. batch: images of a
+    forward pass; None for the fewest in the table. dtype, device: of the table, if they must be.
+    force: take a table of another device, dtype or torch, which `warning` then says. Raises
+    TableError for a table that cannot be read or must not be used.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        make_model: Callable[[], nn.Module],
+        input_size: tuple[int, ...],
+        batch: int | None = None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        force: bool = False,
+    ) -> None:
+        self.path = path
+        self.table = load(path)
+        self.warning = _warning(self.table, path, device, dtype, force)
+        self._make_model, self._input_size = make_model, input_size
+        self._predictor = Predictor(self.table)
+        modes = {(whole.training, whole.batch) for whole in self.table.wholes}
+        if not modes:
+            raise TableError(f"{path}: no whole step in it; let `kwsearch profile` finish")
+        self.batch = batch or min(images for _, images in modes)
+        self.trains = (True, self.batch) in modes
+        self._known: dict[tuple[str, bool], Latency] = {}
+
+    def __call__(self, plan: Plan | None, training: bool = False) -> Latency:
+        """Raises PlanError where the step cannot run, TableError where the table says nothing."""
+        name = ("static" if plan is None else fingerprint(plan), training)
+        if name not in self._known:
+            self._known[name] = self.of_model(self._make_model, plan, training)
+        return self._known[name]
+
+    def of_model(
+        self, make_model: Callable[[], nn.Module], plan: Plan | None = None, training: bool = False
+    ) -> Latency:
+        """Of another network on as large images."""
+        kept = self.table.circumstances
+        mode = Mode(self.batch, training, kept["device"], kept["dtype"])
+        calls = Subject("", make_model, self._input_size, plan).calls(mode)
+        return self._predictor.step(calls, self.batch, training)
+
+
+def load(path: Path) -> Table:
+    """The table in a file. Raises TableError if there is none."""
+    try:
+        return Table.load(path)
+    except FileNotFoundError:
+        raise TableError(f"{path}: no such file; `kwsearch profile … -o {path}` makes it") from None
+    except OSError as error:
+        raise TableError(f"{path}: {error.strerror}") from None
+
+
+def _warning(
+    table: Table, path: Path, device: str | None, dtype: str | None, force: bool
+) -> str | None:
+    here = circumstances.here("cpu", dtype or table.circumstances["dtype"])
+    wanted = {name: here[name] for name in _HERE}
+    if table.circumstances["gpu"] is not None:
+        wanted = {"torch": here["torch"], "gpu": circumstances.gpu()}
+    wanted |= {"device": device} if device else {}
+    wanted |= {"dtype": dtype} if dtype else {}
+    found = table.differences(wanted, tuple(wanted))
+    if not found:
+        return None
+    what = f"latencies by {path} are of {'; '.join(found)}"
+    if not force:
+        raise TableError(f"{what}: profile this device, or --force to take them as they are")
+    return what

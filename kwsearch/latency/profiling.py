@@ -1,0 +1,124 @@
+"""Filling a latency table: the calls of some networks' steps, and the steps as wholes."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from kwlayers.plan import PlanError
+from kwsearch.latency.calls import Call
+from kwsearch.latency.measure import measure
+from kwsearch.latency.predict import Predictor
+from kwsearch.latency.replay import Replay
+from kwsearch.latency.subjects import Mode, Subject
+from kwsearch.latency.table import Entry, Table, Whole
+
+# So many are timed side by side; and again, as often, where the machine was slow meanwhile.
+_CALLS, _WHOLES, _REPEATS = 24, 4, 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """done of total: calls and whole steps to measure; more where some are measured again."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a subject, and what it consists of."""
+
+    subject: Subject
+    mode: Mode
+    calls: Counter[Call]
+
+    @property
+    def name(self) -> str:
+        """In a table: of the network, its plan and its images."""
+        return f"{self.subject.name} at {'x'.join(map(str, self.subject.input_size))}"
+
+    @property
+    def key(self) -> str:
+        """As `Whole.key`."""
+        return f"{self.name} {self.mode.batch} {self.mode.training}"
+
+
+def steps_of(
+    subjects: Iterable[Subject],
+    modes: Sequence[Mode],
+    note: Callable[[Subject, Mode, str], None],
+) -> Iterator[Step]:
+    """The steps that can run. note: called with the reason where one cannot."""
+    for subject in subjects:
+        for mode in modes:
+            try:
+                yield Step(subject, mode, subject.calls(mode))
+            except PlanError as error:
+                note(subject, mode, str(error))
+
+
+class Profile:
+    """What a table lacks for some steps, measured block by block.
+
+    save: called after every block, so that what was measured outlives an interruption.
+    """
+
+    def __init__(self, table: Table, steps: Sequence[Step], save: Callable[[], None]) -> None:
+        self.table, self.save = table, save
+        self.steps = {step.key: step for step in steps}
+        self.calls = {call.key: call for step in steps for call in step.calls}
+
+    def missing(self) -> tuple[list[str], list[str]]:
+        """Keys of calls and of whole steps that are not in the table, or were measured while the
+        machine was slow.
+        """
+        good = {*self.table.entries, *(whole.key for whole in self.table.wholes)}
+        good -= self.table.drifted()
+        calls = [key for key in self.calls if key not in good]
+        return calls, [key for key in self.steps if key not in good]
+
+    def run(self) -> Iterator[Progress]:
+        """Measure what is missing; what the machine was slow at, a few times more."""
+        done = total = 0
+        for _ in range(1 + _REPEATS):
+            calls, wholes = self.missing()
+            total += len(calls) + len(wholes)
+            # In no order: so no kind of call is measured at one time only.
+            random.Random(len(calls)).shuffle(calls)
+            for measure_, keys, size in (
+                (self._measure_calls, calls, _CALLS),
+                (self._measure_wholes, wholes, _WHOLES),
+            ):
+                for start in range(0, len(keys), size):
+                    measure_(keys[start : start + size])
+                    self.save()
+                    done = min(done + size, total)
+                    yield Progress(done, total)
+
+    def _measure_calls(self, keys: Sequence[str]) -> None:
+        calls = [self.calls[key] for key in keys]
+        device = self._device()
+        times = measure([partial(Replay, call, device) for call in calls], device)
+        self.table.add(Entry.of(call, one) for call, one in zip(calls, times, strict=True))
+
+    def _measure_wholes(self, keys: Sequence[str]) -> None:
+        steps = [self.steps[key] for key in keys]
+        times = measure([partial(s.subject.whole, s.mode) for s in steps], self._device())
+        predictor = Predictor(self.table)
+        self.table.add_wholes(
+            Whole(
+                step.name,
+                step.mode.batch,
+                step.mode.training,
+                round(predictor.sum_ns(step.calls)),
+                *one.in_ns(),
+            )
+            for step, one in zip(steps, times, strict=True)
+        )
+
+    def _device(self) -> str:
+        return str(self.table.circumstances["device"])
