@@ -13,7 +13,7 @@ from kwsearch.timing import quartiles, turns
 
 ROUNDS = 7
 # Quartiles further apart than this part of the median are measured in more rounds.
-_SPREAD, _MORE = 0.15, 14
+_SPREAD, MORE = 0.15, 14
 
 Clock = Callable[[], float]
 
@@ -86,7 +86,7 @@ def measure(making: Sequence[Callable[[], Timed]], device: str = "cpu") -> list[
     names = list(map(str, range(len(timed))))
     found: list[list[float]] = [[] for _ in timed]
     chosen = set(names)
-    for round_ in range(ROUNDS + _MORE):
+    for round_ in range(ROUNDS + MORE):
         if round_ >= ROUNDS:
             chosen = {name for name in chosen if _scattered(found[int(name)])}
             if not chosen:

@@ -130,10 +130,10 @@ class Predictor:
         wholes = [w for w in self.table.wholes if w.training == training]
         same = [w for w in wholes if w.batch == batch] or wholes
         if not same:
-            what = "training" if training else "inference"
+            what, option = ("training", " --train") if training else ("inference", "")
             raise TableError(
-                f"the latency table has no {what}: `kwsearch profile`"
-                f"{' --train' if training else ''} with the same file adds it"
+                f"the latency table has no {what}: `kwsearch profile{option} -o` with the same "
+                "file adds it"
             )
         logs = [math.log(whole.measured_ns / whole.calls_ns) for whole in same]
         middle = statistics.median(logs)

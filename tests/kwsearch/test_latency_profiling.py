@@ -1,0 +1,233 @@
+"""Filling and checking a table, on steps of made-up length."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import pytest
+from torch import nn
+
+from kwsearch.latency import checking, measure, profiling
+from kwsearch.latency.checking import check, summary
+from kwsearch.latency.measure import Timed, Times
+from kwsearch.latency.profiling import Profile, Step, steps_of
+from kwsearch.latency.replay import Replay
+from kwsearch.latency.subjects import Mode, Subject, of_grid, of_model, of_recipe
+from kwsearch.latency.table import Check, Table
+from kwsearch.recipe.loading import parse_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODES = [Mode(2, False), Mode(2, True)]
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def steps(*names: str) -> list[Step]:
+    return list(steps_of([Subject(name, net, (3, 8, 8)) for name in names], MODES, print))
+
+
+def new_table() -> Table:
+    return Table({"device": "cpu", "dtype": "float32"})
+
+
+# Measuring ----------------------------------------------------------------------------------
+
+
+class _Scripted:
+    """Takes the seconds that it is told to, one after the other."""
+
+    def __init__(self, seconds: Sequence[float], log: list[str], name: str) -> None:
+        self.left, self.log, self.name = itertools.cycle(seconds), log, name
+
+    def seconds(self) -> float:
+        self.log.append(self.name)
+        return next(self.left)
+
+
+def test_all_are_timed_in_every_round_and_the_scattered_ones_in_more() -> None:
+    log: list[str] = []
+    scripts = {"steady": [1.0], "wild": [1.0, 2.0]}
+    making: list[Callable[[], Timed]] = [
+        lambda name=name, s=s: _Scripted(s, log, name) for name, s in scripts.items()
+    ]
+    steady, wild = measure.measure(making)
+    assert (steady.median, steady.rounds) == (1.0, measure.ROUNDS)
+    assert (wild.first, wild.third) == (1.0, 2.0)
+    assert wild.rounds == measure.ROUNDS + measure.MORE
+    # One round warms up; then everybody is in each, not always in the same order.
+    first = log[: 2 * (1 + measure.ROUNDS)]
+    rounds = [tuple(first[i : i + 2]) for i in range(0, len(first), 2)]
+    assert set(rounds) == {("steady", "wild"), ("wild", "steady")}
+    assert steady.anchor > 0
+
+
+# Profiles -----------------------------------------------------------------------------------
+
+
+class _Machine:
+    """Stands in for `measure`: a call takes a microsecond, a whole step a millisecond."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.anchor = 1e-3
+        self.fails_at: int | None = None
+
+    def __call__(self, making: Sequence[Callable[[], Timed]], device: str) -> list[Times]:
+        self.asked.append(len(making))
+        if len(self.asked) == self.fails_at:
+            raise KeyboardInterrupt
+        kinds = [type(make()) for make in making[:1]]
+        seconds = 1e-6 if kinds == [Replay] else 1e-3
+        return [Times(seconds, seconds, seconds, 7, self.anchor) for _ in making]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> _Machine:
+    found = _Machine()
+    monkeypatch.setattr(profiling, "measure", found)
+    monkeypatch.setattr(checking, "measure", found)
+    return found
+
+
+def test_a_profile_has_every_call_and_whole_step(machine: _Machine) -> None:
+    table, found = new_table(), steps("net")
+    progress = list(Profile(table, found, lambda: None).run())
+    assert table.entries.keys() == {call.key for step in found for call in step.calls}
+    assert {(w.name, w.batch, w.training) for w in table.wholes} == {
+        ("net at 3x8x8", 2, False), ("net at 3x8x8", 2, True),
+    }  # fmt: skip
+    inference = next(whole for whole in table.wholes if not whole.training)
+    assert inference.calls_ns == 1000 * sum(found[0].calls.values())
+    assert inference.measured_ns == 10**6
+    assert progress[-1].done == progress[-1].total == len(table.entries) + 2
+
+
+def test_what_is_in_the_table_is_not_measured_again(machine: _Machine) -> None:
+    table = new_table()
+    list(Profile(table, steps("net"), lambda: None).run())
+    before, machine.asked = len(table.entries), []
+    more = Profile(table, steps("net", "other"), lambda: None)
+    assert tuple(map(len, more.missing())) == (0, 2)  # the same calls, other whole steps
+    list(more.run())
+    assert (len(table.entries), machine.asked) == (before, [2])
+
+
+def test_an_interruption_loses_the_block_that_was_measured(
+    machine: _Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "_CALLS", 4)
+    table, saved = new_table(), []
+    machine.fails_at = 3
+    profile = Profile(table, steps("net"), lambda: saved.append(len(table.entries)))
+    with pytest.raises(KeyboardInterrupt):
+        list(profile.run())
+    assert saved == [4, 8]
+
+
+def test_what_was_measured_on_a_slow_machine_is_measured_again(
+    machine: _Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "_CALLS", 4)
+    table = new_table()
+    profile = Profile(table, steps("net"), lambda: None)
+    for number, _ in enumerate(profile.run()):
+        machine.anchor = 1.5e-3 if number == 0 else 1e-3  # the second block only
+    assert table.drifted() == set()
+    calls = len(profile.calls)
+    assert sum(machine.asked) == calls + 2 + 4
+
+
+def test_a_machine_that_stays_slow_is_told_and_not_waited_for(machine: _Machine) -> None:
+    table = new_table()
+    list(Profile(table, steps("net"), lambda: None).run())
+    machine.anchor, machine.asked = 2e-3, []
+    profile = Profile(table, steps("other"), lambda: None)
+    list(profile.run())
+    assert machine.asked == [2, 2, 2]  # once, and twice more
+    assert profile.missing() == ([], ["other at 3x8x8 2 False", "other at 3x8x8 2 True"])
+
+
+# Checks -------------------------------------------------------------------------------------
+
+
+def test_a_check_measures_steps_that_the_table_had_no_part_in(machine: _Machine) -> None:
+    table = new_table()
+    list(Profile(table, steps("net"), lambda: None).run())
+    found = list(check(table, steps("net", "held out")))
+    assert [(one.name, one.training) for one in found] == [
+        ("held out at 3x8x8", False), ("held out at 3x8x8", True),
+    ]  # fmt: skip
+    # The same calls in the same time: whole steps are to their calls as those of the table.
+    assert [one.error for one in found] == pytest.approx([0, 0])
+
+
+def test_the_summary_of_checks() -> None:
+    def one(measured: float, predicted: float) -> Check:
+        return Check("net", 1, False, measured, predicted, 0.9 * predicted, 1.1 * predicted)
+
+    found = summary([one(10, 11), one(20, 20), one(40, 60), one(50, 45)])
+    assert found["median"] == pytest.approx(0.1)
+    assert found["worst"] == pytest.approx(0.5)
+    assert found["within"] == 0.5  # 20 is, and 10 in 9.9 to 12.1; 40 in 54 to 66 is not, nor 50
+    assert found["tau"] == pytest.approx(4 / 6)  # of six pairs one is the wrong way round
+
+
+# Subjects -----------------------------------------------------------------------------------
+
+
+def test_a_model_is_taken_static_and_under_plans() -> None:
+    found = of_model("resnet20", ratios=(0.5, 1))
+    assert [one.name for one in found] == ["resnet20", "resnet20 b = 0.5", "resnet20 b = 1"]
+    assert found[0].plan is None
+    assert sum(group.num_cells for group in found[1].plan.groups) * 2 == pytest.approx(  # type: ignore[union-attr]
+        sum(group.num_cells for group in found[2].plan.groups),
+        rel=0.02,  # type: ignore[union-attr]
+    )
+
+
+def test_a_search_space_is_taken_at_its_ends() -> None:
+    recipe = parse_recipe("""
+format: 1
+model: resnet20
+budget: {ratio: 1}
+search: {space: {split: 2, cell_ratio: [0.5], sharing: [layer]}}
+""")
+    found = of_recipe(recipe)
+    plans = [one.plan for one in found if one.plan is not None]
+    assert found[0].plan is None
+    # The uniform plan, two ends of the split, the other cells, the other sharing.
+    assert len(plans) == 5
+    assert {plan.groups[0].cell[0] for plan in plans} == {16, 8}
+    assert len({len(plan.groups) for plan in plans}) == 2
+    ends = [[g.num_cells for g in plan.groups] for plan in plans[1:3]]
+    assert [a > b for a, b in zip(*ends, strict=True)] == [True, False, True]
+
+
+def test_the_grid_knows_the_usual_blocks() -> None:
+    found = of_grid([32])
+    calls = {call for one in found[:8] for call in one.calls(Mode(1, False))}
+    kinds = {call.kind.split()[0] for call in calls}
+    assert {"conv2d", "batch_norm", "attention", "mixing", "module"} <= kinds
+    names = {one.name.split()[1] for one in found}
+    assert names == {"basic", "bottleneck", "cifar", "inverted", "convnext", "vit"}
+    assert [one.name.rsplit(" b = ")[-1] for one in found[1:4]] == ["0.25", "1", "4"]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_a_whole_step_runs(training: bool) -> None:
+    for subject in of_model("resnet20", (3, 16, 16), ratios=(0.5,)):
+        assert subject.whole(Mode(2, training)).seconds() > 0
+
+
+def test_steps_that_cannot_run_are_told() -> None:
+    told: list[str] = []
+    subject = Subject("net", lambda: nn.Sequential(net(), nn.BatchNorm1d(4)), (3, 8, 8))
+    modes = [Mode(1, False), Mode(1, True)]
+    found = list(steps_of([subject], modes, lambda s, m, why: told.append(f"{s.name} {m}: {why}")))
+    assert [step.mode.training for step in found] == [False]
+    assert len(told) == 1
+    assert told[0].startswith("net training, batch 1: a step of 1 images cannot run: Expected more")
