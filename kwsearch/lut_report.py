@@ -50,7 +50,7 @@ def _kinds(table: Table) -> Text:
 def _wholes(table: Table) -> Text:
     modes: dict[tuple[bool, int], list[float]] = defaultdict(list)
     for whole in table.wholes:
-        modes[whole.training, whole.batch].append(whole.measured_ns / whole.calls_ns)
+        modes[whole.training, whole.batch].append(whole.measured_ns / sum(whole.calls_ns))
     text = new_table(("whole steps",), ("measured", "over their calls", "least", "most"))
     for (training, batch), ratios in sorted(modes.items()):
         text.add_row(

@@ -12,8 +12,11 @@ import torch
 from kwsearch.timing import quartiles, turns
 
 ROUNDS = 7
+# Rounds that take longer than this many seconds are enough sooner.
+_LONG, _FEW = 2.0, 4
 # Quartiles further apart than this part of the median are measured in more rounds.
 _SPREAD, MORE = 0.15, 14
+_ANCHORS = 5
 
 Clock = Callable[[], float]
 
@@ -55,7 +58,10 @@ def clock_of(device: str) -> Clock:
 
 @dataclass
 class Anchor:
-    """A fixed piece of work, by which it shows how fast the machine is: products and copies."""
+    """A fixed piece of work, by which it shows how fast the machine is: products and copies.
+
+    The best of a few in a row: how fast it is should not depend on what was in the caches.
+    """
 
     device: str = "cpu"
     times: list[float] = field(default_factory=list)
@@ -63,18 +69,18 @@ class Anchor:
     def __post_init__(self) -> None:
         self._clock = clock_of(self.device)
         self._a = torch.ones(192, 192, device=self.device)
-        self._x = torch.ones(2**19, device=self.device)
-        for _ in range(3):
-            self.run()
-        self.times.clear()
+        self._x = torch.ones(2**18, device=self.device)
+        self._copy = torch.empty_like(self._x)
 
     def run(self) -> None:
         """Once more."""
-        begun = self._clock()
-        for _ in range(2):
+        took = []
+        for _ in range(_ANCHORS):
+            begun = self._clock()
             self._a @ self._a
-            self._x.clone()
-        self.times.append(self._clock() - begun)
+            self._copy.copy_(self._x)
+            took.append(self._clock() - begun)
+        self.times.append(min(took))
 
 
 def measure(making: Sequence[Callable[[], Timed]], device: str = "cpu") -> list[Times]:
@@ -86,7 +92,10 @@ def measure(making: Sequence[Callable[[], Timed]], device: str = "cpu") -> list[
     names = list(map(str, range(len(timed))))
     found: list[list[float]] = [[] for _ in timed]
     chosen = set(names)
+    begun = time.perf_counter()
     for round_ in range(ROUNDS + MORE):
+        if round_ >= _FEW and time.perf_counter() - begun > _LONG * round_:
+            break
         if round_ >= ROUNDS:
             chosen = {name for name in chosen if _scattered(found[int(name)])}
             if not chosen:

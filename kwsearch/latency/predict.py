@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from kwsearch.latency.calls import Call
 from kwsearch.latency.fitted import Fitted
-from kwsearch.latency.table import Entry, Table, TableError
+from kwsearch.latency.table import Entry, Table, TableError, Whole
 
 # Of the interval: 90 % of a normal distribution are within so many standard errors.
 _ERRORS = 1.645
@@ -19,6 +19,11 @@ _ERRORS = 1.645
 # of a warehouse; beyond them, per e-fold. And how far whole steps vary if few were measured.
 _GUESS, _BETWEEN, _BEYOND = 0.7, 0.03, 0.1
 _FEW, _FEW_SPREAD = 3, 0.2
+
+
+# Where an estimate is from; and calls that whole steps take as much more or less of.
+PARTS = ("measured", "lines", "fitted", "guessed")
+GROUPS = ("functions and modules", "attention", "mixing")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Predictor:
         self.table = table
         self._known: dict[str, tuple[float, float, str]] = {}
         self._fitted: dict[str, Fitted] = {}
+        self._wholes: dict[tuple[int, bool], _Whole] = {}
 
     @cached_property
     def _families(self) -> dict[str, list[Entry]]:
@@ -63,27 +69,31 @@ class Predictor:
 
     def step(self, calls: Mapping[Call, int], batch: int, training: bool) -> Latency:
         """Of a step of `batch` images that consists of `calls`."""
+        whole = self._whole(batch, training)
         total = within = 0.0
         parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         errors: dict[str, float] = defaultdict(float)
         for call, count in calls.items():
             ns, error, source = self.call(call)
-            total += count * ns
-            parts[source] += count * ns
+            ns *= count * whole.factors[_group(call)]
+            total += ns
+            parts[source] += ns
             if source == "measured":  # noise, independent of that of other calls
-                within += (count * ns * error) ** 2
+                within += (ns * error) ** 2
             else:  # what is wrong with a fit is wrong with all that it says
-                errors[call.kind] += count * ns * error
-        scale, spread = self._whole(batch, training)
-        error = _ERRORS * math.sqrt(within + sum(e**2 for e in errors.values())) / max(total, 1e-9)
-        width = math.exp(math.hypot(error, spread))
-        ms = 1e-6 * total * scale
+                errors[call.kind] += ns * error
+        error = math.sqrt(within + sum(e**2 for e in errors.values())) / max(total, 1e-9)
+        width = math.exp(math.hypot(_ERRORS * error, whole.spread))
+        ms = 1e-6 * total
         shares = {name: parts[name] / max(total, 1e-9) for name in PARTS}
         return Latency(ms, ms / width, ms * width, **shares)
 
-    def sum_ns(self, calls: Mapping[Call, int]) -> float:
-        """Nanoseconds of all calls, added up."""
-        return sum(count * self.call(call)[0] for call, count in calls.items())
+    def sums_ns(self, calls: Mapping[Call, int]) -> list[float]:
+        """Nanoseconds of all calls, added up by `GROUPS`."""
+        sums = [0.0] * len(GROUPS)
+        for call, count in calls.items():
+            sums[_group(call)] += count * self.call(call)[0]
+        return sums
 
     def call(self, call: Call) -> tuple[float, float, str]:
         """Nanoseconds of one call, their standard error as a part of them, and their source."""
@@ -125,21 +135,68 @@ class Predictor:
             )
         return self._fitted[kind]
 
-    def _whole(self, batch: int, training: bool) -> tuple[float, float]:
-        """What whole steps took over the sum of their calls, and how far that varies: e-folds."""
-        wholes = [w for w in self.table.wholes if w.training == training]
-        same = [w for w in wholes if w.batch == batch] or wholes
-        if not same:
-            what, option = ("training", " --train") if training else ("inference", "")
-            raise TableError(
-                f"the latency table has no {what}: `kwsearch profile{option} -o` with the same "
-                "file adds it"
-            )
-        logs = [math.log(whole.measured_ns / whole.calls_ns) for whole in same]
-        middle = statistics.median(logs)
-        return math.exp(middle), max(
-            _FEW_SPREAD if len(logs) < _FEW else 0.0, *(abs(one - middle) for one in logs)
-        )
+    def _whole(self, batch: int, training: bool) -> _Whole:
+        """Of the steps of as many images, if there are any, else of all."""
+        mode = batch, training
+        if mode not in self._wholes:
+            wholes = [w for w in self.table.wholes if w.training == training]
+            same = [w for w in wholes if w.batch == batch] or wholes
+            if not same:
+                what, option = ("training", " --train") if training else ("inference", "")
+                raise TableError(
+                    f"the latency table has no {what}: `kwsearch profile{option} -o` with the same "
+                    "file adds it"
+                )
+            self._wholes[mode] = _Whole.of(same)
+        return self._wholes[mode]
+
+
+def _group(call: Call) -> int:
+    """The place in `GROUPS`."""
+    kind = call.kind.split()[0]
+    return 1 if kind == "attention" else 2 if kind in ("mixing", "buffer") else 0
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What whole steps take beyond their calls. factors: of the sums by `GROUPS`. spread: half of
+    the interval of 90 %, in e-folds.
+    """
+
+    factors: tuple[float, ...]
+    spread: float
+
+    @classmethod
+    def of(cls, wholes: Sequence[Whole]) -> _Whole:
+        """The factors that tell the measured steps best; the spread by leaving each out."""
+        from scipy.stats import t
+
+        found = _factors(wholes)
+        if len(wholes) < _FEW:
+            return cls(found, _FEW_SPREAD)
+        logs = []
+        for i, one in enumerate(wholes):
+            others = _factors([*wholes[:i], *wholes[i + 1 :]])
+            logs.append(math.log(_told(one, others) / one.measured_ns))
+        error = math.sqrt(sum(log**2 for log in logs) / len(logs))
+        return cls(found, error * float(t.ppf(0.95, len(logs) - 1)))
+
+
+def _told(whole: Whole, factors: Sequence[float]) -> float:
+    return sum(f * ns for f, ns in zip(factors, whole.calls_ns, strict=True))
+
+
+def _factors(wholes: Sequence[Whole]) -> tuple[float, ...]:
+    """By least squares of relative errors, each near the one that all groups would have in common:
+    that counts as much as one step.
+    """
+    from scipy.optimize import nnls
+
+    common = statistics.median(one.measured_ns / sum(one.calls_ns) for one in wholes)
+    rows = [[ns / one.measured_ns for ns in one.calls_ns] for one in wholes]
+    rows += [[float(i == j) / common for j in range(len(GROUPS))] for i in range(len(GROUPS))]
+    found, _ = nnls(rows, [1.0] * len(rows))
+    return tuple(map(float, found))
 
 
 def _between(known: Mapping[int, int], cells: int) -> tuple[float, float]:
@@ -151,6 +208,3 @@ def _between(known: Mapping[int, int], cells: int) -> tuple[float, float]:
     least = 0.5 * min(known.values())
     outside = max(math.log(places[0] / cells), math.log(cells / places[-1]), 0.0)
     return max(known[low] + slope * (cells - low), least), _BETWEEN + _BEYOND * outside
-
-
-PARTS = ("measured", "lines", "fitted", "guessed")

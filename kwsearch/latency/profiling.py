@@ -114,7 +114,7 @@ class Profile:
                 step.name,
                 step.mode.batch,
                 step.mode.training,
-                round(predictor.sum_ns(step.calls)),
+                tuple(map(round, predictor.sums_ns(step.calls))),
                 *one.in_ns(),
             )
             for step, one in zip(steps, times, strict=True)

@@ -60,15 +60,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole step, measured, and the sum of its calls by the table, in nanoseconds.
+    """A whole step, measured, and the sums of its calls by the table, in nanoseconds.
 
-    name: of the network and its plan. The rest as in `Entry`.
+    name: of the network and its plan. calls_ns: by `predict.GROUPS`. The rest as in `Entry`.
     """
 
     name: str
     batch: int
     training: bool
-    calls_ns: int
+    calls_ns: tuple[int, ...]
     first_ns: int
     measured_ns: int
     third_ns: int
@@ -200,7 +200,8 @@ class Table:
         table = cls(kept["circumstances"])
         for kind, family, cells, work, *times in kept["entries"]:
             table.add([Entry(kind, family, cells, tuple(work), *times)])
-        table.wholes = [Whole(*row) for row in kept["wholes"]]
+        for name, batch, training, calls, *times in kept["wholes"]:
+            table.wholes.append(Whole(name, batch, training, tuple(calls), *times))
         table.checks = [Check(*row) for row in kept["checks"]]
         return table
 
