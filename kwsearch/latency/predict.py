@@ -23,7 +23,7 @@ _FEW, _FEW_SPREAD = 3, 0.2
 
 # Where an estimate is from; and calls that whole steps take as much more or less of.
 PARTS = ("measured", "lines", "fitted", "guessed")
-GROUPS = ("functions and modules", "attention", "mixing")
+GROUPS = ("products", "other functions and modules", "attention", "mixing")
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,9 @@ class Predictor:
 def _group(call: Call) -> int:
     """The place in `GROUPS`."""
     kind = call.kind.split()[0]
-    return 1 if kind == "attention" else 2 if kind in ("mixing", "buffer") else 0
+    if kind in ("attention", "mixing", "buffer"):
+        return 2 if kind == "attention" else 3
+    return 0 if len(call.work) == 4 and call.work[0] else 1
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from kwsearch.latency.measure import clock_of
 
 # Copies of a call's tensors, and bytes of all of them.
 _COPIES, _BYTES = 16, 64 * 2**20
-# Copies of a dynamic layer, which has a warehouse of its own.
-_LAYERS = 4
-# Seconds that a round should not take longer than, with two copies at least.
+# Warehouses that dynamic layers take turns at, two if they are large; and uses of each in a round.
+_WAREHOUSES, _LARGE, _USES = 4, 2**23, 2
+# Seconds that a round of functions should not take longer than, with two copies at least.
 _ROUND = 0.1
 # Results that are still there when the next call writes its own, as inputs of layers are.
 _ALIVE = 2
@@ -51,8 +51,9 @@ class Replay:
     def __init__(self, call: Call, device: str = "cpu") -> None:
         self.device, self.clock = device, clock_of(device)
         self.training = call.kind.endswith("training")
-        # Of dynamic layers: the gradient of a warehouse is a buffer, which is a call of its own.
+        # Of dynamic layers. The buffer in which they add up its gradient is a call by itself.
         self.warehouses: list[Tensor] = []
+        self.shares = False
         self.writes = False
         self.runs = self._runs(call)
 
@@ -62,7 +63,7 @@ class Replay:
             begun = self.clock()
             found = self._round()
             took = self.clock() - begun
-        if took > _ROUND:
+        if took > _ROUND and not self.shares:
             del self.runs[max(2, int(len(self.runs) * _ROUND / took)) :]
         return found
 
@@ -103,8 +104,8 @@ class Replay:
         self, layer: _KWLayer, x: Spec, part: Callable[[_KWLayer, Spec], nn.Module]
     ) -> list[_Run]:
         size = layer.warehouse.cells.nbytes + x.nbytes
-        runs = []
-        for _ in range(max(2, min(_LAYERS, _BYTES // max(size, 1)))):
+        self.shares, runs = True, []
+        for _ in range(2 if size > _LARGE else _WAREHOUSES):
             module = part(_real(layer, self.device, self.training), x)
             own = [p for p in module.parameters() if p.requires_grad]
             if isinstance(module, _KWLayer):
@@ -112,7 +113,7 @@ class Replay:
                 self.warehouses.append(module.warehouse.cells)
             held = [_made(x, self.device)]
             runs.append(_Run(partial(_called, module), [x], held, own))
-        return runs
+        return runs * _USES
 
     def _round(self) -> float:
         total = 0.0
@@ -130,14 +131,15 @@ class Replay:
                 kept.append((out, [*needed, *run.own]))
             else:
                 alive.append((out, given))
-        while kept:
-            total += self._backward(*kept.pop())
-        if self.training and self.warehouses:
-            total = max(total - self._buffers(), 0.0)
+        if self.shares:
+            total += max(self._backward(kept) - self._buffers(), 0.0)
+        while kept and not self.shares:
+            total += self._backward([kept.pop()])
         return total / len(self.runs)
 
-    def _backward(self, made: Any, needed: Sequence[Tensor]) -> float:
-        outs = _differentiable(made)
+    def _backward(self, steps: Sequence[tuple[Any, list[Tensor]]]) -> float:
+        outs = [out for made, _ in steps for out in _differentiable(made)]
+        needed = list({id(tensor): tensor for _, some in steps for tensor in some}.values())
         if not outs or not needed:
             return 0.0
         grads = [torch.rand_like(out) for out in outs]
@@ -147,7 +149,7 @@ class Replay:
 
     def _buffers(self) -> float:
         begun = self.clock()
-        for cells in self.warehouses[: len(self.runs)]:
+        for cells in self.warehouses if self.training else ():
             torch.zeros_like(cells)
         return self.clock() - begun
 

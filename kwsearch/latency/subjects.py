@@ -186,13 +186,13 @@ def _grid(side: int) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
         yield f"basic {width:g}", partial(ResNet, BasicBlock, (1, 2, 1, 2), 100, 3, width)
     yield "bottleneck", partial(ResNet, Bottleneck, (1, 2, 1, 2), 100)
     yield "cifar", partial(CifarResNet, 2, 100)
-    for multiplier in (0.35, 0.75):
+    for multiplier in (0.35, 0.5, 0.75, 1.0):
         yield f"inverted {multiplier:g}", partial(MobileNetV2, multiplier, 100)
-    for base in (64, 128):
+    for base in (64, 96, 128):
         widths = (base, 2 * base, 4 * base, 8 * base)
         yield f"convnext {base}", partial(ConvNeXt, (1, 1, 2, 1), widths, 100)
     if side % 16 == 0:
-        for heads in (2, 4):
+        for heads in (2, 3, 4):
             yield (
                 f"vit {heads}",
                 partial(VisionTransformer, dim=64 * heads, depth=2, num_heads=heads, img_size=side),

@@ -101,7 +101,9 @@ def test_a_profile_has_every_call_and_whole_step(machine: _Machine) -> None:
         ("net at 3x8x8", 2, False), ("net at 3x8x8", 2, True),
     }  # fmt: skip
     inference = next(whole for whole in table.wholes if not whole.training)
-    assert inference.calls_ns == 1000 * sum(found[0].calls.values())
+    assert sum(inference.calls_ns) == 1000 * sum(found[0].calls.values())
+    assert inference.calls_ns[0] == 1000  # the convolution
+    assert inference.calls_ns[2:] == (0, 0)  # no attention, no mixing
     assert inference.measured_ns == 10**6
     assert progress[-1].done == progress[-1].total == len(table.entries) + 2
 

@@ -23,7 +23,7 @@ def table() -> Table:
     plain = Call("conv2d inference", "conv2d 2x3x8x8 8x3x3x3*' inference", 0, (10**6, 10**3))
     found.add([Entry.of(CALL, Times(0.1, 0.2, 0.3, 7, 1e-3))])
     found.add([Entry.of(plain, Times(1e-6, 1.5e-6, 2e-6, 40, 1e-3))])
-    found.add_wholes([Whole("net at 3x8x8", 2, True, 900, 990, 1000, 1010, 7, 10**6)])
+    found.add_wholes([Whole("net at 3x8x8", 2, True, (900, 0, 0, 0), 990, 1000, 1010, 7, 10**6)])
     found.add_checks([Check("other at 3x8x8", 2, True, 5.0, 5.5, 5.0, 6.0)])
     return found
 
@@ -69,7 +69,7 @@ def test_tables_of_one_device_are_merged() -> None:
     first, second = table(), Table(dict(HERE))
     more = Call("relu inference", "relu 2x8 inference", 0, (64,))
     second.add([Entry.of(more, Times(1.0, 1.0, 1.0, 5, 1e-3))])
-    second.add_wholes([Whole("net at 3x8x8", 2, False, 400, 390, 400, 410, 7, 10**6)])
+    second.add_wholes([Whole("net at 3x8x8", 2, False, (400, 0, 0, 0), 390, 400, 410, 7, 10**6)])
     first.merge(second)
     assert (len(first.entries), len(first.wholes)) == (3, 2)
     assert first.checks == []  # which were of the table as it was
