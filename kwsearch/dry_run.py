@@ -23,7 +23,8 @@ class Forecast:
     valid_share: of random samples, the least of all budgets. step_s: of one training step of the
     uniform plan, measured here. train_bytes: of that step, counted. train_images: of an epoch, None
     where neither the recipe nor this machine says.
-    most_bytes: that it may be. workers: trials at a time.
+    most_bytes: that it may be. latency_ms: of the uniform plan's forward pass by a table, and its
+    interval. most_ms: that no plan may surely be over. workers: trials at a time.
     seconds: of the whole study on one worker, if no trial were stopped early (most) and if all were
     at the first rung but the calibration (least); None without train_images.
     checkpoint_bytes: of one unfinished trial. disk_bytes: the most that can be unfinished.
@@ -39,6 +40,8 @@ class Forecast:
     step_s: float
     train_bytes: int
     most_bytes: int | None
+    latency_ms: tuple[float, float, float] | None
+    most_ms: float | None
     workers: int
     train_images: int | None
     least_seconds: float | None

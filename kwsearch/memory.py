@@ -32,6 +32,7 @@ from kwlayers.ops.workspace import Workspace
 from kwlayers.plan import PlanError
 from kwlayers.sites import candidates
 from kwsearch.allocations import Allocations, Event, cpu_scratch, no_scratch
+from kwsearch.terminal import talk_to_stderr
 
 if TYPE_CHECKING:
     from kwlayers.plan import Plan
@@ -172,7 +173,7 @@ def _run(
     kept: set[int] | None = None
     autocast = torch.autocast("cpu", getattr(torch, step.dtype), step.dtype != "float32")
     Workspace.clear()
-    with _mixing_labelled(model, counted), counted:
+    with talk_to_stderr(), _mixing_labelled(model, counted), counted:
         if optimizer is None:
             with torch.no_grad(), autocast:
                 model(x)

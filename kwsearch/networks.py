@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import inspect
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kwlayers.plan import Network, PlanError
-from kwsearch import zoo
+from kwsearch import terminal, zoo
 
 if TYPE_CHECKING:
     from torch import nn
@@ -138,7 +137,7 @@ def trace_model(
 
     model = planning_model(name, input_size, num_classes, trust)
     size = input_size or source(name, trust).size()
-    with _talk_to_stderr():
+    with terminal.talk_to_stderr():
         return trace(model, size)
 
 
@@ -155,7 +154,7 @@ def count_outputs(model: nn.Module, input_size: InputSize) -> int:
     found = []
     for training, when in ((False, "evaluated"), (True, "trained")):
         try:
-            with torch.no_grad(), _talk_to_stderr():
+            with torch.no_grad(), terminal.talk_to_stderr():
                 out = model.train(training)(x)
         except Exception as error:
             if training and isinstance(error, RuntimeError):
@@ -337,7 +336,7 @@ def _import_own(name: str, module: str, function: str) -> Callable[..., Any]:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
-        with _talk_to_stderr():
+        with terminal.talk_to_stderr():
             found: Any = importlib.import_module(module)
     except (Exception, SystemExit) as error:
         raise PlanError(f"{name}: importing {module} fails: {_reason(error)}") from error
@@ -351,11 +350,6 @@ def _import_own(name: str, module: str, function: str) -> Callable[..., Any]:
         raise PlanError(f"{name}: {function} is of type {type(found).__name__}, not a function")
     made: Callable[..., Any] = found
     return made
-
-
-def _talk_to_stderr() -> contextlib.AbstractContextManager[Any]:
-    """What own code prints is no part of a command's result."""
-    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _call_own(
@@ -379,7 +373,7 @@ def _call_own(
             f"{name}: it needs num_classes: give --classes, or in a recipe "
             f"model: {{name: {name}, num_classes: 10}}"
         )
-    with _talk_to_stderr():
+    with terminal.talk_to_stderr():
         model = function(**{k: v for k, v in arguments.items() if takes_all or k in parameters})
     if not isinstance(model, nn.Module):
         raise PlanError(f"{name}: it returned {type(model).__name__}, not a torch.nn.Module")

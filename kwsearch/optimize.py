@@ -254,6 +254,7 @@ class Study:
             least, most = dry_run.seconds_of(
                 step_s, steps, search.trials, search.calibration, self.rungs, trainings
             )
+        latency = None if self.latency is None else self.latency(uniform)
         checkpoint = dry_run.checkpoint_bytes(uniform, proxy)
         unfinished = search.trials if len(self.rungs) > 1 else workers
         return Forecast(
@@ -267,6 +268,8 @@ class Study:
             step_s=step_s,
             train_bytes=nbytes,
             most_bytes=search.space.limits.train_memory,
+            latency_ms=None if latency is None else (latency.ms, latency.low, latency.high),
+            most_ms=search.space.limits.latency_ms,
             workers=workers,
             train_images=images,
             least_seconds=least,

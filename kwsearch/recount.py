@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from kwlayers.plan import Plan
 from kwsearch.networks import InputSize, build_model
+from kwsearch.terminal import talk_to_stderr
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,7 +54,7 @@ def recount_plan(
 
     network = build_model(model, input_size, num_classes, trust=trust).eval()
     x_shape = (1, *plan.network.input_size)
-    with _single_operators():
+    with _single_operators(), talk_to_stderr():
         static, unseen = _fvcore(network, x_shape)
         # The published form does the operations that are counted; faster ones do others.
         convert_(network, plan, backend="published")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,11 @@ def console() -> Console:
     if out.is_terminal or os.environ.get("COLUMNS", "").isdigit():
         return out
     return Console(highlight=False, width=_UNBOUNDED)
+
+
+def talk_to_stderr() -> contextlib.AbstractContextManager[Any]:
+    """What a user's own code prints is no part of a command's result."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def new_table(words: Sequence[str], *numbers: Sequence[str], spare: Sequence[str] = ()) -> Table:

@@ -172,6 +172,12 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
             f"    {fits} search.space.limits.train_memory, {forecast.most_bytes / 1e6:,.0f} MB; "
             "other plans are counted before they are trained"
         )
+    if forecast.latency_ms is not None:
+        ms, low, high = forecast.latency_ms
+        limit = ""
+        if forecast.most_ms is not None:
+            limit = f"; search.space.limits.latency_ms is {forecast.most_ms:g}"
+        click.echo(f"a forward pass of it: {ms:.3g} ms, {low:.3g} to {high:.3g}{limit}")
     if forecast.least_seconds is None or forecast.most_seconds is None:
         click.echo("time: unknown, for want of the data set or proxy.subset")
     else:

@@ -262,7 +262,8 @@ def _kind_of(error: BaseException) -> Literal["memory", "diverged", "error"]:
 
 
 def _work(jobs: Connection, answers: Connection, pinned: Pinned, driver: int) -> None:
-    """Serve jobs until the driver is gone."""
+    """Serve jobs until the driver is gone. What they print is no part of its result."""
+    sys.stdout = sys.stderr
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with, args=(driver,), daemon=True).start()

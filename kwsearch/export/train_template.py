@@ -76,6 +76,10 @@ class UserError(ValueError):
     """What the user can mend: one line, exit code 2."""
 
 
+class Unwritable(OSError):
+    """A checkpoint that cannot be written: exit code 1."""
+
+
 class Diverged(ArithmeticError):
     """The loss became infinite or not a number."""
 
@@ -89,7 +93,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="%(prog)s --data PATH [options]",
         description=f"{(__doc__ or '').split(chr(10))[0]} Images: {LOOKED_FOR}.",
-        epilog="Exit codes: 0 done, 1 diverged, 2 asked wrongly, 130 interrupted (see --resume).",
+        epilog="Exit codes: 0 done, 1 diverged or disk full, 2 asked wrongly, 130 interrupted (see "
+        "--resume).",
     )
     parser.set_defaults(**{**DEFAULTS, **dict.fromkeys(spread)})
 
@@ -693,13 +698,19 @@ class Run:
             "rows": self.rows,
         }
         out = self.args.out
-        torch.save(state, out / "checkpoint.tmp")
-        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
-        with open(out / "log.tmp", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(out / "log.tmp", out / "log.csv")
+        try:
+            torch.save(state, out / "checkpoint.tmp")
+            os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
+            with open(out / "log.tmp", "w", newline="") as file:
+                writer = csv.DictWriter(file, list(self.rows[0]))
+                writer.writeheader()
+                writer.writerows(self.rows)
+            os.replace(out / "log.tmp", out / "log.csv")
+        except (OSError, RuntimeError) as error:  # torch.save has an error of its own
+            raise Unwritable(
+                f"epoch {self.epoch} cannot be written to {out} (is the disk full? "
+                f"{' '.join(str(error).split())[:80]}); --resume goes on from what was there"
+            ) from error
 
     def load(self, path: Path) -> None:
         """Go on where `save` was called."""
@@ -801,11 +812,11 @@ def main(argv: list[str] | None = None) -> int:
         kept = (args.out / "checkpoint.pt").exists()
         how = "the same command with --resume goes on" if kept else "no epoch was finished"
         problem, code = f"interrupted: {how}", 130
+    except (Diverged, Unwritable) as error:
+        problem, code = str(error), 1
     except (UserError, kwlayers.PlanError, OSError) as error:
         # From a worker it comes with a traceback, our words last.
         problem, code = " ".join(str(error).split("UserError: ")[-1].split()), 2
-    except Diverged as error:
-        problem, code = str(error), 1
     if rank == 0:
         print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
     return code

@@ -27,6 +27,7 @@ from kwlayers.ops.device import standing_for
 from kwlayers.ops.library import choose_for
 from kwlayers.plan import PlanError
 from kwsearch.allocations import AsLaidOut
+from kwsearch.terminal import talk_to_stderr
 
 # What asks a tensor about itself, and computes nothing.
 _ASKED = {
@@ -119,6 +120,7 @@ def calls_of(
     model.train(training)
     try:
         with (
+            talk_to_stderr(),
             standing_for(device),
             recorder.watching(model),
             AsLaidOut(),  # type: ignore[no-untyped-call]

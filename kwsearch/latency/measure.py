@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from kwsearch.terminal import talk_to_stderr
 from kwsearch.timing import quartiles, turns
 
 ROUNDS = 7
@@ -85,6 +86,11 @@ class Anchor:
 
 def measure(making: Sequence[Callable[[], Timed]], device: str = "cpu") -> list[Times]:
     """Time what these make, side by side: each once in every round, after one that warms up."""
+    with talk_to_stderr():
+        return _measured(making, device)
+
+
+def _measured(making: Sequence[Callable[[], Timed]], device: str) -> list[Times]:
     anchor = Anchor(device)
     timed = [make() for make in making]
     for one in timed:

@@ -345,6 +345,25 @@ def test_every_plan_of_a_search_keeps_the_limit_of_latency(lut: Path, tmp_path: 
         assert latency(Plan.from_groups(network, trial.user_attrs["groups"])).high <= limit
 
 
+def test_a_dry_run_tells_the_latency(
+    run: Run, lut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "format: 1\nmodel: resnet20\ninput: [3, 16, 16]\nbudget: {ratio: 1}\n"
+        f"search: {{space: {{split: 1, limits: {{latency_ms: 99, lut: {lut}}}}}}}\n"
+        "proxy: {epochs: 1, batch_size: 4, resolution: 8}\n"
+    )
+    plan = meet(trace_model("resnet20", SIZE), Target(1)).plan
+    code, out, _ = run("optimize", recipe, "--dry-run")
+    assert code == 0
+    assert f"a forward pass of it: {ms_of(plan):.3g} ms, " in out
+    assert "; search.space.limits.latency_ms is 99\n" in out
+    code, text, _ = run("optimize", recipe, "--dry-run", "--json")
+    assert json.loads(text)["latency_ms"][0] == pytest.approx(ms_of(plan), rel=1e-3)
+
+
 def test_a_limit_that_no_plan_keeps_is_said_before_anything_is_trained(
     lut: Path, tmp_path: Path
 ) -> None:

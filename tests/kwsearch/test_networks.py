@@ -374,6 +374,11 @@ def test_what_own_code_prints_is_no_result(
     assert err.splitlines()[:3] == ["imported", "called", "traced"]
     assert cli.run(["budget", f"{module}:Net", "--trust", "--input", "3x8x8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["input"] == [3, 8, 8]
+    step = ["--ratio", "1", "--batch", "2", "--check", "--json"]
+    assert cli.run(["budget", f"{module}:Net", "--trust", "--input", "3x8x8", *step]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["memory"]["step"]["batch"] == 2
+    assert "traced" in err
 
 
 @pytest.mark.parametrize(

@@ -856,6 +856,32 @@ def test_code_in_a_checkpoint_does_not_run(
     assert not Path("ran").exists()
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("failed")])
+def test_a_full_disk_stops_it_with_1_and_loses_no_checkpoint(
+    error: Exception,
+    train: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save = torch.save
+
+    def full(state: dict[str, Any], path: Path) -> None:
+        if state["epoch"] == 2:
+            path.write_bytes(b"half")
+            raise error
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    options = ("--static", "--epochs", "2")
+    assert train(*options, out=tmp_path) == 1
+    assert "epoch 2 cannot be written to " in capsys.readouterr().err
+    assert (checkpoint(tmp_path)["epoch"], len(rows(tmp_path))) == (1, 1)
+    monkeypatch.undo()
+    assert train(*options, "--resume", out=tmp_path) == 0
+    assert (checkpoint(tmp_path)["epoch"], len(rows(tmp_path))) == (2, 2)
+
+
 def test_a_diverging_run_stops_with_1(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
