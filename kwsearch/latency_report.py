@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from kwlayers.plan import counted
 from kwsearch.latency.plans import PlanLatency
 from kwsearch.latency.predict import PARTS, Latency
 from kwsearch.step_report import DoesNotFit
@@ -44,13 +45,7 @@ class Latencies:
 
     def parts(self) -> list[str | Table]:
         """A headline, the times, and where they are from."""
-        kept = self.latency.table.circumstances
-        threads = f"{kept['threads']} thread" + ("s" if kept["threads"] != 1 else "")
-        where = kept["gpu"] or f"{kept['cpu']}, {threads}"
-        head = (
-            f"latency, batch {self.latency.batch}, {kept['dtype']} on {where}: "
-            f"{_shown(self.plan['inference'])} ms"
-        )
+        head = f"{headline(self.latency)}: {_shown(self.plan['inference'])} ms"
         table = new_table(("milliseconds",), ("plan", "90 %", "static", "90 %", "plan / static"))
         for name, own in self.plan.items():
             static = self.static[name]
@@ -64,10 +59,7 @@ class Latencies:
             )
         own = self.plan["inference"]
         shares = [f"{getattr(own, p):.0%} {_SOURCES[p]}" for p in PARTS if getattr(own, p) > 0.005]
-        found: list[str | Table] = [head, table, f"the plan's inference is {', '.join(shares)}"]
-        if self.latency.warning is not None:
-            found.insert(0, f"warning: {self.latency.warning}")
-        return found
+        return [head, table, f"the plan's inference is {', '.join(shares)}"]
 
     def check(self) -> None:
         """Raise DoesNotFit for a plan that may be over the limit."""
@@ -92,6 +84,14 @@ class Latencies:
             "static": {name: asdict(one) for name, one in self.static.items()},
             "limit_ms": self.limit,
         }
+
+
+def headline(latency: PlanLatency) -> str:
+    """What the milliseconds are of; a warning first, where they are not of this machine."""
+    kept = latency.table.circumstances
+    where = kept["gpu"] or f"{kept['cpu']}, {counted(kept['threads'], 'thread')}"
+    head = f"latency of a forward pass, batch {latency.batch}, {kept['dtype']} on {where}"
+    return head if latency.warning is None else f"warning: {latency.warning}\n{head}"
 
 
 def _shown(one: Latency) -> str:

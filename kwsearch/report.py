@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -106,11 +106,16 @@ def _joined(words: list[str]) -> str:
     return ", ".join(words) if len(words) <= 4 else f"{len(words)} warehouses"
 
 
-def stage_tables(plan: Plan, scale: int = 1) -> list[Table]:
-    """Parameters and MACs by stage. scale: 2 to show FLOPs instead of MACs."""
+def stage_tables(plan: Plan, scale: int = 1, ms: Mapping[str, float] | None = None) -> list[Table]:
+    """Parameters and MACs by stage. scale: 2 to show FLOPs instead of MACs. ms: of a forward pass,
+    by layer, to be shown, too.
+    """
     params = new_table(("parameters", "n of cell"), ("cells", "attention", "unchanged", "total"))
-    macs = new_table((_unit(scale),), ("conv", "mixing", "attention", "unchanged", "total"))
+    macs = _macs_table(scale, ms)
     rows = stage_rows(plan)
+    stage_of = _stages(plan)
+    layers = {name: [stage_of[g.name]] for g in plan.groups for name in g.layers}
+    times = _added_up(ms, layers, "static layers, norms")
     total = sum((row for row, _ in rows.values()), Row())
     for table in (params, macs):
         for name, (row, cells) in {**rows, "total": (total, "")}.items():
@@ -119,18 +124,37 @@ def stage_tables(plan: Plan, scale: int = 1) -> list[Table]:
             if table is params:
                 table.add_row(name, cells, *_commas(row.param_parts))
             else:
-                table.add_row(name, *_commas(row.mac_parts, scale))
+                table.add_row(name, *_commas(row.mac_parts, scale), *times(name))
     return [params, macs]
 
 
-def layer_tables(plan: Plan, scale: int = 1) -> list[Table]:
-    """Parameters and MACs by layer, then the warehouses and the rest."""
+def _macs_table(scale: int, ms: Mapping[str, float] | None) -> Table:
+    columns = ["conv", "mixing", "attention", "unchanged", "total"]
+    return new_table((_unit(scale),), [*columns, *(["ms"] if ms is not None else [])])
+
+
+def _added_up(
+    ms: Mapping[str, float] | None, rows: Mapping[str, list[str]], rest: str
+) -> Callable[[str], list[str]]:
+    """The cells that show the milliseconds of a row; none without `ms`. rows: by layer."""
+    if ms is None:
+        return lambda name: []
+    times: dict[str, float] = {"total": sum(ms.values())}
+    for layer, took in ms.items():
+        for row in rows.get(layer, [rest]):
+            times[row] = times.get(row, 0.0) + took
+    return lambda name: [f"{times.get(name, 0.0):,.3f}"]
+
+
+def layer_tables(plan: Plan, scale: int = 1, ms: Mapping[str, float] | None = None) -> list[Table]:
+    """Parameters and MACs by layer, then the warehouses and the rest. ms: as in `stage_tables`."""
     params = new_table(
         ("parameters", "kernel", "warehouse"),
         ("m", "n", "cells", "attention", "unchanged"),
         spare=("kernel", "m", "n"),
     )
-    macs = new_table((_unit(scale),), ("conv", "mixing", "attention", "unchanged", "total"))
+    macs = _macs_table(scale, ms)
+    times = _added_up(ms, {site.name: [site.name] for site in plan.network.sites}, "others")
     groups = {group.name: group for group in plan.groups}
     rows = []
     for site, layer in zip(plan.network.sites, plan.cost_by_layer(), strict=True):
@@ -141,7 +165,7 @@ def layer_tables(plan: Plan, scale: int = 1) -> list[Table]:
         where = (group.name, str(layer.mixtures), str(group.num_cells)) if group else None
         name, m, n = where or ("static", "", "")
         params.add_row(site.name, shape, name, m, n, *_commas(row.param_parts[:-1]))
-        macs.add_row(site.name, *_commas(row.mac_parts, scale))
+        macs.add_row(site.name, *_commas(row.mac_parts, scale), *times(site.name))
     params.add_section()
     for group in plan.groups:
         row = Row(warehouses=warehouse_params(group))
@@ -153,10 +177,10 @@ def layer_tables(plan: Plan, scale: int = 1) -> list[Table]:
     rest = _rest(plan, rows)
     total = sum(rows, rest)
     params.add_row("norms and others", "", "", "", "", *_commas(rest.param_parts[:-1]))
-    macs.add_row("others", *_commas(rest.mac_parts, scale))
+    macs.add_row("others", *_commas(rest.mac_parts, scale), *times("others"))
     for table, cells in (
         (params, ["", "", "", "", *_commas(total.param_parts[:-1])]),
-        (macs, _commas(total.mac_parts, scale)),
+        (macs, [*_commas(total.mac_parts, scale), *times("total")]),
     ):
         table.add_section()
         table.add_row("total", *cells)
@@ -219,14 +243,18 @@ def trade_table(candidates: Sequence[Candidate]) -> Table:
     return table
 
 
-def published_table(rows: Sequence[tuple[str, Plan, str]], static: tuple[int, int]) -> Table:
-    """One line per setting: (name, plan, accuracy in words), after the static network."""
-    table = new_table(
-        ("setting",), ("parameters", "x static", "MACs", "x static", "ImageNet top-1")
-    )
+def published_table(
+    rows: Sequence[tuple[str, Plan, str]], static: tuple[int, int], ms: Sequence[float] = ()
+) -> Table:
+    """One line per setting: (name, plan, accuracy in words), after the static network. ms: of
+    forward passes, the static network's first; none to leave them out.
+    """
+    columns = ["parameters", "x static", "MACs", "x static", *(["ms"] if ms else [])]
+    table = new_table(("setting",), (*columns, "ImageNet top-1"))
     params, macs = static
-    table.add_row("static", f"{params:,}", "1.00", f"{macs:,}", "1.00", "")
-    for name, plan, accuracy in rows:
+    times = [[f"{one:.3g}"] for one in ms] or [[] for _ in range(len(rows) + 1)]
+    table.add_row("static", f"{params:,}", "1.00", f"{macs:,}", "1.00", *times[0], "")
+    for (name, plan, accuracy), took in zip(rows, times[1:], strict=True):
         cost = plan.cost()
         table.add_row(
             name,
@@ -234,6 +262,7 @@ def published_table(rows: Sequence[tuple[str, Plan, str]], static: tuple[int, in
             f"{cost.params.total / params:.2f}",
             f"{cost.macs.total:,}",
             f"{cost.macs.total / macs:.2f}",
+            *took,
             accuracy,
         )
     return table

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kwlayers.plan import Network
     from kwsearch.budget import Outcome
     from kwsearch.cli.request import Request
+    from kwsearch.latency.plans import PlanLatency
     from kwsearch.latency_report import Latencies
     from kwsearch.step_report import Takes
 
@@ -87,21 +88,22 @@ def command(
     if output:
         _check_output(output)
     network = request.network()
+    latency = step.plan_latency(request, network.input_size)
     if not request.target and not request.has_plan:
-        if output or check or step.asked:
+        if output or check or step.of_memory or step.latency is not None:
             raise click.UsageError(
-                "-o, --check, --batch, --memory and --lut need a target: --ratio, --params, "
+                "-o, --check, --batch, --memory and --latency need a target: --ratio, --params, "
                 "--total-ratio"
             )
-        _show_settings(request, network, as_json)
+        _show_settings(request, network, as_json, latency)
         return
     outcome = request.outcome(network)
     _note_published(request)
-    reports = step.reports(request, outcome.plan)
+    reports = step.reports(request, outcome.plan, latency)
     if as_json:
-        _print_json(request, outcome, by, reports)
+        _print_json(request, outcome, by, reports, latency)
     else:
-        _print(request, outcome, by, 2 if flops else 1, reports)
+        _print(request, outcome, by, 2 if flops else 1, reports, latency)
     if check:
         _print_check(request, outcome, as_json)
     if output:
@@ -110,7 +112,14 @@ def command(
         report.check()
 
 
-def _print(request: Request, outcome: Outcome, by: str, scale: int, reports: Reports) -> None:
+def _print(
+    request: Request,
+    outcome: Outcome,
+    by: str,
+    scale: int,
+    reports: Reports,
+    latency: PlanLatency | None,
+) -> None:
     from kwsearch import report, terminal
 
     out = terminal.console()
@@ -121,7 +130,8 @@ def _print(request: Request, outcome: Outcome, by: str, scale: int, reports: Rep
     for note in outcome.plan.notes:
         click.echo(f"note: {note}", err=True)
     make_tables = report.stage_tables if by == "stage" else report.layer_tables
-    for table in make_tables(outcome.plan, scale):
+    ms = None if latency is None else latency.by_module(outcome.plan)
+    for table in make_tables(outcome.plan, scale, ms):
         out.print(table)
     if len(outcome.candidates) > 1:
         out.print(report.trade_table(outcome.candidates))
@@ -158,7 +168,9 @@ def _note_published(request: Request) -> None:
         )
 
 
-def _print_json(request: Request, outcome: Outcome, by: str, reports: Reports) -> None:
+def _print_json(
+    request: Request, outcome: Outcome, by: str, reports: Reports, latency: PlanLatency | None
+) -> None:
     import json
 
     from kwsearch import report
@@ -180,14 +192,20 @@ def _print_json(request: Request, outcome: Outcome, by: str, reports: Reports) -
         data["notes"] = list(outcome.plan.notes)
     data.update({name: step.to_json() for name, step in reports.items()})
     if by == "layer":
-        data["layers"] = [vars(layer) for layer in outcome.plan.cost_by_layer()]
+        ms = {} if latency is None else latency.by_module(outcome.plan)
+        data["layers"] = [
+            {**vars(layer), **({"ms": ms.get(layer.name, 0.0)} if ms else {})}
+            for layer in outcome.plan.cost_by_layer()
+        ]
     click.echo(json.dumps(data, indent=2))
 
 
-def _show_settings(request: Request, network: Network, as_json: bool) -> None:
+def _show_settings(
+    request: Request, network: Network, as_json: bool, latency: PlanLatency | None
+) -> None:
     """Without a target: the published settings, or the usual ratios where there are none."""
     from kwlayers.sharing import Settings
-    from kwsearch import published, report, terminal
+    from kwsearch import latency_report, published, report, terminal
     from kwsearch.budget import Target, meet
 
     entries = published.of_model(request.model) if request.settings is None else ()
@@ -200,16 +218,23 @@ def _show_settings(request: Request, network: Network, as_json: bool) -> None:
             (f"b = {published.fraction(b)}", b, meet(network, Target(b), settings).plan, "")
             for b in (0.25, 0.5, 1.0, 2.0, 4.0)
         ]
+    plans = [None, *(plan for _, _, plan, _ in rows)]
+    ms = [] if latency is None else [latency(plan).ms for plan in plans]
     if as_json:
         import json
 
         settings_json = [
-            {"name": name, "ratio": b, **report.plan_json(plan)} for name, b, plan, _ in rows
+            {"name": name, "ratio": b, **report.plan_json(plan), **({"ms": ms[i]} if ms else {})}
+            for i, (name, b, plan, _) in enumerate(rows, 1)
         ]
         data = {
             "model": request.model,
             "input": list(network.input_size),
-            "static": {"params": network.params, "macs": network.macs},
+            "static": {
+                "params": network.params,
+                "macs": network.macs,
+                **({"ms": ms[0]} if ms else {}),
+            },
             "settings": settings_json,
             "published": bool(entries),
         }
@@ -220,7 +245,10 @@ def _show_settings(request: Request, network: Network, as_json: bool) -> None:
     what = "published settings" if entries else "no published setting; usual ratios"
     out.print(f"[bold]{request.model}[/bold] at {size}: {what}")
     static = (network.params, network.macs)
-    out.print(report.published_table([(n, plan, acc) for n, _, plan, acc in rows], static))
+    shown_rows = [(name, plan, accuracy) for name, _, plan, accuracy in rows]
+    out.print(report.published_table(shown_rows, static, ms))
+    if latency is not None:
+        out.print(latency_report.headline(latency))
     out.print(_floor(request, network))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from kwsearch.cli.options import BYTES, MS
 if TYPE_CHECKING:
     from kwlayers.plan import Plan
     from kwsearch.cli.request import Request
+    from kwsearch.latency.plans import PlanLatency
     from kwsearch.latency_report import Latencies
     from kwsearch.step_report import Takes
 
@@ -90,23 +91,29 @@ class StepRequest:
         """Whether memory is."""
         return self.limit is not None or (self.batch is not None and self.lut is None)
 
-    def reports(self, request: Request, plan: Plan) -> dict[str, Takes | Latencies]:
+    def reports(
+        self, request: Request, plan: Plan, latency: PlanLatency | None
+    ) -> dict[str, Takes | Latencies]:
         """What is asked, of the plan and of the static network, by what it is of."""
         found: dict[str, Takes | Latencies] = {}
         if self.of_memory:
             found["memory"] = self._takes(request, plan)
-        if self.lut is not None:
-            found["latency"] = self._latencies(self.lut, request, plan)
+        if latency is not None:
+            from kwsearch.latency_report import Latencies
+
+            found["latency"] = Latencies.of(latency, plan, self.latency)
         return found
 
-    def _latencies(self, lut: Path, request: Request, plan: Plan) -> Latencies:
+    def plan_latency(self, request: Request, input_size: Sequence[int]) -> PlanLatency | None:
+        """By --lut, if it is given. Raises latency.table.TableError."""
+        if self.lut is None:
+            return None
         from kwsearch import networks
         from kwsearch.latency.plans import PlanLatency
-        from kwsearch.latency_report import Latencies
 
-        size = tuple(plan.network.input_size)
-        latency = PlanLatency(
-            lut,
+        size = tuple(input_size)
+        return PlanLatency(
+            self.lut,
             partial(
                 networks.build_model, request.model, size, request.classes, None, request.trust
             ),
@@ -116,7 +123,6 @@ class StepRequest:
             dtype=self.given.get("dtype"),
             force=self.force,
         )
-        return Latencies.of(latency, plan, self.latency)
 
     def _takes(self, request: Request, plan: Plan) -> Takes:
         from kwsearch import networks

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +111,21 @@ def calls_of(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Counter[Call]:
-    """The calls of one step, and how often. model: on `meta`, converted or not, of `dtype`.
+    """The calls of one step, and how often: all that `calls_by_module` finds."""
+    found = calls_by_module(model, batch, input_size, training, device, dtype)
+    return sum(found.values(), Counter[Call]())
+
+
+def calls_by_module(
+    model: nn.Module,
+    batch: int,
+    input_size: tuple[int, ...],
+    training: bool,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Counter[Call]]:
+    """The calls of one step, and how often, by the innermost module that makes them; "" has the
+    rest. model: on `meta`, converted or not, of `dtype`.
 
     input_size: (C, ...) of an image. Raises PlanError where the step cannot run.
     """
@@ -138,22 +153,26 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, training: bool) -> None:
         super().__init__()
         self.training = training
-        self.calls: Counter[Call] = Counter()
+        self.calls: defaultdict[str, Counter[Call]] = defaultdict(Counter)
+        self.names: list[str] = []  # of modules that run, the innermost last
         self.inside: list[nn.Module] = []  # dynamic layers that run
         self.readers: Counter[int] = Counter()  # of tensors, by id
         self.read: dict[int, Tensor] = {}
         self.warehouses: dict[int, Tensor] = {}
 
-    def found(self) -> Counter[Call]:
+    def found(self) -> dict[str, Counter[Call]]:
         """All that was seen."""
-        found = self.calls.copy()
         if self.training:
+            rest = self.calls[""]
             for key, tensor in self.read.items():
                 if self.readers[key] > 1:
-                    found[_sum_call(Spec.of(tensor))] += self.readers[key] - 1
+                    rest[_sum_call(Spec.of(tensor))] += self.readers[key] - 1
             for cells in self.warehouses.values():
-                found[_buffer_call(Spec.of(cells))] += 1
-        return found
+                rest[_buffer_call(Spec.of(cells))] += 1
+        return dict(self.calls)
+
+    def _add(self, call: Call) -> None:
+        self.calls[self.names[-1] if self.names else ""][call] += 1
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -174,7 +193,7 @@ class _Recorder(TorchFunctionMode):
         outs = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
         if tensors and outs:
             what = (func, specs, structure, writes)
-            self.calls[_function_call(what, outs, self.training)] += 1
+            self._add(_function_call(what, outs, self.training))
         return found
 
     def _note_reader(self, tensor: Tensor) -> None:
@@ -185,29 +204,33 @@ class _Recorder(TorchFunctionMode):
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for module in model.modules():
-                stack.callback(module.register_forward_pre_hook(self._enter).remove)
+            for name, module in model.named_modules():
+                enter = partial(self._enter, name)
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(self._leave).remove)
                 if isinstance(module, _KWLayer):
-                    stack.callback(module.register_forward_hook(self._leave).remove)
                     stack.enter_context(_not_computed(module.attention))
             stack.enter_context(self)
             yield
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.names.append(name)
         if self.inside:
             return
-        self.calls[MODULE] += 1
+        self._add(MODULE)
         if isinstance(module, _KWLayer):
             x: Tensor = args[0]
             self._note_reader(x)
-            self.calls[_attention_call(module, Spec.of(x), self.training)] += 1
-            self.calls[_mixing_call(module, x, self.training)] += 1
+            self._add(_attention_call(module, Spec.of(x), self.training))
+            self._add(_mixing_call(module, x, self.training))
             cells = module.warehouse.cells
             self.warehouses[id(cells)] = cells
             self.inside.append(module)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        self.inside.remove(module)
+        self.names.pop()
+        if module in self.inside:
+            self.inside.remove(module)
 
 
 @contextlib.contextmanager

@@ -20,14 +20,18 @@ from torch import Tensor
 _LENGTHS, _NOISES = (0.5, 1.0, 2.0, 4.0), (0.03, 0.1, 0.3, 1.0)
 # Of a kind of which fewer calls were measured than tell how far off it is: e-folds.
 _LEAST, _UNKNOWN = 4, 0.7
+# Of more calls than this every second, third, … is taken: a fit takes the cube of their number.
+_MOST = 1000
 
 
 class Fitted:
     """Nanoseconds by work. work: a tuple of numbers for each call. ns: what they took."""
 
     def __init__(self, work: Sequence[Sequence[int]], ns: Sequence[int]) -> None:
-        self._work = torch.tensor([list(map(float, row)) for row in work], dtype=torch.float64)
-        took = torch.tensor(ns, dtype=torch.float64).clamp(min=1)
+        step = -(-len(ns) // _MOST)
+        rows = [list(map(float, row)) for row in work[::step]]
+        self._work = torch.tensor(rows, dtype=torch.float64)
+        took = torch.tensor(ns[::step], dtype=torch.float64).clamp(min=1)
         self._floor = float(took.min())
         self._weights = _line(_with_one(self._work), took)
         self._points = torch.log1p(self._work)

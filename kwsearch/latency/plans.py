@@ -57,14 +57,24 @@ class PlanLatency:
             self._known[name] = self.of_model(self._make_model, plan, training)
         return self._known[name]
 
+    def by_module(self, plan: Plan) -> dict[str, float]:
+        """Milliseconds of a forward pass, by the innermost module whose calls take them."""
+        subject = Subject("", self._make_model, self._input_size, plan)
+        return {
+            name: self._predictor.step(calls, self.batch, False).ms
+            for name, calls in subject.calls_by_module(self._mode(False)).items()
+        }
+
     def of_model(
         self, make_model: Callable[[], nn.Module], plan: Plan | None = None, training: bool = False
     ) -> Latency:
         """Of another network on as large images."""
-        kept = self.table.circumstances
-        mode = Mode(self.batch, training, kept["device"], kept["dtype"])
-        calls = Subject("", make_model, self._input_size, plan).calls(mode)
+        calls = Subject("", make_model, self._input_size, plan).calls(self._mode(training))
         return self._predictor.step(calls, self.batch, training)
+
+    def _mode(self, training: bool) -> Mode:
+        kept = self.table.circumstances
+        return Mode(self.batch, training, kept["device"], kept["dtype"])
 
 
 def load(path: Path) -> Table:

@@ -17,7 +17,7 @@ from kwlayers.plan import Network, Plan, PlanError
 from kwlayers.sites import trace
 from kwsearch import networks
 from kwsearch.budget import Target, meet
-from kwsearch.latency.calls import Call, calls_of
+from kwsearch.latency.calls import Call, calls_by_module
 from kwsearch.latency.measure import clock_of
 from kwsearch.resolve import (
     create_model,
@@ -73,10 +73,14 @@ class Subject:
 
     def calls(self, mode: Mode) -> Counter[Call]:
         """Of a step; without memory for weights. Raises PlanError where it cannot run."""
+        return sum(self.calls_by_module(mode).values(), Counter[Call]())
+
+    def calls_by_module(self, mode: Mode) -> dict[str, Counter[Call]]:
+        """As `calls`, by the innermost module that makes them."""
         with torch.device("meta"):
             model = self._made(mode)
         size, training = self.input_size, mode.training
-        return calls_of(model, mode.batch, size, training, mode.device, mode.torch_dtype)
+        return calls_by_module(model, mode.batch, size, training, mode.device, mode.torch_dtype)
 
     def whole(self, mode: Mode) -> WholeStep:
         """The step itself, with fresh weights on random images."""
@@ -180,6 +184,13 @@ def _under_plans(
     return found
 
 
+def _shallow_mobilenet(multiplier: float) -> nn.Module:
+    """With at most two blocks in each stage: one that may stride, and one with a shortcut."""
+    model = MobileNetV2(multiplier, 100)
+    model.blocks = nn.Sequential(*(nn.Sequential(*[*s.children()][:2]) for s in model.blocks))
+    return model
+
+
 def _grid(side: int) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Names of networks without the side of their images, and how they are made."""
     for width in (0.5, 1.0):
@@ -187,7 +198,7 @@ def _grid(side: int) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     yield "bottleneck", partial(ResNet, Bottleneck, (1, 2, 1, 2), 100)
     yield "cifar", partial(CifarResNet, 2, 100)
     for multiplier in (0.35, 0.5, 0.75, 1.0):
-        yield f"inverted {multiplier:g}", partial(MobileNetV2, multiplier, 100)
+        yield f"inverted {multiplier:g}", partial(_shallow_mobilenet, multiplier)
     for base in (64, 96, 128):
         widths = (base, 2 * base, 4 * base, 8 * base)
         yield f"convnext {base}", partial(ConvNeXt, (1, 1, 2, 1), widths, 100)

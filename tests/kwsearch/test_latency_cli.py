@@ -252,8 +252,40 @@ def test_a_budget_tells_the_latency_of_a_plan(run: Run, lut: Path, plan: Plan) -
     assert own["lines"] > 0.3
     code, out, _ = run(*BUDGET, "--lut", lut)
     assert code == 0
-    assert f"latency, batch 1, float32 on {circumstances.here()['cpu']}, 1 thread: " in out
+    where = f"{circumstances.here()['cpu']}, 1 thread"
+    assert f"latency of a forward pass, batch 1, float32 on {where}: " in out
     assert "by the number of cells" in out
+
+
+@pytest.mark.parametrize("by", ["stage", "layer"])
+def test_the_latency_is_a_column_that_adds_up(by: str, run: Run, lut: Path, plan: Plan) -> None:
+    code, out, _ = run(*BUDGET, "--lut", lut, "--by", by)
+    assert code == 0
+    text = out.partition("MACs  ")[2].partition("latency of")[0]
+    rows = [line.split() for line in text.splitlines()[2:] if line.strip(" ─")]
+    times = {" ".join(row[:-6]): float(row[-1]) for row in rows}
+    total = times.pop("total")
+    assert total == pytest.approx(ms_of(plan), rel=0.01)
+    assert sum(times.values()) == pytest.approx(total, abs=0.001 * len(times))
+    if by == "layer":
+        subject = Subject("", lambda: build_model("resnet20", SIZE), SIZE, plan)
+        calls = subject.calls_by_module(Mode(1, False))
+        for name in ("conv1", "layer3.2.conv2"):
+            assert times[name] == pytest.approx(whole_ms(calls[name]), rel=0.02, abs=6e-4)
+        found = json.loads(run(*BUDGET, "--lut", lut, "--by", by, "--json")[1])["layers"]
+        assert {one["name"]: round(one["ms"], 3) for one in found}.items() <= times.items()
+
+
+def test_settings_have_a_latency_each(run: Run, lut: Path) -> None:
+    code, out, _ = run("budget", "resnet20", "--input", "3x16x16", "--lut", lut)
+    assert code == 0
+    rows = {line[:9].strip(): line.split() for line in out.splitlines() if line.strip()}
+    assert float(rows["static"][-1]) == pytest.approx(ms_of(None), rel=0.01)
+    plan = meet(trace_model("resnet20", SIZE), Target(2)).plan
+    assert float(rows["b = 2"][-1]) == pytest.approx(ms_of(plan), rel=0.02)
+    found = json.loads(run("budget", "resnet20", "--input", "3x16x16", "--lut", lut, "--json")[1])
+    assert found["static"]["ms"] == pytest.approx(ms_of(None), rel=0.01)
+    assert len({one["ms"] for one in found["settings"]}) == 5
 
 
 def test_a_limit_of_latency_is_kept_by_the_upper_end(run: Run, lut: Path) -> None:
