@@ -63,6 +63,25 @@ def test_the_clock_is_read_around_calls_only() -> None:
             assert seconds == 1 + differentiates, call
 
 
+def test_layers_of_a_warehouse_go_backward_together_and_leave_its_buffer_out() -> None:
+    """Ticks: one a layer, one for the backward of all, less one for the buffers."""
+    size = (3, 16, 16)
+    model = planning_model("resnet20", size).to("meta")
+    kwlayers.convert_(model, kwlayers.plan_model(model, size, ratio=1))
+    found = [
+        c for c in calls_of(model, 2, size, True) if c.kind.split()[0] in ("attention", "mixing")
+    ]
+    for call in found[:6]:
+        replay = Replay(call)
+        ticks = itertools.count()
+        replay.clock = lambda ticks=ticks: float(next(ticks))
+        assert replay.seconds() == 1
+        uses = [id(run) for run in replay.runs]
+        assert len(uses) == 2 * len(set(uses))  # each twice
+        assert len(replay.warehouses) == (len(set(uses)) if "mixing" in call.kind else 0)
+        assert all(cells.grad is None for cells in replay.warehouses)
+
+
 def test_kept_tensors_stay_and_others_are_written_before_each_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
