@@ -10,11 +10,11 @@ from functools import partial
 
 from kwlayers.plan import PlanError
 from kwsearch.latency.calls import Call
-from kwsearch.latency.measure import measure
+from kwsearch.latency.measure import Timed, Times, measure
 from kwsearch.latency.predict import Predictor
 from kwsearch.latency.replay import Replay
 from kwsearch.latency.subjects import Mode, Subject
-from kwsearch.latency.table import Entry, Table, Whole
+from kwsearch.latency.table import Entry, Table, TableError, Whole
 
 # So many are timed side by side; and again, as often, where the machine was slow meanwhile.
 _CALLS, _WHOLES, _REPEATS = 24, 4, 2
@@ -101,13 +101,13 @@ class Profile:
 
     def _measure_calls(self, keys: Sequence[str]) -> None:
         calls = [self.calls[key] for key in keys]
-        device = self._device()
-        times = measure([partial(Replay, call, device) for call in calls], device)
+        device = str(self.table.circumstances["device"])
+        times = self._timed([partial(Replay, call, device) for call in calls])
         self.table.add(Entry.of(call, one) for call, one in zip(calls, times, strict=True))
 
     def _measure_wholes(self, keys: Sequence[str]) -> None:
         steps = [self.steps[key] for key in keys]
-        times = measure([partial(s.subject.whole, s.mode) for s in steps], self._device())
+        times = self._timed([partial(s.subject.whole, s.mode) for s in steps])
         predictor = Predictor(self.table)
         self.table.add_wholes(
             Whole(
@@ -120,5 +120,10 @@ class Profile:
             for step, one in zip(steps, times, strict=True)
         )
 
-    def _device(self) -> str:
-        return str(self.table.circumstances["device"])
+    def _timed(self, making: Sequence[Callable[[], Timed]]) -> list[Times]:
+        device, dtype = (str(self.table.circumstances[name]) for name in ("device", "dtype"))
+        try:
+            return measure(making, device)
+        except (RuntimeError, MemoryError) as error:  # a dtype without kernels, no memory
+            reason = " ".join(str(error).split())[:200]
+            raise TableError(f"a step cannot run on {device} in {dtype}: {reason}") from error

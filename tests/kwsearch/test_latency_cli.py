@@ -141,6 +141,18 @@ def test_an_interrupted_profile_says_how_it_goes_on(
     assert f"has {len(kept)} calls" in err
 
 
+def test_a_dtype_that_the_device_has_no_kernels_for_is_one_error(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(making: Sequence[Any], device: str) -> list[Times]:
+        raise RuntimeError("not implemented\nfor 'Half'")
+
+    monkeypatch.setattr(profiling, "measure", fails)
+    code, _, err = run(*PROFILE, "--dtype", "float16", "-o", tmp_path / "t.lut.yaml")
+    assert code == 2
+    assert "Error: a step cannot run on cpu in float16: not implemented for 'Half'" in err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
