@@ -47,8 +47,9 @@ def test_so_can_those_of_other_networks(name: str, ratio: float | None, training
         assert Replay(call).seconds() >= 0, call
 
 
-def test_the_clock_is_read_around_calls_only() -> None:
+def test_the_clock_is_read_around_calls_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that ticks whenever it is read says how often it was."""
+    monkeypatch.setattr(Replay, "_start", lambda replay: 0.0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Flatten()).to("meta")
     for training in (False, True):
         for call in calls_of(model, 2, (3, 8, 8), training):
@@ -63,8 +64,21 @@ def test_the_clock_is_read_around_calls_only() -> None:
             assert seconds == 1 + differentiates, call
 
 
-def test_layers_of_a_warehouse_go_backward_together_and_leave_its_buffer_out() -> None:
+def test_starting_backward_is_no_part_of_a_call() -> None:
+    """It takes a tick here, as the backward of any call does: what is left is the forward's."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()).to("meta")
+    for call in calls_of(model, 2, (3, 8, 8), True):
+        replay = Replay(call)
+        ticks = itertools.count()
+        replay.clock = lambda ticks=ticks: float(next(ticks))
+        assert replay.seconds() == 1, call
+
+
+def test_layers_of_a_warehouse_go_backward_together_and_leave_its_buffer_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Ticks: one a layer, one for the backward of all, less one for the buffers."""
+    monkeypatch.setattr(Replay, "_start", lambda replay: 0.0)
     size = (3, 16, 16)
     model = planning_model("resnet20", size).to("meta")
     kwlayers.convert_(model, kwlayers.plan_model(model, size, ratio=1))
