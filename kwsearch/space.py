@@ -217,18 +217,18 @@ class Space:
                 yield Sample(shape, relative, temperature)
 
     def extremes(self) -> Iterator[Plan]:
-        """Plans that between them have every choice of each dimension, and both ends of the split
-        for each of the uniform plan's warehouses.
+        """Plans that between them have every choice of each dimension, and under each both ends of
+        the split for every warehouse.
         """
-        yield self.uniform
-        names = list(self._even(self._start))
-        if self.split > 1:
-            for first in (0, 1):
-                ends = {n: self.split ** (-1) ** (i + first) for i, n in enumerate(names)}
-                yield self.project(Sample(self._start, ends))
         for shape in self._by_distance(self._start, 1):
-            if shape != self._start and self._anchor(shape) is not None:
-                yield self.project(Sample(shape, self._even(shape)))
+            if self._anchor(shape) is None:
+                continue
+            even = self._even(shape)
+            yield self.project(Sample(shape, even))
+            if self.split > 1:
+                for first in (0, 1):
+                    ends = {name: self.split ** (-1) ** (i + first) for i, name in enumerate(even)}
+                    yield self.project(Sample(shape, ends))
 
     def project(self, sample: Sample) -> Plan:
         """The plan of a sample: on the budget, and no room for one more cell."""

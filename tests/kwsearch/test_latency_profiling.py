@@ -201,8 +201,8 @@ search: {space: {split: 2, cell_ratio: [0.5], sharing: [layer]}}
     found = of_recipe(recipe)
     plans = [one.plan for one in found if one.plan is not None]
     assert found[0].plan is None
-    # The uniform plan, two ends of the split, the other cells, the other sharing.
-    assert len(plans) == 5
+    # With the recipe's choices, the other cells and the other sharing: even, and both ends.
+    assert len(plans) == 3 * 3
     assert {plan.groups[0].cell[0] for plan in plans} == {16, 8}
     assert len({len(plan.groups) for plan in plans}) == 2
     ends = [[g.num_cells for g in plan.groups] for plan in plans[1:3]]
