@@ -179,7 +179,7 @@ class _Whole:
         logs = []
         for i, one in enumerate(wholes):
             others = _factors([*wholes[:i], *wholes[i + 1 :]])
-            logs.append(math.log(_told(one, others) / one.measured_ns))
+            logs.append(math.log(max(_told(one, others), 1.0) / one.measured_ns))
         error = math.sqrt(sum(log**2 for log in logs) / len(logs))
         return cls(found, error * float(t.ppf(0.95, len(logs) - 1)))
 
