@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
@@ -263,7 +263,6 @@ def _kind_of(error: BaseException) -> Literal["memory", "diverged", "error"]:
 
 def _work(jobs: Connection, answers: Connection, pinned: Pinned, driver: int) -> None:
     """Serve jobs until the driver is gone. What they print is no part of its result."""
-    sys.stdout = sys.stderr
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with, args=(driver,), daemon=True).start()
@@ -272,7 +271,7 @@ def _work(jobs: Connection, answers: Connection, pinned: Pinned, driver: int) ->
     if pinned.device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = pinned.device
     outbox = _Outbox(answers)
-    with suppress(EOFError):
+    with redirect_stdout(sys.stderr), suppress(EOFError):
         while True:
             job, arguments = jobs.recv()
             outbox.send(pickle.dumps(Started(job.trial, job.attempt, os.getpid())))

@@ -46,17 +46,17 @@ def test_parts_add_up_to_the_total_beside_the_static_network(
 def test_a_limit_says_how_many_images_fit_and_json_says_the_same(
     run: Callable[..., tuple[int, str, str]],
 ) -> None:
-    code, out, _ = run(*SMALL, "--memory", "12MB")
-    assert code == 0
     code, text, _ = run(*SMALL, "--memory", "12MB", "--json")
+    assert code == 0
     found = json.loads(text)["memory"]
     most = found["largest_batch"]
-    assert f"12,000,000 bytes hold steps of up to {most:,} images" in out
-    assert f"batch {most}, float32" in out
+    assert found["step"]["batch"] == most
     assert found["plan"]["total"] <= 12_000_000 == found["limit"]
     # One image more does not fit, which is another exit code, and says what would.
     code, out, err = run(*SMALL, "--memory", "12MB", "--batch", str(most + 1))
     assert code == 3
+    assert f"12,000,000 bytes hold steps of up to {most:,} images" in out
+    assert f"batch {most + 1}, float32" in out
     assert f"Error: a step of {most + 1} images takes " in err
     assert f"over --memory 12,000,000; try --batch {most} or --checkpointing or --dtype" in err
     assert "bytes at the peak" in out
@@ -87,7 +87,7 @@ def test_nothing_fits_a_memory_below_the_weights(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--dtype", "bfloat16"), "--dtype: of a step; give --batch or --memory, too"),
+        (("--dtype", "bfloat16"), "--dtype: of a step; give --batch, --memory or --lut, too"),
         (("--batch", "0"), "Invalid value for '--batch'"),
         (("--memory", "12"), "not an amount of memory (got '12'"),
         (
@@ -108,4 +108,4 @@ def test_wrong_options_are_one_message(
 def test_a_step_needs_a_plan(run: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = run("budget", "resnet20", "--batch", "2")
     assert code == 2
-    assert "-o, --check, --batch and --memory need a target: --ratio, --params" in err
+    assert "-o, --check, --batch, --memory and --latency need a target: --ratio, --params" in err
