@@ -89,8 +89,10 @@ def _fitting_table() -> type[Table]:
 
 
 @contextlib.contextmanager
-def tracked(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr's terminal, else a line for every tenth; call it with how many are done."""
+def tracked(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar on stderr's terminal, else a line for every tenth; call it with how many are done, and
+    of how many if that has changed.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -113,13 +115,13 @@ def tracked(what: str, total: int) -> Iterator[Callable[[int], None]]:
     ) as bars:
         task = bars.add_task(what, total=total)
 
-        def advance(done: int) -> None:
+        def advance(done: int, of: int = total) -> None:
             nonlocal tenths
-            bars.update(task, completed=done)
-            reached = 10 * done // max(total, 1)
-            if not out.is_terminal and reached > tenths:
+            bars.update(task, completed=done, total=of)
+            reached = 10 * done // max(of, 1)
+            if not out.is_terminal and reached != tenths:
                 tenths = reached
-                out.print(f"{what}: {done:,} of {total:,}")
+                out.print(f"{what}: {done:,} of {of:,}")
 
         yield advance
 

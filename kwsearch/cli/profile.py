@@ -170,7 +170,7 @@ def _run(profile: Profile, output: Path) -> None:
     try:
         with tracked("measuring", len(calls) + len(wholes)) as advance:
             for progress in profile.run():
-                advance(progress.done)
+                advance(progress.done, progress.total)
     except KeyboardInterrupt:
         left = sum(map(len, profile.missing()))
         click.echo(f"interrupted; {left} left to measure: the same command goes on", err=True)

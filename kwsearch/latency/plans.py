@@ -47,7 +47,7 @@ class PlanLatency:
         if not modes:
             raise TableError(f"{path}: no whole step in it; let `kwsearch profile` finish")
         self.batch = batch or min(images for _, images in modes)
-        self.trains = (True, self.batch) in modes
+        self.trains = any(training for training, _ in modes)
         self._known: dict[tuple[str, bool], Latency] = {}
 
     def __call__(self, plan: Plan | None, training: bool = False) -> Latency:
