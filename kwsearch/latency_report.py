@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from kwlayers.plan import counted
+from kwlayers.plan import PlanError, counted
 from kwsearch.latency.plans import PlanLatency
 from kwsearch.latency.predict import PARTS, Latency
 from kwsearch.step_report import DoesNotFit
@@ -37,10 +38,12 @@ class Latencies:
 
     @classmethod
     def of(cls, latency: PlanLatency, plan: Plan, limit: float | None) -> Latencies:
-        """Forward passes, and training steps if the table has those."""
-        modes = {"inference": False} | ({"training": True} if latency.trains else {})
-        own = {name: latency(plan, training) for name, training in modes.items()}
-        static = {name: latency(None, training) for name, training in modes.items()}
+        """Forward passes, and training steps as far as the table tells them."""
+        own, static = {"inference": latency(plan)}, {"inference": latency(None)}
+        if latency.trains:
+            with contextlib.suppress(PlanError):  # norms of one image, calls that are not in it
+                both = latency(plan, True), latency(None, True)
+                own["training"], static["training"] = both
         return cls(latency, own, static, limit)
 
     def parts(self) -> list[str | Table]:

@@ -336,7 +336,8 @@ class Space:
                 return _Outlook(relative)
             cost = plan.cost()
             missed = max(self.least - cost.params.total, 0)
-            misses.append((missed, cost.macs.total, self._ms(plan)))
+            over = 0 if self.max_macs is None else max(cost.macs.total - self.max_macs, 0)
+            misses.append((missed, over, self._ms(plan)))
         return _Outlook(None, min(misses))
 
     def _floor(self, shape: Shape) -> int:
@@ -401,7 +402,7 @@ class Space:
     def _out_of_reach(self, shape: Shape, below: BudgetError | None) -> BudgetError:
         """The error for a target that `shape`, which comes closest, misses."""
         layout = self._layout(shape)
-        missed, macs, ms = self._outlook(shape).miss
+        missed, over, ms = self._outlook(shape).miss
         if self._floor(shape) > self.allowed:
             assert below is not None
             message = f"{below}\nthe lowest floor found in search.space is {self._floor(shape):,}"
@@ -414,7 +415,7 @@ class Space:
                 self.allowed,
                 layout.floor(),
             )
-        if self.max_macs is None or macs <= self.max_macs:
+        if self.max_macs is None or not over:
             return BudgetError(
                 f"search.space.limits.latency_ms {self.max_ms:g}: at {self.least:,} to "
                 f"{self.allowed:,} parameters none is found that surely keeps it; the fastest may "
@@ -424,7 +425,7 @@ class Space:
             )
         return BudgetError(
             f"search.space.limits.macs {self.max_macs:,}: the fewest found at {self.least:,} to "
-            f"{self.allowed:,} parameters are {macs:,}",
+            f"{self.allowed:,} parameters are {self.max_macs + over:,}",
             self.allowed,
             layout.floor(),
         )
@@ -454,7 +455,8 @@ class _Floor:
 class _Outlook:
     """What a shape can do: a split with a valid plan, or by how much none is.
 
-    miss: parameters outside the band, then MACs and milliseconds; of the split that comes closest.
+    miss: parameters outside the band, then MACs over the limit, then milliseconds; of the split
+    that comes closest.
     """
 
     anchor: list[float] | None

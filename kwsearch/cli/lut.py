@@ -12,7 +12,8 @@ from kwsearch.cli.bench import several
 from kwsearch.cli.options import RATIO, SIZE, trust_option
 
 if TYPE_CHECKING:
-    from kwsearch.latency.table import Check, Table
+    from kwsearch.latency.subjects import Mode, Subject
+    from kwsearch.latency.table import Check
 
 TABLE = click.Path(dir_okay=False, path_type=Path)
 # Small enough to measure in minutes; of several families.
@@ -114,22 +115,31 @@ def check(
         models, input_size = CHECKED, input_size or CHECKED_SIZE
     subjects = [s for m in models for s in of_model(m, input_size, classes, trust, ratio)]
     checks: list[Check] = []
+    steps = list(steps_of(subjects, modes, _note))
     try:
-        with tracked("measuring", len(subjects) * len(modes)) as advance:
-            for one in measured(loaded, steps_of(subjects, modes, lambda *_: None)):
+        with tracked("measuring", len(steps)) as advance:
+            for one in measured(
+                loaded, steps, lambda step, why: _note(step.subject, step.mode, why)
+            ):
                 checks.append(one)
+                loaded.add_checks([one])
+                loaded.save(table)
                 advance(len(checks))
     except KeyboardInterrupt:
-        click.echo(f"interrupted after {len(checks)}", err=True)
+        click.echo(f"interrupted; {len(checks)} checks are in {table}", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     if not checks:
-        raise TableError(f"{table} was made from all of these: name a MODEL that it was not")
-    loaded.add_checks(checks)
-    loaded.save(table)
-    _print(loaded, checks, as_json)
+        raise TableError(
+            f"{table}: there is no step to check that it was not made from: name another MODEL"
+        )
+    _print(checks, as_json)
 
 
-def _print(table: Table, checks: list[Check], as_json: bool) -> None:
+def _note(subject: Subject, mode: Mode, reason: str) -> None:
+    click.echo(f"note: {subject.name}, {mode}: left out: {reason}", err=True)
+
+
+def _print(checks: list[Check], as_json: bool) -> None:
     from kwsearch import lut_report, terminal
 
     if as_json:

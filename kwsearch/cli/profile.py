@@ -147,6 +147,8 @@ def _steps(subjects: list[Subject], modes: list[Mode]) -> list[Any]:
         for step in steps_of(subjects, modes, note):
             steps.append(step)
             advance(len(steps) + sum(map(len, left_out.values())))
+    if not steps:
+        raise click.UsageError(f"no step can run: {next(iter(left_out))}")
     for reason, names in left_out.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         click.echo(f"note: {names[0]}{more} left out in {reason}", err=True)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from kwsearch.latency.measure import measure
 from kwsearch.latency.predict import Predictor
 from kwsearch.latency.profiling import Step
-from kwsearch.latency.table import DRIFT, Check, Table
+from kwsearch.latency.table import DRIFT, Check, Table, TableError
 from kwsearch.verdict import kendall
 
 _AGAIN = 1
 
 
-def check(table: Table, steps: Iterable[Step]) -> Iterator[Check]:
+def check(
+    table: Table, steps: Iterable[Step], note: Callable[[Step, str], None]
+) -> Iterator[Check]:
     """Predict each step, measure it, and yield both. Steps that the table has as wholes are left
-    out. Where the machine was slow, and where prediction and measurement do not agree, it is
-    measured again, and the last measurement counts, whatever it is.
+    out, and with a note those that it says nothing about or that cannot run. Where the machine was
+    slow, and where prediction and measurement do not agree, it is measured again, and the last
+    measurement counts, whatever it is.
     """
     predictor, known = Predictor(table), {whole.key for whole in table.wholes}
     device = str(table.circumstances["device"])
@@ -26,13 +29,17 @@ def check(table: Table, steps: Iterable[Step]) -> Iterator[Check]:
     for step in steps:
         if step.key in known:
             continue
-        predicted = predictor.step(step.calls, step.mode.batch, step.mode.training)
         making = partial(step.subject.whole, step.mode)
-        for _ in range(1 + _AGAIN):
-            (times,) = measure([making], device)
-            agrees = predicted.low <= 1e3 * times.median <= predicted.high
-            if agrees and times.anchor <= (1 + DRIFT) * usual:
-                break
+        try:
+            predicted = predictor.step(step.calls, step.mode.batch, step.mode.training)
+            for _ in range(1 + _AGAIN):
+                (times,) = measure([making], device)
+                agrees = predicted.low <= 1e3 * times.median <= predicted.high
+                if agrees and times.anchor <= (1 + DRIFT) * usual:
+                    break
+        except (TableError, RuntimeError, MemoryError) as error:
+            note(step, " ".join(str(error).split())[:200])
+            continue
         yield Check(
             step.name,
             step.mode.batch,

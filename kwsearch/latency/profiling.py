@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 
 from kwlayers.plan import PlanError
@@ -83,6 +84,14 @@ class Profile:
 
     def run(self) -> Iterator[Progress]:
         """Measure what is missing; what the machine was slow at, a few times more."""
+        self.table.checks = []  # were of the table as it was
+        try:
+            yield from self._run()
+        finally:
+            self._add_up()
+            self.save()
+
+    def _run(self) -> Iterator[Progress]:
         done = total = 0
         for _ in range(1 + _REPEATS):
             calls, wholes = self.missing()
@@ -103,7 +112,11 @@ class Profile:
         calls = [self.calls[key] for key in keys]
         device = str(self.table.circumstances["device"])
         times = self._timed([partial(Replay, call, device) for call in calls])
-        self.table.add(Entry.of(call, one) for call, one in zip(calls, times, strict=True))
+        entries = self.table.entries
+        for call, one in zip(calls, times, strict=True):
+            found, before = Entry.of(call, one), entries.get(call.key)
+            if before is None or found.anchor_ns <= before.anchor_ns:
+                self.table.add([found])
 
     def _measure_wholes(self, keys: Sequence[str]) -> None:
         steps = [self.steps[key] for key in keys]
@@ -119,6 +132,15 @@ class Profile:
             )
             for step, one in zip(steps, times, strict=True)
         )
+
+    def _add_up(self) -> None:
+        """The sums of calls of the whole steps, some of which were measured again since."""
+        predictor = Predictor(self.table)
+        known = {whole.key: whole for whole in self.table.wholes}
+        for key in self.steps.keys() & known.keys():
+            with suppress(TableError):  # an older table, of other calls
+                sums = tuple(map(round, predictor.sums_ns(self.steps[key].calls)))
+                self.table.add_wholes([replace(known[key], calls_ns=sums)])
 
     def _timed(self, making: Sequence[Callable[[], Timed]]) -> list[Times]:
         device, dtype = (str(self.table.circumstances[name]) for name in ("device", "dtype"))

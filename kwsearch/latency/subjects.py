@@ -35,6 +35,7 @@ from kwsearch.zoo.vit import VisionTransformer
 
 if TYPE_CHECKING:
     from kwsearch.recipe import Recipe
+    from kwsearch.recipe import Space as SpaceSection
 
 RATIOS = (0.5, 1.0, 2.0)
 GRID_RATIOS = (0.25, 1.0, 4.0)
@@ -149,13 +150,21 @@ def of_recipe(recipe: Recipe, trust: bool = False) -> list[Subject]:
     if recipe.search is not None:
         for target in targets_of(recipe).values():
             with located(recipe):
-                space = Space(network, settings_of(recipe), target, recipe.search.space)
+                space = Space(network, settings_of(recipe), target, _without_latency(recipe))
             plans += space.extremes()
     name, size = recipe.model.name, tuple(network.input_size)
     return [
         Subject(name, build, size),
         *(Subject(f"{name} plan {fingerprint(plan)}", build, size, plan) for plan in plans),
     ]
+
+
+def _without_latency(recipe: Recipe) -> SpaceSection:
+    """The search space without the limit that the table to be measured will tell."""
+    assert recipe.search is not None
+    section = recipe.search.space
+    free = {"latency_ms": None, "lut": None}
+    return section.model_copy(update={"limits": section.limits.model_copy(update=free)})
 
 
 def of_grid(sides: Sequence[int]) -> list[Subject]:

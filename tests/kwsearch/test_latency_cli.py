@@ -235,7 +235,34 @@ def test_a_check_states_the_error_and_the_table_keeps_it(run: Run, lut: Path) ->
     assert "checked on 4 whole steps" in run("lut", "show", lut)[1]
     code, _, err = run("lut", "check", lut, "resnet20", "--input", "3x16x16", "--ratio", "1")
     assert code == 2
-    assert "was made from all of these: name a MODEL that it was not" in err
+    assert "there is no step to check that it was not made from: name another MODEL" in err
+
+
+def test_an_interrupted_check_keeps_what_was_measured(
+    run: Run, lut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = 0
+
+    def interrupted(making: Sequence[Any], device: str) -> list[Times]:
+        nonlocal measured
+        measured += 1
+        if measured == 3:
+            raise KeyboardInterrupt
+        return measure(making, device)
+
+    monkeypatch.setattr(checking, "measure", interrupted)
+    code, _, err = run("lut", "check", lut, "resnet20", "--input", "3x16x16", "--ratio", "0.8,2")
+    assert code == 130
+    assert f"interrupted; 2 checks are in {lut}" in err
+    assert len(Table.load(lut).checks) == 2
+
+
+def test_a_network_that_the_table_cannot_tell_is_left_out_of_a_check(run: Run, lut: Path) -> None:
+    models = ("deit_tiny", "--input", "3x16x16", "--ratio", "1")
+    code, _, err = run("lut", "check", lut, *models)
+    assert code == 2
+    assert "note: deit_tiny, inference, batch 1: left out: the latency table has no " in err
+    assert "there is no step to check" in err
 
 
 def test_a_table_of_another_machine_cannot_be_checked_here(run: Run, lut: Path) -> None:

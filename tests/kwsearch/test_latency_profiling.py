@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from torch import nn
@@ -69,7 +70,9 @@ def test_all_are_timed_in_every_round_and_the_scattered_ones_in_more() -> None:
 
 
 class _Machine:
-    """Stands in for `measure`: a call takes a microsecond, a whole step a millisecond."""
+    """Stands in for `measure`: a call takes a microsecond, a whole step a millisecond, and more
+    where the anchor does.
+    """
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -81,7 +84,7 @@ class _Machine:
         if len(self.asked) == self.fails_at:
             raise KeyboardInterrupt
         kinds = [type(make()) for make in making[:1]]
-        seconds = 1e-6 if kinds == [Replay] else 1e-3
+        seconds = self.anchor * (1e-3 if kinds == [Replay] else 1)
         return [Times(seconds, seconds, seconds, 7, self.anchor) for _ in making]
 
 
@@ -127,7 +130,7 @@ def test_an_interruption_loses_the_block_that_was_measured(
     profile = Profile(table, steps("net"), lambda: saved.append(len(table.entries)))
     with pytest.raises(KeyboardInterrupt):
         list(profile.run())
-    assert saved == [4, 8]
+    assert saved == [4, 8, 8]  # the last on the way out
 
 
 def test_what_was_measured_on_a_slow_machine_is_measured_again(
@@ -141,6 +144,27 @@ def test_what_was_measured_on_a_slow_machine_is_measured_again(
     assert table.drifted() == set()
     calls = len(profile.calls)
     assert sum(machine.asked) == calls + 2 + 4
+    for whole in table.wholes:  # were summed up before the slow calls were measured again
+        step = profile.steps[whole.key]
+        assert sum(whole.calls_ns) == 1000 * sum(step.calls.values())
+
+
+def test_a_worse_measurement_does_not_replace_a_better_one(machine: _Machine) -> None:
+    table = new_table()
+    machine.anchor = 1.5e-3
+    list(Profile(table, steps("net")[:1], lambda: None).run())
+    before = dict(table.entries)
+    for entry in before.values():
+        table.add([replace(entry, anchor_ns=1_200_000, median_ns=1200)])
+    table.add(
+        [
+            replace(next(iter(before.values())), kind="x", family=str(i), anchor_ns=10**6)
+            for i in range(99)
+        ]
+    )  # by which all of it has drifted
+    machine.anchor = 2e-3
+    list(Profile(table, steps("net")[:1], lambda: None).run())
+    assert {table.entries[key].median_ns for key in before} == {1200}
 
 
 def test_a_machine_that_stays_slow_is_told_and_not_waited_for(machine: _Machine) -> None:
@@ -159,7 +183,7 @@ def test_a_machine_that_stays_slow_is_told_and_not_waited_for(machine: _Machine)
 def test_a_check_measures_steps_that_the_table_had_no_part_in(machine: _Machine) -> None:
     table = new_table()
     list(Profile(table, steps("net"), lambda: None).run())
-    found = list(check(table, steps("net", "held out")))
+    found = list(check(table, steps("net", "held out"), lambda *_: None))
     assert [(one.name, one.training) for one in found] == [
         ("held out at 3x8x8", False), ("held out at 3x8x8", True),
     ]  # fmt: skip
@@ -192,19 +216,23 @@ def test_a_model_is_taken_static_and_under_plans() -> None:
 
 
 def test_a_search_space_is_taken_at_its_ends() -> None:
-    recipe = parse_recipe("""
+    text = """
 format: 1
 model: resnet20
 budget: {ratio: 1}
 search: {space: {split: 2, cell_ratio: [0.5], sharing: [layer]}}
-""")
-    found = of_recipe(recipe)
+"""
+    found = of_recipe(parse_recipe(text))
     plans = [one.plan for one in found if one.plan is not None]
     assert found[0].plan is None
     # With the recipe's choices, the other cells and the other sharing: even, and both ends.
     assert len(plans) == 3 * 3
     assert {plan.groups[0].cell[0] for plan in plans} == {16, 8}
     assert len({len(plan.groups) for plan in plans}) == 2
+    # A limit of latency cannot hold before there is a table.
+    limited = "{latency_ms: 0.001, lut: not_yet.lut.yaml}"
+    again = of_recipe(parse_recipe(text, overrides=[f"search.space.limits={limited}"]))
+    assert [one.name for one in again] == [one.name for one in found]
     ends = [[g.num_cells for g in plan.groups] for plan in plans[1:3]]
     assert [a > b for a, b in zip(*ends, strict=True)] == [True, False, True]
 
