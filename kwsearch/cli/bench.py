@@ -14,41 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kwsearch.cli import INTERRUPTED
-from kwsearch.cli.options import COUNT, RATIO, Command, trust_option
+from kwsearch.cli.options import COUNT, RATIO, several, trust_option
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from kwsearch.bench import Case
-
-
-class Several(click.ParamType):  # type: ignore[type-arg]
-    """Values of one type, between commas."""
-
-    def __init__(self, kind: click.ParamType) -> None:  # type: ignore[type-arg]
-        self.kind = kind
-        self.name = f"{kind.name.upper()},…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        parts = value.split(",") if isinstance(value, str) else value
-        return [self.kind.convert(part, param, ctx) for part in parts]
-
-
-def several(
-    kind: click.ParamType,  # type: ignore[type-arg]
-    name: str,
-    default: str | None,
-    text: str,
-) -> Callable[[Command], Command]:
-    """An option that may be given often, or once with commas."""
-
-    def flat(ctx: click.Context, param: click.Parameter, value: Any) -> list[Any]:
-        return list(dict.fromkeys(itertools.chain.from_iterable(value)))
-
-    given = [] if default is None else [default]
-    return click.option(
-        name, type=Several(kind), multiple=True, default=given, callback=flat, help=text
-    )
 
 
 @click.command("bench")

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kwsearch.cli import INTERRUPTED
-from kwsearch.cli.bench import several
-from kwsearch.cli.options import RATIO, SIZE, trust_option
+from kwsearch.cli.options import RATIO, SIZE, several, trust_option
 
 if TYPE_CHECKING:
     from kwsearch.latency.subjects import Mode, Subject
@@ -118,9 +117,7 @@ def check(
     steps = list(steps_of(subjects, modes, _note))
     try:
         with tracked("measuring", len(steps)) as advance:
-            for one in measured(
-                loaded, steps, lambda step, why: _note(step.subject, step.mode, why)
-            ):
+            for one in measured(loaded, steps, _note):
                 checks.append(one)
                 loaded.add_checks([one])
                 loaded.save(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,6 +50,35 @@ BYTES = Parsed("parse_bytes", "BYTES")
 MS = Parsed("parse_ms", "TIME")
 SIZE = Parsed("parse_size", "CxH[xW…]")
 Command = Callable[..., Any]
+
+
+class Several(click.ParamType):  # type: ignore[type-arg]
+    """Values of one type, between commas."""
+
+    def __init__(self, kind: click.ParamType) -> None:  # type: ignore[type-arg]
+        self.kind = kind
+        self.name = f"{kind.name.upper()},…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        parts = value.split(",") if isinstance(value, str) else value
+        return [self.kind.convert(part, param, ctx) for part in parts]
+
+
+def several(
+    kind: click.ParamType,  # type: ignore[type-arg]
+    name: str,
+    default: str | None,
+    text: str,
+) -> Callable[[Command], Command]:
+    """An option that may be given often, or once with commas."""
+
+    def flat(ctx: click.Context, param: click.Parameter, value: Any) -> list[Any]:
+        return list(dict.fromkeys(itertools.chain.from_iterable(value)))
+
+    given = [] if default is None else [default]
+    return click.option(
+        name, type=Several(kind), multiple=True, default=given, callback=flat, help=text
+    )
 
 
 trust_option = click.option(

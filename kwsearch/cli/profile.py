@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kwsearch.cli import INTERRUPTED
-from kwsearch.cli.bench import several
-from kwsearch.cli.options import COUNT, RATIO, SIZE, is_recipe, trust_option
+from kwsearch.cli.options import COUNT, RATIO, SIZE, is_recipe, several, trust_option
 
 if TYPE_CHECKING:
     from kwsearch.latency.profiling import Profile
@@ -60,7 +59,7 @@ def command(
     """Measure what steps consist of, on this device, for latencies of plans anywhere.
 
     Of a MODEL, all calls of the static network and of its plans at some ratios; of a RECIPE, of
-    the geometries that its search space can reach; --grid is for networks that are not known yet.
+    every choice of its search space; --grid is for networks that are not known yet.
     Every call is timed by itself, in turns with others, and steps as wholes, too. Interrupt it at
     any time: the same command goes on. What was measured while the machine was slow is measured
     again. Leave the device alone meanwhile.

@@ -9,6 +9,7 @@ from functools import partial
 from kwsearch.latency.measure import measure
 from kwsearch.latency.predict import Predictor
 from kwsearch.latency.profiling import Step
+from kwsearch.latency.subjects import Mode, Subject
 from kwsearch.latency.table import DRIFT, Check, Table, TableError
 from kwsearch.verdict import kendall
 
@@ -16,7 +17,7 @@ _AGAIN = 1
 
 
 def check(
-    table: Table, steps: Iterable[Step], note: Callable[[Step, str], None]
+    table: Table, steps: Iterable[Step], note: Callable[[Subject, Mode, str], None]
 ) -> Iterator[Check]:
     """Predict each step, measure it, and yield both. Steps that the table has as wholes are left
     out, and with a note those that it says nothing about or that cannot run. Where the machine was
@@ -38,7 +39,7 @@ def check(
                 if agrees and times.anchor <= (1 + DRIFT) * usual:
                     break
         except (TableError, RuntimeError, MemoryError) as error:
-            note(step, " ".join(str(error).split())[:200])
+            note(step.subject, step.mode, " ".join(str(error).split())[:200])
             continue
         yield Check(
             step.name,

@@ -88,12 +88,12 @@ class Predictor:
         shares = {name: parts[name] / max(total, 1e-9) for name in PARTS}
         return Latency(ms, ms / width, ms * width, **shares)
 
-    def sums_ns(self, calls: Mapping[Call, int]) -> list[float]:
+    def sums_ns(self, calls: Mapping[Call, int]) -> tuple[int, ...]:
         """Nanoseconds of all calls, added up by `GROUPS`."""
         sums = [0.0] * len(GROUPS)
         for call, count in calls.items():
             sums[_group(call)] += count * self.call(call)[0]
-        return sums
+        return tuple(map(round, sums))
 
     def call(self, call: Call) -> tuple[float, float, str]:
         """Nanoseconds of one call, their standard error as a part of them, and their source."""

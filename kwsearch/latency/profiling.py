@@ -127,7 +127,7 @@ class Profile:
                 step.name,
                 step.mode.batch,
                 step.mode.training,
-                tuple(map(round, predictor.sums_ns(step.calls))),
+                predictor.sums_ns(step.calls),
                 *one.in_ns(),
             )
             for step, one in zip(steps, times, strict=True)
@@ -139,7 +139,7 @@ class Profile:
         known = {whole.key: whole for whole in self.table.wholes}
         for key in self.steps.keys() & known.keys():
             with suppress(TableError):  # an older table, of other calls
-                sums = tuple(map(round, predictor.sums_ns(self.steps[key].calls)))
+                sums = predictor.sums_ns(self.steps[key].calls)
                 self.table.add_wholes([replace(known[key], calls_ns=sums)])
 
     def _timed(self, making: Sequence[Callable[[], Timed]]) -> list[Times]:

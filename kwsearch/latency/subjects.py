@@ -17,7 +17,7 @@ from kwlayers.plan import Network, Plan, PlanError
 from kwlayers.sites import trace
 from kwsearch import networks
 from kwsearch.budget import Target, meet
-from kwsearch.latency.calls import Call, calls_by_module
+from kwsearch.latency.calls import Call, calls_by_module, calls_of
 from kwsearch.latency.measure import clock_of
 from kwsearch.resolve import (
     create_model,
@@ -74,14 +74,17 @@ class Subject:
 
     def calls(self, mode: Mode) -> Counter[Call]:
         """Of a step; without memory for weights. Raises PlanError where it cannot run."""
-        return sum(self.calls_by_module(mode).values(), Counter[Call]())
+        return calls_of(*self._step(mode))
 
     def calls_by_module(self, mode: Mode) -> dict[str, Counter[Call]]:
         """As `calls`, by the innermost module that makes them."""
+        return calls_by_module(*self._step(mode))
+
+    def _step(self, mode: Mode) -> tuple[nn.Module, int, tuple[int, ...], bool, str, torch.dtype]:
         with torch.device("meta"):
             model = self._made(mode)
         size, training = self.input_size, mode.training
-        return calls_by_module(model, mode.batch, size, training, mode.device, mode.torch_dtype)
+        return model, mode.batch, size, training, mode.device, mode.torch_dtype
 
     def whole(self, mode: Mode) -> WholeStep:
         """The step itself, with fresh weights on random images."""

@@ -17,12 +17,10 @@ from kwsearch.latency.calls import Call
 from kwsearch.latency.measure import Times
 
 FORMAT = 1
-# What a time is of: tables that differ in one of these have nothing in common.
 # How much slower than usual the machine may be: a part of the anchor's time.
 DRIFT = 0.1
+# What a time is of: tables that differ in one of these have nothing in common.
 MUST_AGREE = ("cpu", "gpu", "device", "threads", "dtype", "torch", "malloc")
-
-
 LISTS = ("entries", "wholes", "checks")
 
 
