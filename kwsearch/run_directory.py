@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from kwsearch.files import write_whole
 from kwsearch.recipe import Proxy, Recipe, Search, load_recipe, write_recipe
 from kwsearch.trials import BUDGET, LATENCY, REASON, SECONDS, accuracy_of, baseline
 
@@ -102,10 +103,7 @@ def write_trials(directory: Path, trials: Sequence[FrozenTrial]) -> None:
                 *(trial.params.get(key, "") for key in chosen),
             ]
         )
-    path = directory / TRIALS
-    partial = path.with_suffix(".partial")
-    partial.write_text(text.getvalue(), encoding="utf-8")
-    partial.replace(path)
+    write_whole(directory / TRIALS, text.getvalue())
 
 
 def _changes(before: Recipe, now: Recipe) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,18 @@ def measure(making: Sequence[Any], device: str) -> list[Times]:
         return 1e-3 * whole_ms(subject.calls(made.args[0]))
 
     return [Times(s, s, s, 7, 1e-3) for s in map(seconds, making)]
+
+
+def interrupted(at: int) -> Callable[[Sequence[Any], str], list[Times]]:
+    """Stands in for `measure`, until it is asked for the `at`th time."""
+    asked = itertools.count(1)
+
+    def measured(making: Sequence[Any], device: str) -> list[Times]:
+        if next(asked) == at:
+            raise KeyboardInterrupt
+        return measure(making, device)
+
+    return measured
 
 
 def ms_of(plan: Plan | None, name: str = "resnet20", training: bool = False) -> float:
@@ -120,17 +133,8 @@ def test_a_profile_says_what_it_does_and_goes_on_where_it_was(run: Run, tmp_path
 def test_an_interrupted_profile_says_how_it_goes_on(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocks = 0
-
-    def interrupted(making: Sequence[Any], device: str) -> list[Times]:
-        nonlocal blocks
-        blocks += 1
-        if blocks == 3:
-            raise KeyboardInterrupt
-        return measure(making, device)
-
     path = tmp_path / "t.lut.yaml"
-    monkeypatch.setattr(profiling, "measure", interrupted)
+    monkeypatch.setattr(profiling, "measure", interrupted(3))
     code, _, err = run(*PROFILE, "-o", path)
     assert code == 130
     assert "left to measure: the same command goes on" in err
@@ -241,16 +245,7 @@ def test_a_check_states_the_error_and_the_table_keeps_it(run: Run, lut: Path) ->
 def test_an_interrupted_check_keeps_what_was_measured(
     run: Run, lut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = 0
-
-    def interrupted(making: Sequence[Any], device: str) -> list[Times]:
-        nonlocal measured
-        measured += 1
-        if measured == 3:
-            raise KeyboardInterrupt
-        return measure(making, device)
-
-    monkeypatch.setattr(checking, "measure", interrupted)
+    monkeypatch.setattr(checking, "measure", interrupted(3))
     code, _, err = run("lut", "check", lut, "resnet20", "--input", "3x16x16", "--ratio", "0.8,2")
     assert code == 130
     assert f"interrupted; 2 checks are in {lut}" in err
