@@ -122,9 +122,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, help="[%(default)s]")
     add("--warmup-epochs", type=float, help=f"of rising learning rate [{part[spread[0]]}]")
     add(
+        "--start",
+        choices=("published", "static"),
+        default="published",
+        help="of the plan's network without --weights: published is random attention and a falling "
+        "temperature; static computes what the untrained static network does, at temperature 0, "
+        "which trains better for few epochs [%(default)s]",
+    )
+    add(
         "--temperature-epochs",
         type=float,
-        help="of falling temperature, where there are no --weights; inf keeps it at 1, which "
+        help="of falling temperature, where it starts as published; inf keeps it at 1, which "
         f"kwsearch export --to static needs [{part[spread[1]]}]",
     )
     add("--batch-size", type=int, help="images a step, over all processes [%(default)s]")
@@ -462,7 +470,8 @@ def make_network(args: argparse.Namespace, size: tuple[int, int, int]) -> nn.Mod
         load_weights(model, weights, args.weights)
     if not args.static:
         plan = kwlayers.Plan.from_groups(kwlayers.trace(model, INPUT), GROUPS)
-        kwlayers.convert_(model, plan, warm_start=bool(weights) and not converted)
+        static = args.start == "static" or bool(weights)
+        kwlayers.convert_(model, plan, warm_start=static and not converted)
     if converted:
         load_weights(model, weights, args.weights, strict=True)
     return model
@@ -542,7 +551,7 @@ class Run:
         self.steps = args.epochs * self.steps_per_epoch
         self.temperature = None
         converted = any(isinstance(module, kwlayers.Attention) for module in self.model.modules())
-        if converted and not args.weights:  # trained weights have their temperature
+        if converted and not args.weights and args.start == "published":  # others have theirs
             self.temperature = kwlayers.TemperatureSchedule(
                 self.model, args.temperature_epochs, self.steps_per_epoch
             )

@@ -353,7 +353,7 @@ def test_the_log_s_test_accuracy_is_that_of_the_checkpoint(
     x = ((x - state["mean"]) / state["std"]).expand(-1, 3, -1, -1)
     last = rows(whole)[-1]
     for weights, accuracy in (("model", "test_accuracy"), ("ema", "ema_accuracy")):
-        args = SimpleNamespace(static=False, weights=None)
+        args = SimpleNamespace(static=False, weights=None, start="published")
         model = script.make_network(args, script.INPUT)
         model.load_state_dict(state[weights])
         with torch.no_grad():
@@ -458,7 +458,9 @@ def test_an_endless_temperature_stays_at_one(
     shutil.copy(tmp_path / "checkpoint.pt", tmp_path / "weights.pt")
     assert train(*asked, "--resume", out=tmp_path) == 0
     assert "going on after epoch 2" in capsys.readouterr().out
-    model = script.make_network(SimpleNamespace(static=False, weights=None), script.INPUT)
+    model = script.make_network(
+        SimpleNamespace(static=False, weights=None, start="published"), script.INPUT
+    )
     for weights in ("model", "ema"):
         model.load_state_dict(state[weights])
         static = kwlayers.to_static_(copy.deepcopy(model))
@@ -494,6 +496,25 @@ def test_weights_are_a_start_and_keep_the_accuracy(
     trained = f"test {float(rows(tmp_path / 'converted')[0]['test_loss']):.4f}"
     told, _ = run("again", "--weights", str(tmp_path / "converted" / "checkpoint.pt"))
     assert f"checkpoint.pt: {trained}" in told
+
+
+def test_a_static_start_is_the_untrained_static_network(
+    even: ModuleType, folder: Path, tmp_path: Path
+) -> None:
+    def start(*options: str) -> nn.Module:
+        torch.manual_seed(3)
+        return even.make_network(even.parse_args(["--data", "x", *options]), even.INPUT).eval()
+
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        expected = start("--static")(x)
+        torch.testing.assert_close(start("--start", "static")(x), expected, rtol=0, atol=1e-5)
+        assert (start()(x) - expected).abs().max() > 1e-3
+    asked = ["--data", str(folder / "digits"), "--subset", "64", "--epochs", "1", "--seed", "3"]
+    assert even.main([*asked, "--start", "static", "--out", str(tmp_path)]) == 0
+    model = checkpoint(tmp_path)["model"]
+    assert rows(tmp_path)[0]["temperature"] == ""
+    assert {float(v) for k, v in model.items() if k.endswith("temperature")} == {0}
 
 
 def test_weights_of_other_classes_leave_the_last_layer(
@@ -542,7 +563,9 @@ def test_weights_that_do_not_fit_are_refused(
 def test_another_plan_s_weights_are_refused(
     script: ModuleType, even: ModuleType, tmp_path: Path
 ) -> None:
-    made = even.make_network(SimpleNamespace(static=False, weights=None), even.INPUT)
+    made = even.make_network(
+        SimpleNamespace(static=False, weights=None, start="published"), even.INPUT
+    )
     torch.save(made.state_dict(), tmp_path / "w.pt")
     asked = script.parse_args(["--data", "x", "--weights", str(tmp_path / "w.pt")])
     with pytest.raises(script.UserError, match=r"w.pt: of another network or plan, see kw_wareh"):
@@ -931,7 +954,9 @@ def test_two_processes_see_as_many_images_as_one(
     assert (int(row["images"]), int(row["step"])) == (IMAGES, STEPS)
     # All test images count, once: the accuracy is that of the checkpoint on all of them.
     state, test = checkpoint(tmp_path), data.load("digits", "test")
-    model = script.make_network(SimpleNamespace(static=False, weights=None), script.INPUT)
+    model = script.make_network(
+        SimpleNamespace(static=False, weights=None, start="published"), script.INPUT
+    )
     model.load_state_dict(state["model"])
     x = (test.x[:TESTS].float() / 255 - state["mean"]) / state["std"]
     with torch.no_grad():
