@@ -1,11 +1,15 @@
-"""Files that are never half written."""
+"""Files that are never half written, and things that one process at a time may do."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import filelock
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
@@ -23,3 +27,17 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def alone(lock: Path, otherwise: Exception) -> Iterator[None]:
+    """Hold a lock, a file that stays, or raise `otherwise` where another process holds it."""
+    held = filelock.FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise otherwise from None
+    try:
+        yield
+    finally:
+        held.release()

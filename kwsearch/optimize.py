@@ -32,6 +32,7 @@ from kwsearch.executors import Executor, Job
 from kwsearch.executors.local import LocalExecutor
 from kwsearch.failures import StudyFailed, disk_is_full
 from kwsearch.latency.plans import PlanLatency
+from kwsearch.latency.table import TableError
 from kwsearch.proposals import GENERATION, Budget, Proposer, seed_of
 from kwsearch.recipe import Proxy, Recipe, Search
 from kwsearch.resolve import (
@@ -303,7 +304,10 @@ class Study:
                 f"parameters, where plans may have {space.allowed:,}"
             )
         if self.latency is not None:
-            twin = replace(twin, latency_ms=self.latency.of_model(twin.create).ms)
+            try:
+                twin = replace(twin, latency_ms=self.latency.of_model(twin.create).ms)
+            except TableError as reason:
+                self._notes.append(f"no latency of the static network to compare with: {reason}")
         return twin
 
     def _latency(self) -> PlanLatency | None:

@@ -7,6 +7,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from kwlayers.plan import Plan
 from kwsearch.driver import SpaceExhausted
+from kwsearch.latency.table import TableError
 from kwsearch.recipe import Search
 from kwsearch.space import Space, fingerprint
 from kwsearch.static_twin import Twin
@@ -166,7 +168,8 @@ class Proposer:
             "macs": cost.macs.total,
         }
         if space.latency is not None:
-            facts[LATENCY] = space.latency(plan).ms
+            with suppress(TableError):  # it says nothing about this plan, and there is no limit
+                facts[LATENCY] = space.latency(plan).ms
         if name in plans:
             facts[AGAIN] = plans.count(name)
         if candidate.temperature_epochs is not None:

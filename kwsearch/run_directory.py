@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
-
-from kwsearch.files import write_whole
+from kwsearch.files import alone, write_whole
 from kwsearch.recipe import Proxy, Recipe, Search, load_recipe, write_recipe
 from kwsearch.trials import BUDGET, LATENCY, REASON, SECONDS, accuracy_of, baseline
 
@@ -124,15 +122,9 @@ def _changes(before: Recipe, now: Recipe) -> list[str]:
 def sole_driver(directory: Path) -> Iterator[None]:
     """Refuse a second process on the same study."""
     directory.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(directory / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise SearchError(f"another process is running the study in {directory}") from None
-    try:
+    otherwise = SearchError(f"another process is running the study in {directory}")
+    with alone(directory / LOCK, otherwise):
         yield
-    finally:
-        lock.release()
 
 
 def mend(journal: Path) -> bool:

@@ -85,6 +85,7 @@ class Space:
         self.split = section.split
         self.max_macs = section.limits.macs
         self.latency, self.max_ms = latency, section.limits.latency_ms
+        self._untold = ""  # why the table says nothing about some plan
         self._layouts: dict[str, Layout] = {}
         self._outlooks: dict[str, _Outlook] = {}
         self._sizes: dict[Group, _Warehouse] = {}
@@ -309,11 +310,15 @@ class Space:
         return self.max_ms is None or self._ms(plan) <= self.max_ms
 
     def _ms(self, plan: Plan) -> float:
-        """The most that the latency may be; 0 where nobody asks."""
+        """The most that the latency may be; 0 where nobody asks, inf where nobody knows."""
         if self.max_ms is None:
             return 0.0
         assert self.latency is not None, "a limit of latency without a table"
-        return self.latency(plan).high
+        try:
+            return self.latency(plan).high
+        except PlanError as error:
+            self._untold = str(error)
+            return math.inf
 
     def _anchor(self, shape: Shape) -> list[float] | None:
         """Relative ratios for which the shape's plan is valid, None if none are found."""
@@ -416,10 +421,10 @@ class Space:
                 layout.floor(),
             )
         if self.max_macs is None or not over:
+            fastest = f"the fastest may take {ms:.3g} ms" if ms < math.inf else self._untold
             return BudgetError(
                 f"search.space.limits.latency_ms {self.max_ms:g}: at {self.least:,} to "
-                f"{self.allowed:,} parameters none is found that surely keeps it; the fastest may "
-                f"take {ms:.3g} ms",
+                f"{self.allowed:,} parameters none is found that surely keeps it; {fastest}",
                 self.allowed,
                 layout.floor(),
             )

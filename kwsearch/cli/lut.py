@@ -11,8 +11,9 @@ from kwsearch.cli import INTERRUPTED
 from kwsearch.cli.options import RATIO, SIZE, several, trust_option
 
 if TYPE_CHECKING:
+    from kwsearch.latency.profiling import Step
     from kwsearch.latency.subjects import Mode, Subject
-    from kwsearch.latency.table import Check
+    from kwsearch.latency.table import Check, Table
 
 TABLE = click.Path(dir_okay=False, path_type=Path)
 # Small enough to measure in minutes; of several families.
@@ -94,12 +95,10 @@ def check(
     import torch
 
     from kwsearch.latency import circumstances
-    from kwsearch.latency.checking import check as measured
     from kwsearch.latency.plans import load
     from kwsearch.latency.profiling import steps_of
     from kwsearch.latency.subjects import Mode, of_model
-    from kwsearch.latency.table import TableError
-    from kwsearch.terminal import tracked
+    from kwsearch.latency.table import TableError, sole_writer
 
     loaded = load(table)
     kept = loaded.circumstances
@@ -112,24 +111,33 @@ def check(
         raise TableError(f"{table}: no whole step in it; let `kwsearch profile` finish")
     if not models:
         models, input_size = CHECKED, input_size or CHECKED_SIZE
-    subjects = [s for m in models for s in of_model(m, input_size, classes, trust, ratio)]
-    checks: list[Check] = []
-    steps = list(steps_of(subjects, modes, _note))
-    try:
-        with tracked("measuring", len(steps)) as advance:
-            for one in measured(loaded, steps, _note):
-                checks.append(one)
-                loaded.add_checks([one])
-                loaded.save(table)
-                advance(len(checks))
-    except KeyboardInterrupt:
-        click.echo(f"interrupted; {len(checks)} checks are in {table}", err=True)
-        raise click.exceptions.Exit(INTERRUPTED) from None
+    with sole_writer(table):
+        subjects = [s for m in models for s in of_model(m, input_size, classes, trust, ratio)]
+        checks = _measured(loaded, table, list(steps_of(subjects, modes, _note)))
     if not checks:
         raise TableError(
             f"{table}: there is no step to check that it was not made from: name another MODEL"
         )
     _print(checks, as_json)
+
+
+def _measured(loaded: Table, path: Path, steps: list[Step]) -> list[Check]:
+    """Each is written to the table as soon as it is there."""
+    from kwsearch.latency.checking import check
+    from kwsearch.terminal import tracked
+
+    checks: list[Check] = []
+    try:
+        with tracked("measuring", len(steps)) as advance:
+            for one in check(loaded, steps, _note):
+                checks.append(one)
+                loaded.add_checks([one])
+                loaded.save(path)
+                advance(len(checks))
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; {len(checks)} checks are in {path}", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    return checks
 
 
 def _note(subject: Subject, mode: Mode, reason: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from kwsearch.cli import INTERRUPTED
 from kwsearch.cli.options import COUNT, RATIO, SIZE, is_recipe, several, trust_option
@@ -71,6 +73,7 @@ def command(
     """
     if not models and not grid:
         raise click.UsageError("nothing to profile: give a MODEL, a RECIPE.yaml or --grid")
+    _check_used(models, grid)
     if not output.absolute().parent.is_dir():
         raise click.UsageError(f"-o {output}: there is no folder {output.parent}")
     import torch
@@ -79,19 +82,37 @@ def command(
     from kwsearch.latency import circumstances
     from kwsearch.latency.profiling import Profile
     from kwsearch.latency.subjects import Mode, of_grid
+    from kwsearch.latency.table import sole_writer
 
     if threads is not None:
         torch.set_num_threads(threads)
     check_device(device)
-    table = _table(output, circumstances.here(device, dtype))
     modes = [Mode(b, training, device, dtype) for b in batch for training in _trainings(train)]
     subjects: list[Subject] = []
     for model in models:
         subjects += _subjects(model, input_size, classes, trust, ratio)
     if grid:
         subjects += of_grid(size)
-    profile = Profile(table, _steps(subjects, modes), lambda: table.save(output))
-    _run(profile, output)
+    with sole_writer(output):
+        table = _table(output, circumstances.here(device, dtype))
+        profile = Profile(table, _steps(subjects, modes), lambda: table.save(output))
+        _run(profile, output)
+
+
+def _check_used(models: tuple[str, ...], grid: bool) -> None:
+    """Refuse options of what is not profiled."""
+    context = click.get_current_context()
+
+    def refuse(names: dict[str, str], why: str) -> None:
+        for name, option in names.items():
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"{option}: {why}")
+
+    if not grid:
+        refuse({"size": "--size"}, "of --grid; a MODEL takes --input")
+    if all(map(is_recipe, models)):
+        own = {"ratio": "--ratio", "input_size": "--input", "classes": "--classes"}
+        refuse(own, "of a MODEL; a recipe says it itself, --grid has sizes (--size) and ratios")
 
 
 def _trainings(train: bool) -> tuple[bool, ...]:
@@ -124,7 +145,7 @@ def _subjects(
     if not is_recipe(model):
         return of_model(model, input_size, classes, trust, ratios)
     if input_size or classes:
-        raise click.UsageError("--input, --classes: a recipe says them itself")
+        raise click.UsageError("--input, --classes: a recipe says them itself")  # beside a MODEL
     from kwsearch.latency.subjects import of_recipe
     from kwsearch.recipe import load_recipe
 
@@ -176,6 +197,8 @@ def _run(profile: Profile, output: Path) -> None:
         left = sum(map(len, profile.missing()))
         click.echo(f"interrupted; {left} left to measure: the same command goes on", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
+    for reason, count in Counter(profile.failed.values()).items():
+        click.echo(f"note: {counted(count, 'measurement')} left out: {reason}", err=True)
     slow = sum(map(len, profile.missing()))
     if slow:
         click.echo(

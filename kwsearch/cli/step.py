@@ -37,7 +37,7 @@ def step_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--dtype",
             type=click.Choice(["float32", "bfloat16", "float16"]),
-            help="float32, or autocast.  [default: float32]",
+            help="Of a step's memory: float32, or autocast. Of --lut: its own.  [default: float32]",
         ),
         click.option(
             "--device", type=click.Choice(["cpu", "cuda"]), help="Of the step.  [default: cpu]"
@@ -77,9 +77,23 @@ class StepRequest:
         if self.given and not self.asked:
             shown = ", ".join("--" + name.replace("_", "-") for name in self.given)
             raise click.UsageError(f"{shown}: of a step; give --batch, --memory or --lut, too")
+        if self.lut is not None:
+            self._check_of_table()
         if self.given.get("inference"):
             for name in {"optimizer", "checkpointing"} & self.given.keys():
                 raise click.UsageError(f"--{name}: of training; leave it or --inference out")
+
+    def _check_of_table(self) -> None:
+        """A table is of forward passes, and its dtype is that of weights."""
+        idle = [name for name in self.given if name not in ("device", "dtype")]
+        if idle and not self.of_memory:
+            shown = ", ".join("--" + name.replace("_", "-") for name in idle)
+            raise click.UsageError(f"{shown}: of the memory of a step; give --memory, too")
+        if self.of_memory and self.given.get("dtype", "float32") != "float32":
+            raise click.UsageError(
+                f"--dtype {self.given['dtype']}: of autocast for --memory, of weights for --lut; "
+                "ask for one at a time"
+            )
 
     @property
     def asked(self) -> bool:

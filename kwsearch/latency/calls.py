@@ -72,6 +72,11 @@ class Spec:
         return text + "*" * self.kept + "'" * self.grad
 
 
+def _version(args: tuple[Any, ...]) -> int:
+    """How often the first argument, if it is a tensor, was written over."""
+    return args[0]._version if args and isinstance(args[0], Tensor) else 0
+
+
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for size in reversed(shape):
@@ -136,7 +141,7 @@ def calls_by_module(
     try:
         with (
             talk_to_stderr(),
-            standing_for(device),
+            standing_for(torch.device(device).type),
             recorder.watching(model),
             AsLaidOut(),  # type: ignore[no-untyped-call]
             torch.set_grad_enabled(training),
@@ -186,8 +191,9 @@ class _Recorder(TorchFunctionMode):
         for tensor in tensors:
             self._note_reader(tensor)
         specs = [Spec.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        before = _version(args)
         found = func(*args, **kwargs)
-        writes = bool(args) and found is args[0]
+        writes = _version(args) != before
         if writes:
             self.readers.pop(id(found), None)  # it is another one now, in the same place
         outs = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from kwsearch.terminal import talk_to_stderr
-from kwsearch.timing import quartiles, turns
+from kwsearch.timing import clock_of, quartiles, turns
 
 ROUNDS = 7
 # Rounds that take longer than this many seconds are enough sooner.
@@ -18,8 +18,6 @@ _LONG, _FEW = 2.0, 4
 # Quartiles further apart than this part of the median are measured in more rounds.
 _SPREAD, MORE = 0.15, 14
 _ANCHORS, _PRODUCTS = 5, 12
-
-Clock = Callable[[], float]
 
 
 class Timed(Protocol):
@@ -43,18 +41,6 @@ class Times:
         """First quartile, median, third quartile, rounds, anchor."""
         first, median, third = (round(1e9 * s) for s in (self.first, self.median, self.third))
         return first, median, third, self.rounds, round(1e9 * self.anchor)
-
-
-def clock_of(device: str) -> Clock:
-    """Seconds at which all work on the device that was given so far is done."""
-    if torch.device(device).type != "cuda":
-        return time.perf_counter
-
-    def clock() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock
 
 
 @dataclass

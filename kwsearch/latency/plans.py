@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import nn
 
 from kwlayers.plan import Plan
 from kwsearch.latency import circumstances
+from kwsearch.latency.calls import Call
 from kwsearch.latency.predict import Latency, Predictor
 from kwsearch.latency.subjects import Mode, Subject
 from kwsearch.latency.table import Table, TableError
@@ -48,33 +50,37 @@ class PlanLatency:
             raise TableError(f"{path}: no whole step in it; let `kwsearch profile` finish")
         self.batch = batch or min(images for _, images in modes)
         self.trains = any(training for training, _ in modes)
-        self._known: dict[tuple[str, bool], Latency] = {}
+        self._known: dict[tuple[str, bool], dict[str, Counter[Call]]] = {}
 
     def __call__(self, plan: Plan | None, training: bool = False) -> Latency:
         """Raises PlanError where the step cannot run, TableError where the table says nothing."""
-        name = ("static" if plan is None else fingerprint(plan), training)
-        if name not in self._known:
-            self._known[name] = self.of_model(self._make_model, plan, training)
-        return self._known[name]
+        return self._step(self._calls(plan, training), training)
 
     def by_module(self, plan: Plan) -> dict[str, float]:
         """Milliseconds of a forward pass, by the innermost module whose calls take them."""
-        subject = Subject("", self._make_model, self._input_size, plan)
-        return {
-            name: self._predictor.step(calls, self.batch, False).ms
-            for name, calls in subject.calls_by_module(self._mode(False)).items()
-        }
+        found = self._calls(plan, False)
+        return {name: self._predictor.step(c, self.batch, False).ms for name, c in found.items()}
 
-    def of_model(
-        self, make_model: Callable[[], nn.Module], plan: Plan | None = None, training: bool = False
-    ) -> Latency:
-        """Of another network on as large images."""
-        calls = Subject("", make_model, self._input_size, plan).calls(self._mode(training))
-        return self._predictor.step(calls, self.batch, training)
+    def of_model(self, make_model: Callable[[], nn.Module]) -> Latency:
+        """A forward pass of another network on as large images."""
+        return self._step(self._apart(make_model, None, False), False)
 
-    def _mode(self, training: bool) -> Mode:
+    def _step(self, calls: Mapping[str, Counter[Call]], training: bool) -> Latency:
+        together = sum(calls.values(), Counter[Call]())
+        return self._predictor.step(together, self.batch, training)
+
+    def _calls(self, plan: Plan | None, training: bool) -> dict[str, Counter[Call]]:
+        name = ("static" if plan is None else fingerprint(plan), training)
+        if name not in self._known:
+            self._known[name] = self._apart(self._make_model, plan, training)
+        return self._known[name]
+
+    def _apart(
+        self, make_model: Callable[[], nn.Module], plan: Plan | None, training: bool
+    ) -> dict[str, Counter[Call]]:
         kept = self.table.circumstances
-        return Mode(self.batch, training, kept["device"], kept["dtype"])
+        mode = Mode(self.batch, training, kept["device"], kept["dtype"])
+        return Subject("", make_model, self._input_size, plan).calls_by_module(mode)
 
 
 def load(path: Path) -> Table:

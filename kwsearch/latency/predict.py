@@ -170,18 +170,25 @@ class _Whole:
 
     @classmethod
     def of(cls, wholes: Sequence[Whole]) -> _Whole:
-        """The factors that tell the measured steps best; the spread by leaving each out."""
+        """The factors that tell the measured steps best. The spread by leaving out each network
+        with all of its plans; each step, where there are few networks.
+        """
         from scipy.stats import t
 
         found = _factors(wholes)
         if len(wholes) < _FEW:
             return cls(found, _FEW_SPREAD)
+        together = [one.network for one in wholes]
+        if len(set(together)) < _FEW:
+            together = [one.key for one in wholes]
         logs = []
-        for i, one in enumerate(wholes):
-            others = _factors([*wholes[:i], *wholes[i + 1 :]])
-            logs.append(math.log(max(_told(one, others), 1.0) / one.measured_ns))
+        for left_out in dict.fromkeys(together):
+            pairs = [*zip(wholes, together, strict=True)]
+            others = _factors([one for one, name in pairs if name != left_out])
+            told = [(_told(one, others), one) for one, name in pairs if name == left_out]
+            logs += [math.log(max(ns, 1.0) / one.measured_ns) for ns, one in told]
         error = math.sqrt(sum(log**2 for log in logs) / len(logs))
-        return cls(found, error * float(t.ppf(0.95, len(logs) - 1)))
+        return cls(found, error * float(t.ppf(0.95, len(set(together)) - 1)))
 
 
 def _told(whole: Whole, factors: Sequence[float]) -> float:

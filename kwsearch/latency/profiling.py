@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -66,12 +66,14 @@ class Profile:
     """What a table lacks for some steps, measured block by block.
 
     save: called after every block, so that what was measured outlives an interruption.
+    failed: why some calls and steps could not run, by key.
     """
 
     def __init__(self, table: Table, steps: Sequence[Step], save: Callable[[], None]) -> None:
         self.table, self.save = table, save
         self.steps = {step.key: step for step in steps}
         self.calls = {call.key: call for step in steps for call in step.calls}
+        self.failed: dict[str, str] = {}
 
     def missing(self) -> tuple[list[str], list[str]]:
         """Keys of calls and of whole steps that are not in the table, or were measured while the
@@ -79,17 +81,26 @@ class Profile:
         """
         good = {*self.table.entries, *(whole.key for whole in self.table.wholes)}
         good -= self.table.drifted()
+        good |= self.failed.keys()
         calls = [key for key in self.calls if key not in good]
         return calls, [key for key in self.steps if key not in good]
 
     def run(self) -> Iterator[Progress]:
-        """Measure what is missing; what the machine was slow at, a few times more."""
+        """Measure what is missing; what the machine was slow at, a few times more.
+
+        What cannot run is left out. Raises TableError if that is all there was to measure.
+        """
         self.table.checks = []  # were of the table as it was
         try:
             yield from self._run()
         finally:
             self._add_up()
-            self.save()
+            if self.table.entries:
+                self.save()
+        if not self.table.entries:
+            device, dtype = (self.table.circumstances[name] for name in ("device", "dtype"))
+            reason = next(iter(self.failed.values()))
+            raise TableError(f"no step can run on {device} in {dtype}: {reason}")
 
     def _run(self) -> Iterator[Progress]:
         done = total = 0
@@ -104,34 +115,33 @@ class Profile:
             ):
                 for start in range(0, len(keys), size):
                     measure_(keys[start : start + size])
-                    self.save()
+                    if self.table.entries:
+                        self.save()
                     done = min(done + size, total)
                     yield Progress(done, total)
 
     def _measure_calls(self, keys: Sequence[str]) -> None:
-        calls = [self.calls[key] for key in keys]
         device = str(self.table.circumstances["device"])
-        times = self._timed([partial(Replay, call, device) for call in calls])
-        entries = self.table.entries
-        for call, one in zip(calls, times, strict=True):
-            found, before = Entry.of(call, one), entries.get(call.key)
+        times = self._timed({key: partial(Replay, self.calls[key], device) for key in keys})
+        for key, one in times.items():
+            found, before = Entry.of(self.calls[key], one), self.table.entries.get(key)
             if before is None or found.anchor_ns <= before.anchor_ns:
                 self.table.add([found])
 
     def _measure_wholes(self, keys: Sequence[str]) -> None:
-        steps = [self.steps[key] for key in keys]
-        times = self._timed([partial(s.subject.whole, s.mode) for s in steps])
         predictor = Predictor(self.table)
-        self.table.add_wholes(
-            Whole(
-                step.name,
-                step.mode.batch,
-                step.mode.training,
-                predictor.sums_ns(step.calls),
-                *one.in_ns(),
-            )
-            for step, one in zip(steps, times, strict=True)
-        )
+        sums = {}
+        for key in keys:
+            try:
+                sums[key] = predictor.sums_ns(self.steps[key].calls)
+            except TableError as error:  # of a call that could not run
+                self.failed[key] = str(error)
+        making = {key: partial(self.steps[key].subject.whole, self.steps[key].mode) for key in sums}
+        for key, one in self._timed(making).items():
+            step = self.steps[key]
+            mode = step.mode
+            whole = Whole(step.name, mode.batch, mode.training, sums[key], *one.in_ns())
+            self.table.add_wholes([whole])
 
     def _add_up(self) -> None:
         """The sums of calls of the whole steps, some of which were measured again since."""
@@ -142,10 +152,15 @@ class Profile:
                 sums = predictor.sums_ns(self.steps[key].calls)
                 self.table.add_wholes([replace(known[key], calls_ns=sums)])
 
-    def _timed(self, making: Sequence[Callable[[], Timed]]) -> list[Times]:
-        device, dtype = (str(self.table.circumstances[name]) for name in ("device", "dtype"))
+    def _timed(self, making: Mapping[str, Callable[[], Timed]]) -> dict[str, Times]:
+        """By key, of those that can run: if not together, then one by one."""
+        device = str(self.table.circumstances["device"])
         try:
-            return measure(making, device)
+            return dict(zip(making, measure([*making.values()], device), strict=True))
         except (RuntimeError, MemoryError) as error:  # a dtype without kernels, no memory
             reason = " ".join(str(error).split())[:200]
-            raise TableError(f"a step cannot run on {device} in {dtype}: {reason}") from error
+        if len(making) == 1:
+            self.failed |= dict.fromkeys(making, reason)
+            return {}
+        alone = [self._timed({key: make}) for key, make in making.items()]
+        return {key: one for found in alone for key, one in found.items()}

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from kwlayers.conv import KWLinear, _KWLayer
 from kwlayers.warehouse import Warehouse
 from kwsearch.latency.calls import MODULE, Call, Spec
-from kwsearch.latency.measure import clock_of
+from kwsearch.timing import clock_of
 
 # Copies of a call's tensors, and bytes of all of them.
 _COPIES, _BYTES = 16, 64 * 2**20

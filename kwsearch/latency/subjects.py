@@ -18,7 +18,6 @@ from kwlayers.sites import trace
 from kwsearch import networks
 from kwsearch.budget import Target, meet
 from kwsearch.latency.calls import Call, calls_by_module, calls_of
-from kwsearch.latency.measure import clock_of
 from kwsearch.resolve import (
     create_model,
     located,
@@ -28,6 +27,7 @@ from kwsearch.resolve import (
     targets_of,
 )
 from kwsearch.space import Space, fingerprint
+from kwsearch.timing import clock_of
 from kwsearch.zoo.convnext import ConvNeXt
 from kwsearch.zoo.mobilenetv2 import MobileNetV2
 from kwsearch.zoo.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet
@@ -139,7 +139,11 @@ def of_model(
     size = networks.source(name, trust).size(input_size)
     build = partial(networks.build_model, name, size, num_classes, None, trust)
     network = networks.trace_model(name, size, num_classes, trust)
-    return _under_plans(name, build, network, ratios, name)
+    return _under_plans(_full_name(name, num_classes), build, network, ratios, name)
+
+
+def _full_name(model: str, num_classes: int | None) -> str:
+    return model if num_classes is None else f"{model} of {num_classes} classes"
 
 
 def of_recipe(recipe: Recipe, trust: bool = False) -> list[Subject]:
@@ -155,7 +159,8 @@ def of_recipe(recipe: Recipe, trust: bool = False) -> list[Subject]:
             with located(recipe):
                 space = Space(network, settings_of(recipe), target, _without_latency(recipe))
             plans += space.extremes()
-    name, size = recipe.model.name, tuple(network.input_size)
+    name = _full_name(recipe.model.name, recipe.model.num_classes)
+    size = tuple(network.input_size)
     return [
         Subject(name, build, size),
         *(Subject(f"{name} plan {fingerprint(plan)}", build, size, plan) for plan in plans),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import yaml
 
 from kwlayers.plan import PlanError
-from kwsearch.files import write_whole
+from kwsearch.files import alone, write_whole
 from kwsearch.latency.calls import Call
 from kwsearch.latency.measure import Times
 
@@ -77,6 +79,11 @@ class Whole:
     def key(self) -> str:
         """In a table."""
         return f"{self.name} {self.batch} {self.training}"
+
+    @property
+    def network(self) -> str:
+        """Its name without plan and input."""
+        return re.split(" b = | plan | at ", self.name)[0]
 
 
 @dataclass(frozen=True)
@@ -202,6 +209,17 @@ class Table:
             table.wholes.append(Whole(name, batch, training, tuple(calls), *times))
         table.checks = [Check(*row) for row in kept["checks"]]
         return table
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Refuse a second process that would write the same table. Raises TableError."""
+    lock = path.with_name(f".{path.name}.lock")
+    with alone(lock, TableError(f"{path}: another kwsearch is measuring for it")):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _parsed(text: str) -> Any:

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kwlayers
@@ -63,6 +64,16 @@ def test_a_value_written_in_place_is_another_one() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1))
     calls = calls_of(nn.Sequential(model, nn.Flatten()).to("meta"), 2, (3, 6, 6), training=True)
     assert "sum" not in by_kind(calls)
+
+
+def test_only_what_is_written_over_counts_as_written() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu_(x.contiguous() + 1).flatten(1)  # contiguous() gives x itself
+
+    calls = calls_of(Net().to("meta"), 2, (3, 6, 6), training=False)
+    writes = {call.kind.split()[0]: call.what[3] for call in calls if call.kind != "module"}
+    assert writes == {"contiguous": False, "add": False, "relu_": True, "flatten": False}
 
 
 def test_a_dynamic_layer_is_its_attention_and_its_mixing() -> None:

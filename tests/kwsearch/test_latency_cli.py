@@ -19,7 +19,7 @@ from kwsearch.latency.calls import Call
 from kwsearch.latency.measure import Times
 from kwsearch.latency.replay import Replay
 from kwsearch.latency.subjects import Mode, Subject, of_model
-from kwsearch.latency.table import Table
+from kwsearch.latency.table import Table, sole_writer
 from kwsearch.networks import build_model, trace_model
 from tests.kwsearch import test_optimize
 
@@ -155,7 +155,38 @@ def test_a_dtype_that_the_device_has_no_kernels_for_is_one_error(
     monkeypatch.setattr(profiling, "measure", fails)
     code, _, err = run(*PROFILE, "--dtype", "float16", "-o", tmp_path / "t.lut.yaml")
     assert code == 2
-    assert "Error: a step cannot run on cpu in float16: not implemented for 'Half'" in err
+    assert "Error: no step can run on cpu in float16: not implemented for 'Half'" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_run_is_left_out_with_a_note(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_at_attention(making: Sequence[Any], device: str) -> list[Times]:
+        if any("attention" in getattr(make.args[0], "family", "") for make in making):
+            raise RuntimeError("no kernel for it")
+        return [Times(1e-3, 1e-3, 1e-3, 7, 1e-3) for _ in making]
+
+    monkeypatch.setattr(profiling, "measure", fails_at_attention)
+    path = tmp_path / "t.lut.yaml"
+    code, _, err = run(*PROFILE, "-o", path)
+    assert code == 0
+    assert "measurements left out: no kernel for it" in err
+    assert "note: 2 measurements left out: the latency table has no attention inference" in err
+    table = Table.load(path)
+    families = {entry.family.split()[0] for entry in table.entries.values()}
+    assert "conv2d" in families
+    assert "attention" not in families
+    assert [whole.name for whole in table.wholes] == ["resnet20 at 3x16x16"]
+
+
+def test_two_profiles_of_one_table_are_refused(run: Run, lut: Path) -> None:
+    with sole_writer(lut):
+        for command in ((*PROFILE, "-o", lut), ("lut", "check", lut)):
+            code, _, err = run(*command)
+            assert code == 2
+            assert f"{lut}: another kwsearch is measuring for it" in err
+    assert [path.name for path in lut.parent.iterdir()] == [lut.name]
 
 
 @pytest.mark.parametrize(
@@ -167,6 +198,9 @@ def test_a_dtype_that_the_device_has_no_kernels_for_is_one_error(
         ((*PROFILE, "--device", "cuda", "-o", "t.yaml"), "finds no CUDA device"),
         (("profile", "resnet21", "-o", "t.yaml"), "unknown model 'resnet21'"),
         ((*PROFILE, "--batch", "0", "-o", "t.yaml"), "not a count"),
+        ((*PROFILE, "--size", "32", "-o", "t.yaml"), "--size: of --grid; a MODEL takes --input"),
+        (("profile", "--grid", "--ratio", "1", "-o", "t.yaml"), "--ratio: of a MODEL"),
+        (("profile", "--grid", "--input", "3x8x8", "-o", "t.yaml"), "--input: of a MODEL"),
     ],
 )
 def test_wrong_profiles(
@@ -360,6 +394,8 @@ def test_a_table_of_another_device_is_refused_or_forced(name: str, run: Run, lut
         (("--lut", "LUT", "--latency", "fast"), "not a time (got 'fast'; allowed milliseconds"),
         (("--lut", "LUT", "--dtype", "bfloat16"), "are of dtype float32, not bfloat16"),
         (("--lut", "LUT", "--device", "cuda"), "are of device cpu, not cuda"),
+        (("--lut", "LUT", "--optimizer", "adamw"), "--optimizer: of the memory of a step; give"),
+        (("--lut", "LUT", "--memory", "1GB", "--dtype", "bfloat16"), "ask for one at a time"),
     ],
 )
 def test_wrong_latencies(args: tuple[str, ...], message: str, run: Run, lut: Path) -> None:

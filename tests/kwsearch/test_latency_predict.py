@@ -125,6 +125,22 @@ def test_the_interval_is_as_wide_as_whole_steps_vary() -> None:
     assert found.high / found.ms == pytest.approx(1.1**1.73, rel=0.02)
 
 
+def test_networks_are_left_out_with_all_of_their_plans() -> None:
+    """Two take 1.1 times their calls, two 1 / 1.1. By the other three, least squares say
+    sum(1 / r) / sum(1 / r^2) of those: 0.958 and 1.019, which is wrong by 0.139 and 0.114.
+    """
+    ratios = enumerate([1.1, 1.1, 1 / 1.1, 1 / 1.1])
+    wholes = [
+        whole(10_000 * r, 10_000, name=f"{i} b = {b} at 3x8x8") for i, r in ratios for b in range(9)
+    ]
+    found = Predictor(table(CONV, wholes=tuple(wholes))).step(
+        {Call(CONV.kind, CONV.family, 0, CONV.work): 1}, 1, False
+    )
+    error = math.sqrt((0.139**2 + 0.114**2) / 2)
+    # 2.353 standard errors of Student's t of 3 degrees of freedom.
+    assert found.high / found.ms == pytest.approx(math.exp(2.353 * error), rel=0.01)
+
+
 def test_few_whole_steps_say_little() -> None:
     made = table(RELU, wholes=(whole(11_000, 0, 10_000),))
     found = Predictor(made).step({Call(RELU.kind, RELU.family, 0, RELU.work): 1}, 1, False)

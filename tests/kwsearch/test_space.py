@@ -16,6 +16,7 @@ from kwlayers.plan import Network, Plan, PlanError, Site
 from kwlayers.planner import BudgetError
 from kwlayers.sharing import Settings
 from kwsearch.budget import Target
+from kwsearch.latency.predict import Latency
 from kwsearch.networks import build_model, trace_model
 from kwsearch.recipe import Space as Section
 from kwsearch.space import Sample, Shape, Space, fingerprint
@@ -408,3 +409,23 @@ def _ratios(whole: Space, rules: dict[int, str]) -> dict[str, Any]:
     by_stage = tuple((stage, rules.get(stage, rule)) for stage, rule in whole._start.stage_sharing)
     shape = Shape(whole._start.settings, stage_sharing=by_stage)
     return {f"relative_ratio/by_stage/{name}": 1.0 for name in whole._even(shape)}
+
+
+def test_a_plan_of_unknown_latency_does_not_count() -> None:
+    known: set[str] = set()
+    asked: list[str] = []
+
+    def latency(plan: Plan) -> Latency:
+        asked.append(fingerprint(plan))
+        if asked[-1] not in known:
+            raise PlanError("the table says nothing")
+        return Latency(1, 0.9, 1.1, 1, 0, 0, 0)
+
+    limits = WIDE.limits.model_copy(update={"lut": "t.yaml", "latency_ms": 2})
+    section = Section(split=2).model_copy(update={"limits": limits})
+    given = network("resnet18"), Settings(), Target(ratio=0.5), section
+    with pytest.raises(BudgetError, match=r"limits\.latency_ms 2: .*; the table says nothing"):
+        Space(*given, latency)
+    known.add(asked[0])
+    plans = [plan for _, plan in random_plans(Space(*given, latency), 5)]
+    assert {fingerprint(plan) for plan in plans} == known
