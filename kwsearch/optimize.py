@@ -138,10 +138,10 @@ class Study:
             raise SearchError(
                 "search.deterministic decides at rungs: set search.pruner to halving or none"
             )
-        if self.proxy.init == "warm_start" and self.search.space.temperature_epochs:
+        if self.proxy.starts_static and self.search.space.temperature_epochs:
             raise SearchError(
-                "search.space.temperature_epochs: with proxy.init warm_start the temperature is 0: "
-                "leave one of them out"
+                f"search.space.temperature_epochs: with proxy.init {self.proxy.init} the "
+                "temperature is 0: leave one of them out"
             )
         longest = max(self.search.space.temperature_epochs, default=0)
         if longest > self.proxy.epochs:
@@ -558,7 +558,7 @@ def slots_of(search: Search, proxy: Proxy, nbytes: Callable[[], int]) -> int:
 
 def _settled(proxy: Proxy) -> int:
     """While the temperature falls, accuracy falls with it and ranks nothing."""
-    falling = 0 if proxy.init == "warm_start" else proxy.temperature_epochs
+    falling = 0 if proxy.starts_static else proxy.temperature_epochs
     return min(falling + 1, proxy.epochs)
 
 

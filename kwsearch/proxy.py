@@ -112,7 +112,7 @@ def train(
     from it and the epochs it holds are not reported again. An unreadable file is overwritten.
     splits: micro-batches per batch, to save memory. Their gradients add up to the batch's, except
     that batch norms see a micro-batch. initial: weights of the static network that it starts from,
-    warm (`kwlayers.convert_`) and at temperature 0. done: is given the trained network.
+    where `proxy.init` is warm_start. done: is given the trained network.
 
     On the CPU and with as many threads, the same seed gives the same run, whatever interrupts it
     and wherever it stops. Raises Diverged, checkpoint.CheckpointError for a file of another run,
@@ -126,9 +126,9 @@ def train(
     if initial is not None:
         model.load_state_dict(initial)
     if plan is not None:
-        convert_(model, plan, warm_start=initial is not None)
+        convert_(model, plan, warm_start=proxy.starts_static)
     images = moved(images, device)
-    cold = plan is not None and initial is None
+    cold = plan is not None and not proxy.starts_static
     run = _Run(model.to(device), images, proxy, seed, dynamic=cold)
     key = _key(model, plan, proxy, seed)
     if checkpoint is not None and (state := checkpoints.load(checkpoint, key)) is not None:

@@ -124,7 +124,7 @@ def score_trial(
         model, plan = trained.create_model(), trained.plan()
         if initial is not None:
             model.load_state_dict(initial)
-        return model if plan is None else convert_(model, plan, warm_start=initial is not None)
+        return model if plan is None else convert_(model, plan, warm_start=settings.starts_static)
 
     # Out of memory before: of fewer images, and then its scores are another scale.
     batch = slice(0, max(settings.batch_size // trained.splits, 2))

@@ -126,6 +126,7 @@ def _defaults(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "data": None if images in data.NAMES else images,
         "epochs": epochs,
         "warmup_epochs": round(epochs * warmup, 3),
+        "start": "static" if said.get("init") == "static" else "published",
         "temperature_epochs": round(min(temperature, epochs), 3),
         "batch_size": said.get("batch_size", _BATCH),
         "optimizer": optimizer,

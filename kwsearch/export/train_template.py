@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "data": None,
     "epochs": 3,
     "warmup_epochs": 0.15,
+    "start": "published",
     "temperature_epochs": 1,
     "batch_size": 32,
     "optimizer": "sgd",
@@ -124,7 +125,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--start",
         choices=("published", "static"),
-        default="published",
         help="of the plan's network without --weights: published is random attention and a falling "
         "temperature; static computes what the untrained static network does, at temperature 0, "
         "which trains better for few epochs [%(default)s]",

@@ -423,14 +423,21 @@ class Proxy(_Section):
         default=None, description="CPU threads per trial; null is torch's own"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to train")
-    init: Literal["scratch", "warm_start"] = Field(
+    init: Literal["scratch", "static", "warm_start"] = Field(
         default="scratch",
-        description="what trainings start from: fresh weights, or those of the static network, "
-        "trained once per study; the temperature is 0 then",
+        description="what plans start from: cells and attention as published; static: what the "
+        "untrained static network computes; warm_start: the static network, trained once per "
+        "study. With the last two the temperature is 0",
     )
     init_epochs: AtLeast1 | None = Field(
-        default=None, description="epochs of that static network; null is those of a full trial"
+        default=None,
+        description="epochs of the static network of warm_start; null is those of a full trial",
     )
+
+    @property
+    def starts_static(self) -> bool:
+        """Whether plans start as the static network, at temperature 0."""
+        return self.init != "scratch"
 
 
 class Training(_Section):

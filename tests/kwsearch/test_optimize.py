@@ -561,6 +561,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow  # test_kills.py kills workers, too
 def test_a_killed_study_ends_with_its_trials_none_lost_or_doubled(tmp_path: Path) -> None:
     script = textwrap.dedent(
         KILLED.format(tests=str(Path(__file__).parent), directory=str(tmp_path))

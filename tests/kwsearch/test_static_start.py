@@ -122,3 +122,23 @@ def test_a_temperature_has_nothing_to_do_where_trainings_start_warm(
 ) -> None:
     assert search(tmp_path, "search.space.temperature_epochs=[0, 1]") == 2
     assert "temperature_epochs: with proxy.init warm_start the" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_static_start_is_the_untrained_static_network(images: proxy.ProxyData) -> None:
+    plan = plan_model(make_model(), (1, 8, 8), ratio=1)
+    still = SETTINGS.model_copy(update={"init": "static", "lr": 1e-9, "epochs": 1})
+    kept: list[nn.Module] = []
+    proxy.train(make_model, plan, images, still, 5, lambda *told: None, done=kept.append)
+    state = kept[0].state_dict()
+    assert {float(v) for k, v in state.items() if k.endswith("attention.temperature")} == {0}
+    torch.manual_seed(5)
+    static = make_model().train()
+    x = images.batch(images.train.x[:32])
+    with torch.no_grad():
+        torch.testing.assert_close(kept[0].train()(x), static(x), rtol=0, atol=1e-4)
+
+
+def test_a_search_may_start_from_untrained_static_networks(tmp_path: Path) -> None:
+    assert search(tmp_path, "proxy.init=static", "search.trials=2", "--quiet") == 0
+    assert not list((tmp_path / "run" / "checkpoints").glob("static_*.pt"))

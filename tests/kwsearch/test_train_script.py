@@ -282,6 +282,8 @@ def test_own_code_is_imported_if_it_is_trusted(
             "proxy: {epochs: 8, lr: 0.02}\ntraining: {epochs: 30, lr: 0.3, temperature_epochs: 4}",
             {"epochs": 30, "lr": 0.3, "temperature_epochs": 4},
         ),
+        ("proxy: {init: static, epochs: 8}", {"start": "static"}),
+        ("proxy: {init: warm_start, epochs: 8}", {"start": "published"}),  # needs weights
         ("training: {epochs: 30}", {"epochs": 30, "temperature_epochs": 2, "warmup_epochs": 0.5}),
     ],
 )
