@@ -21,10 +21,14 @@ def console() -> Console:
     """Standard output: as wide as the terminal or $COLUMNS says; a file has no width."""
     from rich.console import Console
 
-    out = Console(highlight=False)
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # not SystemExit(1): to stop reading is no failure
+
+    out = Output(highlight=False)
     if out.is_terminal or os.environ.get("COLUMNS", "").isdigit():
         return out
-    return Console(highlight=False, width=_UNBOUNDED)
+    return Output(highlight=False, width=_UNBOUNDED)
 
 
 def talk_to_stderr() -> contextlib.AbstractContextManager[Any]:

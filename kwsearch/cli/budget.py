@@ -100,14 +100,14 @@ def command(
     outcome = request.outcome(network)
     _note_published(request)
     reports = step.reports(request, outcome.plan, latency)
+    if output:  # first: whoever reads what is printed may stop reading
+        _write(request, outcome, output)
     if as_json:
         _print_json(request, outcome, by, reports, latency)
     else:
         _print(request, outcome, by, 2 if flops else 1, reports, latency)
     if check:
         _print_check(request, outcome, as_json)
-    if output:
-        _write(request, outcome, output)
     for report in reports.values():
         report.check()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -177,6 +178,15 @@ def test_classes_and_input_keep_the_published_setting(run) -> None:
     assert data["published"] == "ResNet50 1/2x"
     # The head is 2048 x 990 weights and 990 biases smaller.
     assert data["params"]["total"] == 17_638_264 - 2049 * 990
+
+
+def test_a_recipe_is_written_though_nobody_reads_what_is_printed(tmp_path: Path) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "kwsearch", "budget", "resnet20", "--ratio", "1"]
+    subprocess.run([*command, "-o", "r.yaml"], cwd=tmp_path, stdout=writes, check=True)
+    os.close(writes)
+    assert (tmp_path / "r.yaml").exists()
 
 
 def test_a_written_recipe_is_counted_as_it_stands(run, tmp_path: Path) -> None:
