@@ -23,13 +23,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 
 from kwlayers.plan import counted
-from kwsearch import dry_run, finals, networks, train_step
+from kwsearch import dry_run, engines, finals, networks
 from kwsearch.driver import Driver, Rules, SpaceExhausted
 from kwsearch.driver import Watcher as DriverWatcher
 from kwsearch.dry_run import Forecast
 from kwsearch.events import EventLog
 from kwsearch.executors import Executor, Job
-from kwsearch.executors.local import LocalExecutor
 from kwsearch.failures import StudyFailed, disk_is_full
 from kwsearch.latency.plans import PlanLatency
 from kwsearch.latency.table import TableError
@@ -90,6 +89,7 @@ class Study:
 
     watcher is told how it goes; echo takes every event as a line of JSON, too. trust: whether
     the network may be the user's own code, here and in the workers; a resumed study asks again.
+    address: of the cluster that runs its trials.
 
     Raises SearchError for what a user can mend: a directory with another recipe's study, one
     that another process is using, a recipe without a budget.
@@ -105,9 +105,11 @@ class Study:
         command: str = "",
         echo: Callable[[str], object] | None = None,
         trust: bool = False,
+        address: str | None = None,
     ) -> None:
         self.recipe = recipe
         self.trust = trust
+        self.address = address
         self.search = recipe.search or Search()
         self.proxy = recipe.proxy or Proxy()
         self.directory = directory
@@ -174,8 +176,9 @@ class Study:
                 self.watcher.say(note)
             self.study = study = self._open()
             if executor is None:
-                executor = LocalExecutor(
-                    self._workers(), self.proxy.threads, train_step.gpus(self.proxy)
+                uniform = self.budgets[-1].space.uniform
+                executor = engines.executor_of(
+                    self.search, self.proxy, lambda: self._train_bytes(uniform), self.address
                 )
                 stack.callback(executor.close)
             self._function, self._final = function, final
@@ -246,7 +249,7 @@ class Study:
         uniform = spaces[-1].uniform
         step_s = TrainStep(self.recipe, uniform, proxy, self.trust).seconds()
         nbytes = self._train_bytes(uniform)
-        workers = slots_of(search, proxy, lambda: nbytes)
+        workers = engines.slots_of(search, proxy, lambda: nbytes)
         trainings = self._most_finals()
         images = dry_run.images_of(proxy)
         least = most = None
@@ -331,12 +334,6 @@ class Study:
         warning = None if self.latency is None else self.latency.warning
         return () if warning is None else (warning,)
 
-    def _workers(self) -> int:
-        def nbytes() -> int:
-            return self._train_bytes(self.budgets[-1].space.uniform)
-
-        return slots_of(self.search, self.proxy, nbytes)
-
     def _train_bytes(self, plan: Plan) -> int:
         """Of one training step, counted once for each plan."""
         name = fingerprint(plan)
@@ -380,7 +377,8 @@ class Study:
 
         if self.recipe.proxy is None:
             self._notes.append("the recipe has no proxy section: trials train on digits by default")
-        proxy.device_of(self.proxy)
+        if self.search.executor == "local":
+            proxy.device_of(self.proxy)
         images = proxy.load(self.proxy, input_of(self.recipe))
         self._check_fit(images)
         data = f"{images.train.name} {fingerprint_images(images.train)}"
@@ -469,7 +467,7 @@ class Study:
             trial.user_attrs.get("groups"),
             trial.user_attrs.get("width"),
             seed,
-            str(checkpoint),
+            str(checkpoint.absolute()),
             splits,
             self.trust,
             self.proxy.model_dump_json() if self.proxy.init == "warm_start" else None,
@@ -549,11 +547,6 @@ class Study:
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-
-
-def slots_of(search: Search, proxy: Proxy, nbytes: Callable[[], int]) -> int:
-    """Trials at a time. nbytes: the memory of one, for `auto` on GPUs."""
-    return train_step.slots(proxy, nbytes) if search.workers == "auto" else search.workers
 
 
 def _settled(proxy: Proxy) -> int:

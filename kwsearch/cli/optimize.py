@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 )
 @click.option("--workers", metavar="N|auto", help="Trials at a time; auto is as many as fit.")
 @click.option(
+    "--executor", type=click.Choice(["local", "ray"]), help="Who runs trials.  [default: local]"
+)
+@click.option("--address", help="Of a Ray cluster.  [default: $RAY_ADDRESS, else this machine]")
+@click.option(
     "--deterministic", is_flag=True, help="The same trials and the same best with any --workers."
 )
 @click.option("--resume", is_flag=True, help="Go on with the study in the run directory.")
@@ -48,6 +52,8 @@ def command(
     trials: int | None,
     timeout: float | None,
     workers: str | None,
+    executor: str | None,
+    address: str | None,
     deterministic: bool,
     resume: bool,
     run_dir: Path | None,
@@ -75,9 +81,13 @@ def command(
         settings.append(f"search.timeout={timeout}")
     if workers is not None:
         settings.append(f"search.workers={workers}")
+    if executor is not None:
+        settings.append(f"search.executor={executor}")
     if deterministic:
         settings.append("search.deterministic=true")
     loaded = load_recipe(recipe, settings)
+    if address is not None and (loaded.search is None or loaded.search.executor != "ray"):
+        raise click.UsageError("--address: of a Ray cluster; give --executor ray, too")
     directory = run_dir or Path("runs") / Path(recipe).stem
 
     import optuna
@@ -105,6 +115,7 @@ def command(
             command=command_line,
             echo=echo,
             trust=trust,
+            address=address,
         )
         progress.expect(study.search.trials)
         progress.say(

@@ -100,3 +100,7 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """End all workers now; what was running gives no more events."""
+
+
+class ExecutorError(ValueError):
+    """Where trials should run is not there, or cannot run them; the user can mend it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import importlib
 import multiprocessing
 import os
 import pickle
@@ -12,16 +11,16 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-from kwsearch.executors import Cancelled, Event, Failed, Finished, Job, Lost, Reported, Started
+from kwsearch.executors import Cancelled, Event, Failed, Finished, Job, Lost, Started
+from kwsearch.executors.work import answer, packed, unpacked
 
 # Seconds between SIGTERM and SIGKILL.
 GRACE = 1.0
@@ -135,7 +134,8 @@ class _Slot:
         self.job, self._cancelled = job, False
         # To a worker that died this moment: then the job is lost, as events() will find.
         with suppress(BrokenPipeError):
-            self._worker.jobs.send((replace(job, arguments={}), arguments))
+            plain = replace(job, arguments={}, threads=self._worker.pinned.threads)
+            self._worker.jobs.send((plain, arguments))
 
     def sources(self) -> tuple[Connection, int]:
         """What is ready when there may be events."""
@@ -151,7 +151,7 @@ class _Slot:
         dead = worker.exitcode is not None
         try:
             while self.job is not None and worker.answers.poll():
-                event = _read(worker.answers.recv_bytes(), job)
+                event = unpacked(job, worker.answers.recv_bytes())
                 found.append(event)
                 if isinstance(event, (Finished, Failed)):
                     self.job = None
@@ -226,38 +226,6 @@ class _Worker:
         return f"worker {self.process.pid} ended with exit code {code}"
 
 
-def _read(message: bytes, job: Job) -> Event:
-    try:
-        event: Event = pickle.loads(message)
-    except Exception as error:  # The class of the answer may exist in the worker only.
-        return _failed(job, error)
-    return event
-
-
-def _failed(job: Job, error: BaseException) -> Failed:
-    lines = str(error).splitlines()
-    name = type(error).__name__
-    return Failed(
-        job.trial,
-        job.attempt,
-        _kind_of(error),
-        f"{name}: {lines[0]}" if lines else name,
-        "".join(traceback.format_exception(error)),
-    )
-
-
-def _kind_of(error: BaseException) -> Literal["memory", "diverged", "error"]:
-    """The kind of Failed. torch's errors are told by name and text: it may not be imported."""
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "memory"
-    if isinstance(error, RuntimeError) and (
-        "out of memory" in text or "can't allocate memory" in text
-    ):
-        return "memory"
-    return "diverged" if isinstance(error, ArithmeticError) else "error"
-
-
 # From here on: in the worker.
 
 
@@ -274,8 +242,8 @@ def _work(jobs: Connection, answers: Connection, pinned: Pinned, driver: int) ->
     with redirect_stdout(sys.stderr), suppress(EOFError):
         while True:
             job, arguments = jobs.recv()
-            outbox.send(pickle.dumps(Started(job.trial, job.attempt, os.getpid())))
-            outbox.send(_answer(job, arguments, pinned.threads, outbox))
+            outbox.send(packed(job, Started(job.trial, job.attempt, os.getpid())))
+            outbox.send(_answer(job, arguments, outbox))
             outbox.empty()
 
 
@@ -285,23 +253,11 @@ def _end_with(driver: int) -> None:
     os._exit(1)
 
 
-def _answer(job: Job, arguments: bytes, threads: int | None, outbox: _Outbox) -> bytes:
-    """Do the job: the pickled Finished or Failed."""
-
-    def report(step: int, value: float) -> None:
-        outbox.send(pickle.dumps(Reported(job.trial, job.attempt, int(step), float(value))))
-
-    try:
-        module, _, name = job.function.partition(":")
-        function = getattr(importlib.import_module(module), name)
-        # It came too early for the environment if the driver's main module imports it.
-        torch: Any = sys.modules.get("torch")
-        if threads is not None and torch is not None:
-            torch.set_num_threads(threads)
-        value = function(report, **pickle.loads(arguments))
-        return pickle.dumps(Finished(job.trial, job.attempt, value))
-    except BaseException as error:  # SystemExit, too: the worker stays.
-        return pickle.dumps(_failed(job, error))
+def _answer(job: Job, arguments: bytes, outbox: _Outbox) -> bytes:
+    """Do the job: the packed Finished or Failed."""
+    return packed(
+        job, answer(job, lambda: pickle.loads(arguments), lambda e: outbox.send(packed(job, e)))
+    )
 
 
 class _Outbox:

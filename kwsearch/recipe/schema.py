@@ -318,6 +318,17 @@ class RungStop(_Section):
     )
 
 
+class Resources(_Section):
+    """What a cluster keeps for each trial; fractions are parts of one."""
+
+    cpus: NotNegativeFloat | None = Field(
+        default=None, description="CPUs; null is proxy.threads, or 1 without them"
+    )
+    gpus: NotNegativeFloat | None = Field(
+        default=None, description="GPUs; null is 1 if proxy.device is cuda, else 0"
+    )
+
+
 class Search(_Section):
     """How to look for a better plan."""
 
@@ -377,7 +388,14 @@ class Search(_Section):
     workers: AutoOrAtLeast1 = Field(
         default=1,
         description="trials at a time, each its own process; auto is as many as the cores have "
-        "proxy.threads for, or as the GPUs have memory for",
+        "proxy.threads for, or as the GPUs have memory for, or a cluster has resources for",
+    )
+    executor: Literal["local", "ray"] = Field(
+        default="local",
+        description="who runs trials: processes of this machine, or a Ray cluster",
+    )
+    resources: Resources = Field(
+        default=Resources(), description="what a cluster keeps for each trial"
     )
     deterministic: Bool = Field(
         default=False,

@@ -1,0 +1,42 @@
+"""Where the trials of a study run: the executor that its recipe asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kwsearch import train_step
+from kwsearch.executors import Executor
+from kwsearch.recipe import Proxy, Search
+
+
+def executor_of(
+    search: Search, proxy: Proxy, nbytes: Callable[[], int], address: str | None = None
+) -> Executor:
+    """nbytes: the memory of one trial, asked where it decides how many fit. address: of a cluster.
+
+    Raises executors.ExecutorError where there is none, or none that can run a trial.
+    """
+    if search.executor == "ray":
+        from kwsearch.executors.ray import RayExecutor
+
+        cpus, gpus = resources_of(search, proxy)
+        slots = None if search.workers == "auto" else search.workers
+        return RayExecutor(slots, cpus, gpus, address)
+
+    from kwsearch.executors.local import LocalExecutor
+
+    return LocalExecutor(slots_of(search, proxy, nbytes), proxy.threads, train_step.gpus(proxy))
+
+
+def slots_of(search: Search, proxy: Proxy, nbytes: Callable[[], int]) -> int:
+    """Trials at a time on this machine. nbytes: the memory of one, for `auto` on GPUs."""
+    return train_step.slots(proxy, nbytes) if search.workers == "auto" else search.workers
+
+
+def resources_of(search: Search, proxy: Proxy) -> tuple[float, float]:
+    """CPUs and GPUs that a cluster keeps for each trial."""
+    cpus, gpus = search.resources.cpus, search.resources.gpus
+    return (
+        float(proxy.threads or 1) if cpus is None else cpus,
+        float(proxy.device == "cuda") if gpus is None else gpus,
+    )
