@@ -5,22 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kwsearch import train_step
-from kwsearch.executors import Executor
+from kwsearch.executors import Executor, ExecutorError
 from kwsearch.recipe import Proxy, Search
+from kwsearch.storage import PROXY, Place
 
 
 def executor_of(
-    search: Search, proxy: Proxy, nbytes: Callable[[], int], address: str | None = None
+    search: Search,
+    proxy: Proxy,
+    nbytes: Callable[[], int],
+    say: Callable[[str], object],
+    place: Place,
+    address: str | None = None,
 ) -> Executor:
-    """nbytes: the memory of one trial, asked where it decides how many fit. address: of a cluster.
+    """nbytes: the memory of one trial, asked where it decides how many fit. place: of the study.
+    address: of a cluster.
 
-    Raises executors.ExecutorError where there is none, or none that can run a trial.
+    Raises executors.ExecutorError where there is none, or none that can run a trial, and
+    database.StorageError.
     """
+    slots = None if search.workers == "auto" else search.workers
+    if search.executor == "queue":
+        from kwsearch.executors.queue import QueueExecutor
+        from kwsearch.worker import encode
+
+        if place.url is None or place.url.startswith(PROXY):
+            raise ExecutorError(
+                "search.executor queue: workers take trials from a database: give --storage, such "
+                "as postgresql://user@host/database"
+            )
+        return QueueExecutor(place.url, place.study, slots, encode, say)
     if search.executor == "ray":
         from kwsearch.executors.ray import RayExecutor
 
         cpus, gpus = resources_of(search, proxy)
-        slots = None if search.workers == "auto" else search.workers
         return RayExecutor(slots, cpus, gpus, address)
 
     from kwsearch.executors.local import LocalExecutor

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from kwlayers.plan import counted
 from kwsearch import dry_run, engines, finals, networks
+from kwsearch.database import masked
 from kwsearch.driver import Driver, Rules, SpaceExhausted
 from kwsearch.driver import Watcher as DriverWatcher
 from kwsearch.dry_run import Forecast
@@ -52,6 +52,7 @@ from kwsearch.run_directory import (
     EVENTS,
     JOURNAL,
     SearchError,
+    holds_study,
     mend,
     prepare,
     sole_driver,
@@ -62,6 +63,7 @@ from kwsearch.rungs import Rung, as_rungs, geometric, phase_of
 from kwsearch.rungs import check as check_rungs
 from kwsearch.space import Space, fingerprint
 from kwsearch.static_twin import NoTwin, Twin, static_twin
+from kwsearch.storage import Place, has_study
 from kwsearch.train_step import TrainStep, train_bytes
 from kwsearch.trial import Trained
 from kwsearch.trials import AGAIN, FINGERPRINT, TEMPERATURE, baseline, budget_of
@@ -70,9 +72,8 @@ if TYPE_CHECKING:
     from kwlayers.plan import Network, Plan
     from kwsearch.proxy import ProxyData
 
-__all__ = ["STUDY", "Result", "SearchError", "SpaceExhausted", "Study", "StudyFailed"]
+__all__ = ["Result", "SearchError", "SpaceExhausted", "Study", "StudyFailed"]
 
-STUDY = "kwsearch"
 TRAINING, FINAL = "kwsearch.trial:train_trial", "kwsearch.trial:train_final"
 SCORING = "kwsearch.trial:score_trial"
 
@@ -89,7 +90,8 @@ class Study:
 
     watcher is told how it goes; echo takes every event as a line of JSON, too. trust: whether
     the network may be the user's own code, here and in the workers; a resumed study asks again.
-    address: of the cluster that runs its trials.
+    address: of the cluster that runs its trials. storage: the URL of a database, None for a journal
+    in the directory; name: of the study in it, by default the directory's.
 
     Raises SearchError for what a user can mend: a directory with another recipe's study, one
     that another process is using, a recipe without a budget.
@@ -106,10 +108,13 @@ class Study:
         echo: Callable[[str], object] | None = None,
         trust: bool = False,
         address: str | None = None,
+        storage: str | None = None,
+        name: str | None = None,
     ) -> None:
         self.recipe = recipe
         self.trust = trust
         self.address = address
+        self.place = Place.of(directory, storage, name)
         self.search = recipe.search or Search()
         self.proxy = recipe.proxy or Proxy()
         self.directory = directory
@@ -161,7 +166,7 @@ class Study:
         in place of those of `kwsearch.trial` (for simulations).
         """
         with contextlib.ExitStack() as stack:
-            if begun := (self.directory / JOURNAL).exists():
+            if begun := holds_study(self.directory):
                 stack.enter_context(sole_driver(self.directory))
             prepare(self.directory, self.recipe, self._resume)
             self._plan_spaces()
@@ -174,11 +179,19 @@ class Study:
             self.watcher = stack.enter_context(log)
             for note in self._notes:
                 self.watcher.say(note)
-            self.study = study = self._open()
+            if self.place.url is None and mend(self.directory / JOURNAL):
+                self.watcher.say("the last line of the journal was torn and is dropped")
+            storage = stack.enter_context(self.place.opened(self.watcher.say))
+            self.study = study = self._open(storage)
             if executor is None:
                 uniform = self.budgets[-1].space.uniform
                 executor = engines.executor_of(
-                    self.search, self.proxy, lambda: self._train_bytes(uniform), self.address
+                    self.search,
+                    self.proxy,
+                    lambda: self._train_bytes(uniform),
+                    self.watcher.say,
+                    self.place,
+                    self.address,
                 )
                 stack.callback(executor.close)
             self._function, self._final = function, final
@@ -198,6 +211,8 @@ class Study:
                     driver.run()
                     if driver.complete:
                         left = self._run_finals(executor, driver.rules.deadline)
+                        if not left:
+                            executor.finish()
                 finally:
                     trials = tuple(_finished(study))
                     found = self._found(trials)
@@ -394,13 +409,16 @@ class Study:
                 f"{outputs}: set model.num_classes={images.train.num_classes}"
             )
 
-    def _open(self) -> optuna.Study:
-        journal = self.directory / JOURNAL
-        if mend(journal):
-            self.watcher.say("the last line of the journal was torn and is dropped")
+    def _open(self, storage: BaseStorage) -> optuna.Study:
+        if not self.place.begun and self.place.url and has_study(storage, self.place.study):
+            raise SearchError(
+                f"{masked(self.place.url)} has a study {self.place.study} already, and "
+                f"{self.directory} is not its run directory: give another --study, or its --run-dir"
+            )
+        self.place.mark()
         study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))),
-            study_name=STUDY,
+            storage=storage,
+            study_name=self.place.study,
             direction="maximize",
             load_if_exists=True,
             pruner=self._pruner(),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 JOURNAL, RECIPE, BEST = "study.journal", "recipe.lock.yaml", "best.yaml"
+# In place of a journal: says which database has the study. And the study's name in a journal.
+MARK, STUDY = "study.storage.json", "kwsearch"
 CHECKPOINTS, TRIALS, EVENTS, LOCK = "checkpoints", "trials.csv", "events.ndjson", "driver.lock"
 
 
@@ -34,13 +36,18 @@ class SearchError(ValueError):
     """A search that cannot start or go on, for a reason that the user can mend."""
 
 
+def holds_study(directory: Path) -> bool:
+    """Whether a study was begun there."""
+    return any((directory / name).exists() for name in (JOURNAL, MARK))
+
+
 def prepare(directory: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """Check that the directory is for this study; the provenance of what is there of it, or None.
 
     Raises SearchError for a study not to be resumed, another's, other files, or nothing to resume.
     """
     path = directory / RECIPE
-    if (directory / JOURNAL).exists():
+    if holds_study(directory):
         if not resume:
             raise SearchError(
                 f"{directory} holds a study already: --resume to go on with it, or --run-dir for "

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from kwsearch.recipe import Recipe, load_recipe
-from kwsearch.run_directory import JOURNAL, LOCK, RECIPE, SearchError
+from kwsearch.run_directory import JOURNAL, LOCK, RECIPE, SearchError, holds_study
 
 if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
 
@@ -36,33 +37,39 @@ class Snapshot:
 
 def take(directory: Path) -> Snapshot:
     """Raises SearchError for a folder without a study."""
-    journal = directory / JOURNAL
-    if not journal.exists():
-        raise SearchError(f"{directory} holds no study: there is no {JOURNAL} in it")
-    recipe = load_recipe(directory / RECIPE)
-    content = journal.read_bytes()
-    with tempfile.NamedTemporaryFile() as copy:
-        # The last line may be in the middle of being written.
-        copy.write(content[: content.rfind(b"\n") + 1])
-        copy.flush()
-        trials, attributes = _read(copy.name)
-    return Snapshot(directory, recipe, trials, attributes, _is_running(directory))
-
-
-def _read(journal: str) -> tuple[tuple[FrozenTrial, ...], dict[str, Any]]:
-    """The trials and the attributes of the study; none if it is only about to be created."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
+    from kwsearch.storage import Place
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(journal))
-    trials: tuple[FrozenTrial, ...] = ()
-    attributes: dict[str, Any] = {}
-    for study in storage.get_all_studies():
-        trials += tuple(storage.get_all_trials(study._study_id, deepcopy=False))
-        attributes.update(storage.get_study_user_attrs(study._study_id))
-    return trials, attributes
+    if not holds_study(directory):
+        raise SearchError(f"{directory} holds no study: there is no {JOURNAL} in it")
+    recipe = load_recipe(directory / RECIPE)
+    place = Place.of(directory)
+    if place.url is not None:
+        with place.opened(lambda message: None) as storage:
+            trials, attributes = _read(storage, place.study)
+        return Snapshot(directory, recipe, trials, attributes, _is_running(directory))
+    content = (directory / JOURNAL).read_bytes()
+    with tempfile.NamedTemporaryFile() as copy:
+        # The last line may be in the middle of being written.
+        copy.write(content[: content.rfind(b"\n") + 1])
+        copy.flush()
+        journal = JournalStorage(JournalFileBackend(copy.name))
+        trials, attributes = _read(journal, place.study)
+    return Snapshot(directory, recipe, trials, attributes, _is_running(directory))
+
+
+def _read(storage: BaseStorage, study: str) -> tuple[tuple[FrozenTrial, ...], dict[str, Any]]:
+    """The trials and the attributes of the study; none if it is only about to be created."""
+    for known in storage.get_all_studies():
+        if known.study_name == study:
+            key = known._study_id
+            trials = tuple(storage.get_all_trials(key, deepcopy=False))
+            return trials, storage.get_study_user_attrs(key)
+    return (), {}
 
 
 def _is_running(directory: Path) -> bool:

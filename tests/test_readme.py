@@ -53,9 +53,9 @@ def test_the_budget_commands_run_as_they_stand(
 def test_every_option_named_is_one_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     helps = ""
-    for name in cli.COMMANDS:
+    for name in (*cli.COMMANDS, "study copy"):
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            cli.run([name, "--help"])
+            cli.run([*name.split(), "--help"])
         helps += out.getvalue()
     with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
         train_template.parse_args(["--help"])

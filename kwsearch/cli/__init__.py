@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from kwsearch.cli.passwords import hide_password
+
 # name -> the line that `kwsearch --help` shows; the module has the same name.
 COMMANDS = {
     "bench": "Time ours against the published form and the static network.",
@@ -22,6 +24,9 @@ COMMANDS = {
     "show": "One trial of a study, and its recipe.",
     "status": "How far a study is, also while it runs.",
     "trials": "The table of a study's trials.",
+    "slurm": "Print a job script: workers of a study in a SLURM array.",
+    "study": "Copy a study from its journal to a database, or back.",
+    "worker": "Run trials of a study that is in a database.",
     "schema": "Print the JSON Schema of a recipe.",
     "validate": "Check a recipe and list every problem.",
 }
@@ -60,6 +65,7 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command; every foreseen problem is one message and its exit code."""
+    hide_password()
     sys.exit(run(args))
 
 

@@ -12,7 +12,8 @@ import click
 
 from kwsearch.cli import INTERRUPTED
 from kwsearch.cli.live import Live
-from kwsearch.cli.options import trust_option, without_trust
+from kwsearch.cli.options import storage_option, trust_option, without_trust
+from kwsearch.cli.passwords import without_password
 
 if TYPE_CHECKING:
     from kwsearch.dry_run import Forecast
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
 )
 @click.option("--workers", metavar="N|auto", help="Trials at a time; auto is as many as fit.")
 @click.option(
-    "--executor", type=click.Choice(["local", "ray"]), help="Who runs trials.  [default: local]"
+    "--executor",
+    type=click.Choice(["local", "ray", "queue"]),
+    help="Who runs trials; queue is workers anywhere.  [default: local]",
 )
+@storage_option
+@click.option("--study", "name", help="Its name in the database.  [default: the run directory's]")
 @click.option("--address", help="Of a Ray cluster.  [default: $RAY_ADDRESS, else this machine]")
 @click.option(
     "--deterministic", is_flag=True, help="The same trials and the same best with any --workers."
@@ -53,6 +58,8 @@ def command(
     timeout: float | None,
     workers: str | None,
     executor: str | None,
+    storage: str | None,
+    name: str | None,
     address: str | None,
     deterministic: bool,
     resume: bool,
@@ -86,6 +93,8 @@ def command(
     if deterministic:
         settings.append("search.deterministic=true")
     loaded = load_recipe(recipe, settings)
+    if name is not None and storage is None:
+        raise click.UsageError("--study: of a database; give --storage, too")
     if address is not None and (loaded.search is None or loaded.search.executor != "ray"):
         raise click.UsageError("--address: of a Ray cluster; give --executor ray, too")
     directory = run_dir or Path("runs") / Path(recipe).stem
@@ -97,7 +106,7 @@ def command(
     from kwsearch.run_directory import RECIPE
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    command_line = shlex.join(["kwsearch", *sys.argv[1:]])
+    command_line = without_password(shlex.join(["kwsearch", *sys.argv[1:]]))
     # Before torch is loaded: its profiler, which measures memory, talks.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if dry_run:
@@ -116,6 +125,8 @@ def command(
             echo=echo,
             trust=trust,
             address=address,
+            storage=storage,
+            name=name,
         )
         progress.expect(study.search.trials)
         progress.say(

@@ -81,6 +81,12 @@ def several(
     )
 
 
+storage_option = click.option(
+    "--storage",
+    metavar="URL",
+    envvar="KWSEARCH_STORAGE",
+    help="Database of the study, e.g. postgresql://user@host/name.  [default: $KWSEARCH_STORAGE]",
+)
 trust_option = click.option(
     "--trust",
     is_flag=True,

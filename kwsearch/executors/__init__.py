@@ -98,6 +98,9 @@ class Executor(Protocol):
     def cancel(self, trial: int) -> None:
         """Stop the job of this trial, if any: Cancelled comes, or its end if that was faster."""
 
+    def finish(self) -> None:
+        """No more jobs will come: workers that were started elsewhere may go home."""
+
     def close(self) -> None:
         """End all workers now; what was running gives no more events."""
 

@@ -95,6 +95,9 @@ class LocalExecutor:
             if slot.job is not None and slot.job.trial == trial:
                 slot.cancel()
 
+    def finish(self) -> None:
+        """Nothing to do: workers end with `close`."""
+
     def close(self) -> None:
         """End all workers now; what was running gives no more events."""
         for slot in self._slots:

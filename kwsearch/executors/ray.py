@@ -128,6 +128,9 @@ class RayExecutor:
         if trial in self._jobs:
             ray.cancel(self._jobs[trial][1], force=True)
 
+    def finish(self) -> None:
+        """Nothing to do: workers end with `close`."""
+
     def close(self) -> None:
         """End all workers now; what was running gives no more events."""
         for trial in self._jobs:

@@ -388,11 +388,13 @@ class Search(_Section):
     workers: AutoOrAtLeast1 = Field(
         default=1,
         description="trials at a time, each its own process; auto is as many as the cores have "
-        "proxy.threads for, or as the GPUs have memory for, or a cluster has resources for",
+        "proxy.threads for, or as the GPUs have memory for, or a cluster has resources for, or "
+        "as there are workers",
     )
-    executor: Literal["local", "ray"] = Field(
+    executor: Literal["local", "ray", "queue"] = Field(
         default="local",
-        description="who runs trials: processes of this machine, or a Ray cluster",
+        description="who runs trials: processes of this machine, a Ray cluster, or workers that "
+        "take them from the study's database",
     )
     resources: Resources = Field(
         default=Resources(), description="what a cluster keeps for each trial"

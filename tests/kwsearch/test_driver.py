@@ -66,6 +66,9 @@ class Scripted:
         job = self.jobs.pop(trial)
         self.cancelled.append(Cancelled(trial, job.attempt))
 
+    def finish(self) -> None:
+        pass
+
     def close(self) -> None:
         self.jobs.clear()
 

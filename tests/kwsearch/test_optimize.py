@@ -123,6 +123,8 @@ class Inline:
         assert self.job is not None
         self.events = [Cancelled(trial, self.job.attempt)]
 
+    def finish(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -151,9 +153,7 @@ def study(directory: Path, *overrides: str, resume: bool = False) -> tuple[optim
 
 def stored(directory: Path) -> list[FrozenTrial]:
     backend = JournalFileBackend(str(directory / optimize.JOURNAL))
-    return optuna.load_study(
-        study_name=optimize.STUDY, storage=JournalStorage(backend)
-    ).get_trials()
+    return optuna.load_study(study_name="kwsearch", storage=JournalStorage(backend)).get_trials()
 
 
 def plans_of(trials: list[FrozenTrial]) -> list[str]:
