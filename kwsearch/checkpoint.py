@@ -10,15 +10,23 @@ from typing import Any
 
 import torch
 
+from kwsearch.files import is_here
+
 
 class CheckpointError(ValueError):
     """The file is a checkpoint of something else."""
 
 
 def save(path: Path, key: str, state: dict[str, Any]) -> None:
-    """Replace `path` by `state` under `key`, which says whose state it is. Raises OSError."""
+    """Replace `path` by `state` under `key`, which says whose state it is. Raises OSError.
+
+    path: as `kwsearch.files.path_of` makes it.
+    """
     buffer = io.BytesIO()  # torch.save to the file itself turns a full disk into a RuntimeError
     torch.save({"key": key, **state}, buffer)
+    if not is_here(path):  # an object is there as a whole or not at all
+        path.write_bytes(buffer.getvalue())
+        return
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:

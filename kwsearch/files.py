@@ -1,4 +1,6 @@
-"""Files that are never half written, and things that one process at a time may do."""
+"""Files that are never half written, here or in object storage, and things that one process at a
+time may do.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,38 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
+
+
+class NoSuchPlace(ValueError):
+    """Object storage that cannot be reached; the user can mend it."""
+
+
+def path_of(text: str) -> Path:
+    """A path, or of a URL such as s3://bucket/folder what is used like one (`upath.UPath`).
+
+    Raises NoSuchPlace for a URL that nothing here can read.
+    """
+    if not is_url(text):
+        return Path(text)
+    try:
+        from upath import UPath
+
+        found = UPath(text)
+        assert found.fs is not None  # made by the library of its protocol
+    except (ImportError, ValueError) as error:
+        advice = 'pip install "kwsearch[remote]", and the library of its protocol, such as s3fs'
+        raise NoSuchPlace(f"{text}: {error}; {advice}") from None
+    return found  # type: ignore[no-any-return]
+
+
+def is_url(text: str) -> bool:
+    """Whether it is one, and no path."""
+    return "://" in text
+
+
+def is_here(path: Path) -> bool:
+    """Whether it is a path of this machine, on which files can be renamed and locked."""
+    return type(path).__module__.partition(".")[0] == "pathlib"
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from kwsearch.dry_run import Forecast
 from kwsearch.events import EventLog
 from kwsearch.executors import Executor, Job
 from kwsearch.failures import StudyFailed, disk_is_full
+from kwsearch.files import path_of
 from kwsearch.latency.plans import PlanLatency
 from kwsearch.latency.table import TableError
 from kwsearch.proposals import GENERATION, Budget, Proposer, seed_of
@@ -485,7 +487,7 @@ class Study:
             trial.user_attrs.get("groups"),
             trial.user_attrs.get("width"),
             seed,
-            str(checkpoint.absolute()),
+            str(checkpoint),
             splits,
             self.trust,
             self.proxy.model_dump_json() if self.proxy.init == "warm_start" else None,
@@ -539,14 +541,31 @@ class Study:
         return sum(training.key not in known for training in trainings)
 
     def _checkpoint(self, name: str) -> Path:
-        folder = self.directory / CHECKPOINTS
-        folder.mkdir(exist_ok=True)
-        return folder / f"{name}.pt"
+        return self._checkpoints / f"{name}.pt"
+
+    @functools.cached_property
+    def _checkpoints(self) -> Path:
+        """The folder of checkpoints. Raises SearchError if nothing can be written there."""
+        own = self.directory.absolute()
+        if self.search.checkpoints is None:
+            found = own / CHECKPOINTS
+        else:
+            found = path_of(self.search.checkpoints) / self.place.study_in(own)
+        try:
+            found.mkdir(parents=True, exist_ok=True)
+            (found / "probe").write_bytes(b"")
+            (found / "probe").unlink()
+        except Exception as error:  # of many libraries
+            if self.search.checkpoints is None:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise SearchError(f"search.checkpoints {found}: cannot be written: {reason}") from None
+        return found
 
     def _forget(self, number: int) -> None:
         """A trial is told: it is in the table, and needs no checkpoint."""
         write_trials(self.directory, _finished(self.study))
-        for path in (self.directory / CHECKPOINTS).glob(f"{number}-*.pt"):
+        for path in self._checkpoints.glob(f"{number}-*.pt"):
             path.unlink(missing_ok=True)
 
     def _found(self, trials: Sequence[FrozenTrial]) -> tuple[Found, ...]:

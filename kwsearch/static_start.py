@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from filelock import FileLock
 from torch import Tensor, nn
 
 from kwsearch import checkpoint, proxy
+from kwsearch.files import is_here
 from kwsearch.recipe import Proxy
 
 
@@ -29,7 +31,9 @@ def weights(
     epochs = settings.init_epochs or settings.epochs
     own = settings.model_copy(update={"init": "scratch", "init_epochs": None, "epochs": epochs})
     key = f"static weights {own.model_dump_json(exclude={'threads', 'device'})}"
-    with FileLock(folder / f"{name}.lock"):
+    # Object storage has no locks: there, who comes at the same time trains the same once more.
+    lock = FileLock(folder / f"{name}.lock") if is_here(folder) else nullcontext()
+    with lock:
         if (kept := checkpoint.load(folder / f"{name}.pt", key)) is not None:
             found: dict[str, Tensor] = kept["model"]
             return found

@@ -76,6 +76,10 @@ class Place:
         """Whether a study was begun there."""
         return (self.directory / (JOURNAL if self.url is None else MARK)).exists()
 
+    def study_in(self, directory: Path) -> str:
+        """The name of the study, among those of other run directories."""
+        return directory.name if self.url is None else self.study
+
     def mark(self) -> None:
         """Say in the run directory where its study is."""
         if self.url is not None:

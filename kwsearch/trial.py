@@ -8,9 +8,9 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kwsearch.files import path_of
 from kwsearch.recipe import Proxy, Recipe
 from kwsearch.trials import SCORES
 
@@ -26,9 +26,9 @@ class Trained:
     """What is trained, as plain data that a worker can be sent.
 
     recipe, proxy: as JSON. groups: of the plan; None for the static twin of that `width`.
-    checkpoint: a file. splits: micro-batches per batch. trust: whether the network may be the
-    user's own code; a recipe cannot say that. init: the proxy (JSON) that trains the static network
-    whose weights it starts from; None for fresh weights.
+    checkpoint: a file, or its URL. splits: micro-batches per batch. trust: whether the network may
+    be the user's own code; a recipe cannot say that. init: the proxy (JSON) that trains the static
+    network whose weights it starts from; None for fresh weights.
     """
 
     recipe: str
@@ -65,7 +65,7 @@ class Trained:
             self.create_model,
             _images(self.recipe, self.init),
             Proxy.model_validate_json(self.init),
-            Path(self.checkpoint).parent,
+            path_of(self.checkpoint).parent,
             self.width,
         )
 
@@ -86,7 +86,7 @@ class Trained:
             self.seed,
             report,
             until=until,
-            checkpoint=Path(self.checkpoint),
+            checkpoint=path_of(self.checkpoint),
             splits=self.splits,
             initial=self.initial(),
             done=done,

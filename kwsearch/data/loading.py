@@ -20,6 +20,7 @@ import torch
 from kwsearch.data import cifar, idx, image_folder, npz
 from kwsearch.data.errors import DataError
 from kwsearch.data.images import Images, Split, check_size, resize
+from kwsearch.files import is_url
 
 _SYSTEM = Path("/usr/share/datasets")
 
@@ -75,7 +76,7 @@ _KNOWN = {
 }
 NAMES = ("digits", *_KNOWN)
 _PATHS = (
-    "or the path of a folder of IDX files, a CIFAR folder, a folder of class folders, "
+    "or the path or URL of a folder of IDX files, a CIFAR folder, a folder of class folders, "
     "or a .npz file"
 )
 
@@ -85,8 +86,9 @@ def load(
 ) -> Images:
     """One split of a data set, in memory.
 
-    source: one of `NAMES`, or a path; a name wins over a folder called so, `./digits` is the path.
-    size: (H, W) to resize to; needed where the images of a folder differ in size.
+    source: one of `NAMES`, or a path, or a URL such as s3://bucket/images; a name wins over a
+    folder called so, `./digits` is the path. size: (H, W) to resize to; needed where the images of
+    a folder differ in size.
 
     Raises DataError.
     """
@@ -115,6 +117,10 @@ def _read(source: str | Path, split: Split, size: tuple[int, int] | None) -> Ima
         return _digits(split)
     if isinstance(source, str) and source in _KNOWN:
         return _named(source, split)
+    if isinstance(source, str) and is_url(source):
+        from kwsearch.data.remote import fetched
+
+        return _read(fetched(source), split, size)
     path = Path(os.path.expanduser(source))
     if source == "" or not os.path.exists(path):
         raise _nothing_at(source, path)

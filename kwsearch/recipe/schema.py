@@ -399,6 +399,11 @@ class Search(_Section):
     resources: Resources = Field(
         default=Resources(), description="what a cluster keeps for each trial"
     )
+    checkpoints: Text | None = Field(
+        default=None,
+        description="where trials keep their state, for all machines to see: a folder, or a URL of "
+        "object storage, e.g. s3://bucket/runs; null is the run directory",
+    )
     deterministic: Bool = Field(
         default=False,
         description="the same trials whatever the number of workers: asked for in generations of "
@@ -419,7 +424,7 @@ def _fits_epochs(value: int, info: ValidationInfo) -> int:
 class Proxy(_Section):
     """The short training that scores a trial."""
 
-    data: Text = Field(default="digits", description="name of a data set, or a path")
+    data: Text = Field(default="digits", description="name of a data set, a path, or a URL")
     resolution: AtLeast4 | None = Field(
         default=None, description="side of the images; null is the recipe's input"
     )

@@ -207,6 +207,7 @@ def test_what_is_left_out_has_the_documented_default() -> None:
             "workers": 1,
             "executor": "local",
             "resources": {"cpus": None, "gpus": None},
+            "checkpoints": None,
             "deterministic": False,
             "space": {
                 "split": 2.0,
@@ -1263,7 +1264,7 @@ def test_the_schema_is_valid_and_describes_every_key() -> None:
             for key, field in one.get("properties", {}).items():
                 assert field.get("description"), f"{name}.{key}"
                 seen += 1
-    assert seen == 10 + 2 + 8 + 8 + 3 + 1 + 9 + 20 + 2 + 3 + 11 + 2 + 4 + 16 + 7
+    assert seen == 10 + 2 + 8 + 8 + 3 + 1 + 9 + 21 + 2 + 3 + 11 + 2 + 4 + 16 + 7
 
 
 def test_recipes_need_no_torch() -> None:
