@@ -19,6 +19,8 @@ from sqlalchemy.exc import (
     ProgrammingError,
 )
 
+from kwsearch.passwords import without_password
+
 # Seconds that the database may be away.
 PATIENCE = 900.0
 
@@ -32,9 +34,10 @@ class StorageError(ValueError):
 def masked(url: str) -> str:
     """Without its password."""
     try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
+        make_url(url)
+    except (ArgumentError, ValueError):
         return "a storage that is no URL"
+    return without_password(url)
 
 
 class Database:
@@ -53,7 +56,7 @@ class Database:
         self._told = False
         try:
             self._engine: Engine = create_engine(url, pool_pre_ping=True)
-        except (ArgumentError, NoSuchModuleError):
+        except (ArgumentError, NoSuchModuleError, ValueError):
             raise StorageError(
                 f"storage {self.name}: allowed are URLs such as postgresql://user@host/database"
             ) from None

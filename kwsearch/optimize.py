@@ -31,7 +31,7 @@ from kwsearch.dry_run import Forecast
 from kwsearch.events import EventLog
 from kwsearch.executors import Executor, Job
 from kwsearch.failures import StudyFailed, disk_is_full
-from kwsearch.files import path_of
+from kwsearch.files import is_here, path_of
 from kwsearch.latency.plans import PlanLatency
 from kwsearch.latency.table import TableError
 from kwsearch.proposals import GENERATION, Budget, Proposer, seed_of
@@ -181,10 +181,7 @@ class Study:
             self.watcher = stack.enter_context(log)
             for note in self._notes:
                 self.watcher.say(note)
-            if self.place.url is None and mend(self.directory / JOURNAL):
-                self.watcher.say("the last line of the journal was torn and is dropped")
-            storage = stack.enter_context(self.place.opened(self.watcher.say))
-            self.study = study = self._open(storage)
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
             if executor is None:
                 uniform = self.budgets[-1].space.uniform
                 executor = engines.executor_of(
@@ -196,6 +193,10 @@ class Study:
                     self.address,
                 )
                 stack.callback(executor.close)
+            if self.place.url is None and mend(self.directory / JOURNAL):
+                self.watcher.say("the last line of the journal was torn and is dropped")
+            storage = stack.enter_context(self.place.opened(self.watcher.say))
+            self.study = study = self._open(storage)
             self._function, self._final = function, final
             driver = Driver(
                 study,
@@ -547,11 +548,11 @@ class Study:
     def _checkpoints(self) -> Path:
         """The folder of checkpoints. Raises SearchError if nothing can be written there."""
         own = self.directory.absolute()
-        if self.search.checkpoints is None:
-            found = own / CHECKPOINTS
-        else:
-            found = path_of(self.search.checkpoints) / self.place.study_in(own)
+        found = own / CHECKPOINTS
         try:
+            if self.search.checkpoints is not None:
+                found = path_of(self.search.checkpoints) / self.place.study_in(own)
+                found = found.absolute() if is_here(found) else found
             found.mkdir(parents=True, exist_ok=True)
             (found / "probe").write_bytes(b"")
             (found / "probe").unlink()

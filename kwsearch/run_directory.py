@@ -29,7 +29,10 @@ CHECKPOINTS, TRIALS, EVENTS, LOCK = "checkpoints", "trials.csv", "events.ndjson"
 # What is there before the journal is.
 _BEGUN = {RECIPE, EVENTS, LOCK, f"{JOURNAL}.lock"}
 # What may differ when a study goes on.
-_FREE = {"trials", "timeout", "workers", "executor", "resources", "finalists", "seeds"}
+_FREE = {
+    *("trials", "timeout", "workers", "executor", "resources", "checkpoints"),
+    *("finalists", "seeds"),
+}
 
 
 class SearchError(ValueError):

@@ -53,8 +53,9 @@ def script(array: Array) -> str:
         f"    [ -e {run_dir}/study.storage.json ] && resume=--resume",
         f"    kwsearch optimize {recipe} --run-dir {run_dir} --study {study} --executor queue \\",
         "        --workers auto --quiet $resume &",
+        "    driver=$!",
         "fi",
-        f"srun kwsearch worker {study} --idle 900",
-        "wait",
+        f"srun --cpus-per-task={array.cpus} kwsearch worker {study} --idle 900",
+        '[ -z "$driver" ] || wait "$driver"',
     ]
     return "\n".join(lines) + "\n"

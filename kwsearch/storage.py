@@ -133,6 +133,15 @@ def has_study(storage: BaseStorage, name: str) -> bool:
     return name in optuna.get_all_study_names(storage)
 
 
+def _absence_in(error: BaseException | None) -> DBAPIError | None:
+    """What says that the database is away, among an error and what led to it."""
+    while error is not None:
+        if isinstance(error, DBAPIError) and is_away(error):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 class _Patient:
     """A storage of which every method is tried again while the database is away. What was done
     though its answer was lost is done twice: of a new trial that is one more, which nobody begins.
@@ -154,8 +163,8 @@ class _Patient:
                     return True  # the first try did it
                 raise
             except (StorageInternalError, DBAPIError) as error:
-                cause = error if isinstance(error, DBAPIError) else error.__cause__
-                if not isinstance(cause, DBAPIError) or not is_away(cause):
+                cause = _absence_in(error)
+                if cause is None:
                     raise
                 if time.monotonic() > deadline:
                     raise StorageError(f"storage {self._name}: {line_of(cause)}") from None

@@ -15,7 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 from sqlalchemy import delete, insert, select, update
@@ -29,8 +30,8 @@ from kwsearch.executors.queue import (
     BEAT,
     DONE,
     EVENTS,
+    IDLE,
     JOBS,
-    POLL,
     RUNNING,
     STUDIES,
     TABLES,
@@ -96,6 +97,7 @@ class Worker:
         self._stopping = False
         self._database = Database(url, say, TABLES)
         self._done = 0
+        self._open = False  # whether the study was seen before it was over
 
     def run(self) -> int:
         """Until the study is over, nothing was to be done for too long, or SIGTERM or Ctrl-C: what
@@ -135,9 +137,13 @@ class Worker:
         """Let the job run until something happens, or for a beat."""
         task = self._task
         if task is None:
-            time.sleep(POLL)
+            time.sleep(IDLE)
         elif self._stopping and not task.over:
+            for event in self._local.wait(0):  # what it has said already
+                self._put(task, event)
             self._local.close()
+            if task.over:
+                return
             self._put(task, Lost(task.job.trial, task.job.attempt, f"worker {self.name} stopped"))
         elif not task.over:
             for event in self._local.wait(BEAT):
@@ -158,22 +164,26 @@ class Worker:
         job's row. All of it may happen twice, where the answer to the first time was lost.
         """
         self._beat(connection)
-        for key, place, text in self._outbox:
-            with suppress(IntegrityError), connection.begin_nested():
-                connection.execute(insert(EVENTS).values(job=key, place=place, content=text))
         task = self._task
-        if task is not None and not task.over:
-            kept = (JOBS.c.id == task.key) & (JOBS.c.state == RUNNING)
-            beat = update(JOBS).where(kept, JOBS.c.worker == self.name)
-            if not connection.execute(beat.values(beats=JOBS.c.beats + 1)).rowcount:
+        if task is not None:
+            own = (JOBS.c.id == task.key) & (JOBS.c.worker == self.name)
+            state = connection.execute(select(JOBS.c.state).where(own)).scalar()
+            if state is not None:  # else it was given up, and nobody listens
+                for key, place, text in self._outbox:
+                    with suppress(IntegrityError), connection.begin_nested():
+                        put = insert(EVENTS).values(job=key, place=place, content=text)
+                        connection.execute(put)
+            if state != RUNNING and not task.over:
                 self._local.cancel(task.job.trial)
-            return False, None
-        if task is not None:  # the driver deletes it when it has read the last event
-            done = update(JOBS).where(JOBS.c.id == task.key, JOBS.c.worker == self.name)
-            connection.execute(done.values(state=DONE))
+            after = DONE if task.over else state
+            beat = update(JOBS).where(own)
+            connection.execute(beat.values(beats=JOBS.c.beats + 1, state=after))
+            if not task.over:
+                return False, None
         over = select(STUDIES.c.over).where(STUDIES.c.name == self.study)
-        if connection.execute(over).scalar():
-            return True, None
+        if connection.execute(over).scalar() is not False:  # or nobody has begun it yet
+            return self._open, None
+        self._open = True
         return False, None if self._stopping else self._taken(connection)
 
     def _beat(self, connection: Connection) -> None:
@@ -205,13 +215,21 @@ class Worker:
         if taken is None:
             return
         content = json.loads(taken.content)
-        arguments = decode(content.pop("arguments"), self.trust)
-        task = self._task = _Task(taken.id, Job(**content, arguments=arguments))
-        self.say(f"trial {task.job.trial}, attempt {task.job.attempt}")
-        if task.job.function not in self.functions:
-            message = f"{task.job.function}: workers run {', '.join(sorted(self.functions))} only"
-            self._put(task, Failed(task.job.trial, task.job.attempt, "error", message, ""))
+        theirs, own = content.pop("version", None), version("kwsearch")
+        arguments = content.pop("arguments")
+        task = self._task = _Task(taken.id, Job(**content, arguments={}))
+        job = task.job
+        self.say(f"trial {job.trial}, attempt {job.attempt}")
+        message = ""
+        if theirs != own:
+            where = f"{platform.node()} has kwsearch {own}, the driver {theirs}"
+            message = f"{where}: install the same on all machines"
+        elif job.function not in self.functions:
+            message = f"{job.function}: workers run {', '.join(sorted(self.functions))} only"
+        if message:
+            self._put(task, Failed(job.trial, job.attempt, "error", message, ""))
         else:
+            task.job = replace(job, arguments=decode(arguments, self.trust))
             self._local.submit(task.job)
 
     def _leave(self) -> None:

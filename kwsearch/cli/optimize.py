@@ -13,7 +13,7 @@ import click
 from kwsearch.cli import INTERRUPTED
 from kwsearch.cli.live import Live
 from kwsearch.cli.options import storage_option, trust_option, without_trust
-from kwsearch.cli.passwords import without_password
+from kwsearch.passwords import without_password
 
 if TYPE_CHECKING:
     from kwsearch.dry_run import Forecast

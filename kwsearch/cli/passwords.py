@@ -1,18 +1,13 @@
-"""Passwords in URLs: not in what is written down, and not where other users see processes."""
+"""Passwords in URLs: not where other users see processes."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 
+from kwsearch.passwords import without_password
+
 STORAGE = "KWSEARCH_STORAGE"
-_URL = re.compile(r"(\w[\w+]*://[^\s:/@]*):[^\s/]*@")
-
-
-def without_password(text: str) -> str:
-    """URLs in it keep all but their passwords."""
-    return _URL.sub(r"\1:***@", text)
 
 
 def hide_password() -> None:
@@ -20,7 +15,7 @@ def hide_password() -> None:
     URL is in the environment then, which others cannot.
     """
     arguments = sys.argv[1:]
-    if not any(_URL.search(argument) for argument in arguments):
+    if without_password("\n".join(arguments)) == "\n".join(arguments):
         return
     kept: list[str] = []
     for place, argument in enumerate(arguments):
@@ -33,4 +28,5 @@ def hide_password() -> None:
         else:
             kept.append(argument)
     if len(kept) < len(arguments):
-        os.execv(sys.executable, [sys.executable, "-m", "kwsearch", *kept])
+        program = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
+        os.execv(sys.executable, [sys.executable, *program[1:], *kept])

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from sqlalchemy import (
@@ -27,6 +28,7 @@ from sqlalchemy import (
     Text,
     delete,
     insert,
+    or_,
     select,
     update,
 )
@@ -47,8 +49,9 @@ from kwsearch.executors import (
     Started,
 )
 
-# Seconds between beats, without one until a worker is lost, and between two looks for events.
-BEAT, LEASE, POLL = 2.0, 30.0, 0.2
+# Seconds between beats, without one until a worker is lost, and between two looks: of the driver
+# for events, of a worker without a job for one.
+BEAT, LEASE, POLL, IDLE = 2.0, 30.0, 0.2, 1.0
 
 TABLES = MetaData()
 _name = String(255)
@@ -130,6 +133,7 @@ class _Queued:
 
     job: Job
     cancelled: bool = False
+    place: int = 0  # of the next event
 
 
 class QueueExecutor:
@@ -167,6 +171,11 @@ class QueueExecutor:
     def capacity(self) -> int:
         """Jobs at a time; at least 1, which then waits for a worker."""
         self._look()
+        return self._places
+
+    @property
+    def _places(self) -> int:
+        """As it was when we looked last: who saw room may submit."""
         return max(self._workers if self._slots is None else self._slots, 1)
 
     @property
@@ -176,9 +185,10 @@ class QueueExecutor:
 
     def submit(self, job: Job) -> None:
         """Put a job in the queue; ValueError if as many as capacity are in it."""
-        if self.running >= self.capacity:
-            raise ValueError(f"trial {job.trial}: all {self.capacity} slots are taken")
-        content = {**vars(job), "arguments": self._encode(job.arguments)}
+        if self.running >= self._places:
+            raise ValueError(f"trial {job.trial}: all {self._places} slots are taken")
+        arguments = self._encode(job.arguments)
+        content = {**vars(job), "arguments": arguments, "version": version("kwsearch")}
         key = (time.time_ns() >> 20 << 20) + secrets.randbits(20)  # taken in this order
         row = {"id": key, "study": self.study, "state": WAITING, "beats": 0}
         put = insert(JOBS).values({**row, "content": json.dumps(content)})
@@ -214,12 +224,13 @@ class QueueExecutor:
     def close(self) -> None:
         """Workers stop what they run; it gives no more events."""
         with suppress(DBAPIError):  # away: then they find out when another driver comes
-            self._database.now(self._clear)
+            self._database.now(self._step_down)
         self._jobs.clear()
         self._database.close()
 
     def _own(self, **values: Any) -> Any:
-        return update(STUDIES).where(STUDIES.c.name == self.study).values(**values)
+        mine = (STUDIES.c.name == self.study) & (STUDIES.c.driver == self._name)
+        return update(STUDIES).where(mine).values(**values)
 
     def _clear(self, connection: Connection) -> None:
         """No jobs and events of this study, whoever has put them there."""
@@ -227,48 +238,61 @@ class QueueExecutor:
         keys = connection.execute(old).scalars().all()
         connection.execute(delete(EVENTS).where(EVENTS.c.job.in_(keys)))
         connection.execute(delete(JOBS).where(JOBS.c.id.in_(keys)))
-        mine = (STUDIES.c.name == self.study) & (STUDIES.c.driver == self._name)
-        connection.execute(update(STUDIES).where(mine).values(driver=None))
+
+    def _step_down(self, connection: Connection) -> None:
+        """Unless somebody else has taken over."""
+        if connection.execute(self._own(driver=None)).rowcount:
+            self._clear(connection)
 
     def _take_over(self) -> None:
-        """Be the study's driver, unless another one beats."""
+        """Be the study's driver, unless another one beats within the lease."""
         row = select(STUDIES.c.driver, STUDIES.c.beats).where(STUDIES.c.name == self.study)
         before = self._do(lambda connection: connection.execute(row).first())
-        if before is not None and before.driver is not None:
-            time.sleep(2.5 * BEAT)
-            now = self._do(lambda connection: connection.execute(row).first())
-            if now != before:
-                raise ExecutorError(
-                    f"another process runs the study {self.study} in {self._database.name}"
-                )
+        deadline = time.monotonic() + self._pulse.lease
+        while before is not None and before.driver is not None and time.monotonic() < deadline:
+            time.sleep(BEAT)
+            if self._do(lambda connection: connection.execute(row).first()) != before:
+                raise self._taken()
 
-        def take(connection: Connection) -> None:
-            self._clear(connection)
+        def take(connection: Connection) -> bool:
             values = {"driver": self._name, "beats": 0, "over": False}
-            if not connection.execute(self._own(**values)).rowcount:
+            if before is None:
                 connection.execute(insert(STUDIES).values(name=self.study, **values))
+            else:
+                as_it_was = (STUDIES.c.driver.is_not_distinct_from(before.driver)) & (
+                    STUDIES.c.beats == before.beats
+                )
+                own = STUDIES.c.driver == self._name  # the answer to a first try was lost
+                take = update(STUDIES).where(STUDIES.c.name == self.study, as_it_was | own)
+                if not connection.execute(take.values(**values)).rowcount:
+                    return False
+            self._clear(connection)
+            return True
 
-        self._do(take)
+        try:
+            if not self._do(take):
+                raise self._taken()
+        except IntegrityError:
+            raise self._taken() from None
+
+    def _taken(self) -> ExecutorError:
+        return ExecutorError(
+            f"another process runs the study {self.study} in {self._database.name}"
+        )
 
     def _read(self) -> list[Event]:
         """Events that have arrived."""
-        keys = list(self._jobs)
-
-        def take(connection: Connection) -> list[Any]:
-            new = (
-                select(EVENTS).where(EVENTS.c.job.in_(keys)).order_by(EVENTS.c.job, EVENTS.c.place)
-            )
-            rows = [*connection.execute(new.order_by(EVENTS.c.job, EVENTS.c.place))]
-            for row in rows:
-                one = (EVENTS.c.job == row.job) & (EVENTS.c.place == row.place)
-                connection.execute(delete(EVENTS).where(one))
-            return rows
-
+        new = or_(
+            *((EVENTS.c.job == key) & (EVENTS.c.place >= q.place) for key, q in self._jobs.items())
+        )
+        ordered = select(EVENTS).where(new).order_by(EVENTS.c.job, EVENTS.c.place)
+        rows = self._do(lambda connection: [*connection.execute(ordered)]) if self._jobs else []
         found = []
-        for row in self._do(take):
+        for row in rows:
             queued = self._jobs.get(row.job)
             if queued is None:
                 continue
+            queued.place = row.place + 1
             event = from_text(row.content)
             found.append(event)
             if isinstance(event, (Finished, Failed, Lost, Cancelled)):
@@ -279,16 +303,18 @@ class QueueExecutor:
         """Beat, count the workers, and give up those that are silent: at every beat."""
         if time.monotonic() - self._looked < BEAT:
             return
-        self._looked = time.monotonic()
+        gap, self._looked = time.monotonic() - self._looked, time.monotonic()
         workers = select(WORKERS.c.name, WORKERS.c.beats).where(WORKERS.c.study == self.study)
         jobs = select(JOBS).where(JOBS.c.id.in_(list(self._jobs)))
 
         def look(connection: Connection) -> tuple[list[Any], list[Any]]:
-            connection.execute(self._own(beats=STUDIES.c.beats + 1))
+            if not connection.execute(self._own(beats=STUDIES.c.beats + 1)).rowcount:
+                raise self._taken()
             return [*connection.execute(workers)], [*connection.execute(jobs)]
 
         there, own = self._do(look)
-        if self._absences != self._database.absences:
+        if self._absences != self._database.absences or gap > self._pulse.lease / 2:
+            # Nobody was looked at for a while, or could be.
             self._absences = self._database.absences
             self._pulse.reset()
         silent = [row.name for row in there if not self._pulse.beats(row.name, row.beats)]
@@ -297,9 +323,7 @@ class QueueExecutor:
             gone = delete(WORKERS).where(WORKERS.c.name.in_(silent))
             self._do(lambda connection: connection.execute(gone))
         if self._jobs.keys() - {row.id for row in own}:
-            raise ExecutorError(
-                f"another process has taken over the study {self.study} in {self._database.name}"
-            )
+            raise self._taken()
         for row in own:
             if row.state == DONE:
                 continue
@@ -317,7 +341,12 @@ class QueueExecutor:
     def _forget(self, key: int) -> None:
         """A job is over: whoever has it still finds it gone, and stops."""
         del self._jobs[key]
-        self._do(lambda connection: connection.execute(delete(JOBS).where(JOBS.c.id == key)))
+
+        def forget(connection: Connection) -> None:
+            connection.execute(delete(JOBS).where(JOBS.c.id == key))
+            connection.execute(delete(EVENTS).where(EVENTS.c.job == key))
+
+        self._do(forget)
 
     def _do(self, function: Callable[[Connection], Answer]) -> Answer:
         return self._database.patiently(function)

@@ -64,6 +64,10 @@ class RayExecutor:
         gpus: float = 0,
         address: str | None = None,
     ) -> None:
+        if gpus > 1 and gpus != int(gpus):
+            raise ExecutorError(
+                f"search.resources.gpus {gpus:g}: allowed are whole GPUs, or a part of one"
+            )
         self._slots, self._cpus, self._gpus = slots, cpus, gpus
         self._jobs: dict[int, tuple[Job, Any]] = {}
         self._seen = (0, -_LOOK)  # room, and when
@@ -85,10 +89,14 @@ class RayExecutor:
     @property
     def capacity(self) -> int:
         """Jobs at a time; at least 1, which then waits for a node."""
-        room, when = self._seen
-        if time.monotonic() - when > _LOOK:
-            room = self._room()
-            self._seen = room, time.monotonic()
+        if time.monotonic() - self._seen[1] > _LOOK:
+            self._seen = self._room(), time.monotonic()
+        return self._places
+
+    @property
+    def _places(self) -> int:
+        """As it was when we looked last: who saw room may submit."""
+        room = self._seen[0]
         return max(room if self._slots is None else min(self._slots, room), 1)
 
     @property
@@ -98,8 +106,8 @@ class RayExecutor:
 
     def submit(self, job: Job) -> None:
         """Start a job, as soon as Ray has room for it; ValueError if as many as capacity run."""
-        if self.running >= self.capacity:
-            raise ValueError(f"trial {job.trial}: all {self.capacity} slots are taken")
+        if self.running >= self._places:
+            raise ValueError(f"trial {job.trial}: all {self._places} slots are taken")
         task = self._task.options(
             num_cpus=self._cpus,
             num_gpus=self._gpus,
@@ -157,10 +165,10 @@ class RayExecutor:
 
     def _fits(self, node: dict[str, float]) -> int:
         cpu, gpu = node.get("CPU", 0.0), node.get("GPU", 0.0)
-        fits = int(cpu / self._cpus) if self._cpus else None
+        fits = _times(self._cpus, cpu) if self._cpus else None
         if self._gpus:
             # A task has a part of one GPU, or whole ones.
-            own = int(gpu) * int(1 / self._gpus) if self._gpus < 1 else int(gpu / self._gpus)
+            own = int(gpu) * _times(self._gpus, 1) if self._gpus < 1 else _times(self._gpus, gpu)
             fits = own if fits is None else min(fits, own)
         return int(cpu) if fits is None else fits
 
@@ -215,9 +223,16 @@ def _connect(address: str | None) -> None:
 
 def _reach(address: str) -> None:
     """Raise OSError at once where nobody listens, for which Ray waits for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise ValueError("Ray Client does not stream results; give HOST:PORT, on a node of it")
+    host, _, port = address.rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), _PATIENCE).close()
+
+
+def _times(part: float, whole: float) -> int:
+    """How often it fits, whatever 0.6 / 0.2 is in binary."""
+    return int(whole / part + 1e-6)
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -264,6 +279,8 @@ def _events_of(job: Job, home: _Home) -> Iterator[Event]:
         yield failed(job, RuntimeError(f"{where}: install the same on all nodes"))
         return
     home.enter()
+    if job.threads is not None:  # before torch is imported, as on one machine
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(job.threads)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def work() -> None:

@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
-from kwsearch import cli, optimize, snapshot
-from kwsearch.database import Database, StorageError
-from kwsearch.executors import ExecutorError, Lost, queue
+from kwsearch import cli, database, optimize, snapshot
+from kwsearch.database import Database, StorageError, masked
+from kwsearch.executors import ExecutorError, Finished, Lost, queue
 from kwsearch.executors.queue import QueueExecutor
+from kwsearch.passwords import without_password
 from kwsearch.recipe import parse_recipe
 from kwsearch.run_directory import SearchError
 from kwsearch.worker import encode
@@ -32,7 +34,7 @@ WORKER = """
 import sys
 sys.path[:0] = {paths!r}
 from kwsearch.worker import Worker
-functions = frozenset({{"simulated:train", "test_executors:hold"}})
+functions = frozenset({{"simulated:train", "test_executors:hold", "test_executors:count"}})
 if __name__ == "__main__":
     Worker({url!r}, {study!r}, print, functions=functions).run()
 """
@@ -110,7 +112,7 @@ def test_killed_workers_and_a_restarted_database_lose_and_double_nothing(
         """Half of them, while they train."""
         busy = select(queue.JOBS.c.worker).where(queue.JOBS.c.state == queue.RUNNING)
         while len(killed) < 4:
-            for name in database.now(lambda connection: [*connection.execute(busy).scalars()]):
+            for name in own.now(lambda connection: [*connection.execute(busy).scalars()]):
                 pid = int(name.split(":")[1])
                 if pid not in killed and len(killed) < 4:
                     workers[pid].kill()
@@ -124,11 +126,11 @@ def test_killed_workers_and_a_restarted_database_lose_and_double_nothing(
     meanwhile = [threading.Thread(target=kill), threading.Thread(target=restart)]
     watcher = Watcher(at_10=meanwhile[0].start, at_40=meanwhile[1].start)
     search = "trials: 64, workers: 8, executor: queue, pruner: none"
-    database = Database(postgres.url, print)
+    own = Database(postgres.url, print)
     study(tmp_path, search, postgres.url, watcher, name="killed").run(function="simulated:train")
     for thread in meanwhile:
         thread.join()
-    database.close()
+    own.close()
     assert any("was not heard of for 6 s" in line for line in watcher.said)
     assert any(line.startswith("the database is away (") for line in watcher.said)
     monkeypatch.setenv("KWSEARCH_STORAGE", postgres.url)
@@ -172,22 +174,68 @@ def test_a_worker_runs_nothing_but_trials(postgres: Postgres, start: Start) -> N
     start("safe")
     executor.submit(job("os:system", command="true"))
     (failed,) = executor.wait(60)
-    assert "os:system: workers run simulated:train, test_executors:hold only" in failed.message  # type: ignore[attr-defined]
+    assert "os:system: workers run simulated:train, test_executors:count, " in failed.message  # type: ignore[attr-defined]
     executor.close()
 
 
 def test_a_second_driver_is_refused(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue, "BEAT", 0.1)
     first = QueueExecutor(postgres.url, "one", 1, encode, print)
-    monkeypatch.setattr(
-        queue.time, "sleep", lambda seconds: first._look() if seconds == 0.25 else None
-    )
-    first._looked = 0.0
+    sleep = time.sleep
+
+    def meanwhile(seconds: float) -> None:
+        sleep(seconds)
+        first._look()
+
+    monkeypatch.setattr(queue.time, "sleep", meanwhile)
     with pytest.raises(ExecutorError, match=r"another process runs the study one in postgresql"):
         QueueExecutor(postgres.url, "one", 1, encode, print)
-    monkeypatch.undo()
-    first.close()
-    QueueExecutor(postgres.url, "one", 1, encode, print).close()
+    monkeypatch.setattr(queue.time, "sleep", sleep)
+    # One that was silent for the lease is followed by another, and finds out.
+    second = QueueExecutor(postgres.url, "one", 1, encode, print, lease=0.3)
+    second.submit(job("test_executors:hold", trial=3))
+    first._looked = 0.0
+    with pytest.raises(ExecutorError, match=r"another process runs the study one in postgresql"):
+        first.wait(1) if first.running else first._look()
+    first.close()  # and leaves the other's jobs alone
+    second._looked = 0.0
+    second._look()
+    assert second.running == 1
+    second.close()
+    QueueExecutor(postgres.url, "one", 1, encode, print, lease=0.3).close()
+
+
+def test_no_event_is_lost_where_the_answer_of_the_database_is(
+    postgres: Postgres, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = QueueExecutor(postgres.url, "answers", 1, encode, print)
+    now = Database.now
+    calls = []
+
+    def twice(database: Database, function: Any) -> Any:
+        """Every second answer is lost after it was done."""
+        found = now(database, function)
+        calls.append(1)
+        if len(calls) % 2:
+            raise OperationalError("lost", None, Exception("lost"))
+        return found
+
+    monkeypatch.setattr(Database, "now", twice)
+    monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
+    start("answers")
+    executor.submit(job("test_executors:count", trial=1, to=5))
+    found: list[Any] = []
+    while executor.running:
+        found += executor.wait(60)
+    assert [getattr(event, "step", None) for event in found] == [None, 0, 1, 2, 3, 4, None]
+    assert found[-1] == Finished(1, 1, 2.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "now", now)
+        left = executor._database.now(
+            lambda c: [*c.execute(select(queue.EVENTS)), *c.execute(select(queue.JOBS))]
+        )
+        executor.close()
+    assert left == []
 
 
 # The study itself -------------------------------------------------------------------------------
@@ -303,8 +351,6 @@ def test_a_proxy_before_the_database_serves_a_driver(
     postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("grpc", reason="grpcio is not installed")
-    from optuna.storages import RDBStorage, run_grpc_proxy_server
-
     server = subprocess.Popen(
         [
             sys.executable,
@@ -324,8 +370,6 @@ def test_a_proxy_before_the_database_serves_a_driver(
     finally:
         server.kill()
         server.wait()
-    assert RDBStorage is not None
-    assert run_grpc_proxy_server is not None
 
 
 def test_a_job_script_is_one_of_bash(
@@ -354,8 +398,28 @@ def test_a_job_script_is_one_of_bash(
         where = {"SLURM_ARRAY_TASK_ID": task, "SLURM_SUBMIT_DIR": str(tmp_path), "PATH": path}
         subprocess.run(["bash", "-c", script], env=where, check=True)
     asked = sorted((tmp_path / "asked").read_text().splitlines())
-    assert [line.split(" --")[0] for line in asked] == [
-        "kwsearch optimize a b.yaml proxy.device=cuda",
-        "srun kwsearch worker a b",
-        "srun kwsearch worker a b",
+    assert [line.split(" --")[0] for line in asked[:1]] == [
+        "kwsearch optimize a b.yaml proxy.device=cuda"
     ]
+    assert asked[1:] == ["srun --cpus-per-task=3 kwsearch worker a b --idle 900"] * 2
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:s3c/r#t@host:5432/db",
+        "postgresql+psycopg://me:s3c@r@host/db",
+        "postgresql://host/db?user=me&password=s3cr",
+    ],
+)
+def test_passwords_of_any_form_are_hidden(url: str) -> None:
+    for hide in (masked, without_password):
+        shown = hide(url)
+        assert "s3c" not in shown
+        assert "***" in shown
+        assert "host" in shown
+    line = f"kwsearch optimize r.yaml --storage {url} --workers 4"
+    assert "s3c" not in without_password(line)
+    assert without_password(line).endswith(" --workers 4")
+    plain = "postgresql://me@host/db?connect_timeout=10"
+    assert without_password(plain) == masked(plain) == plain
