@@ -60,7 +60,10 @@ def work(rank: int, folder: str, basis_ratio: float) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("basis_ratio", [1.0, 0.25], ids=["no basis", "basis"])
+@pytest.mark.parametrize(
+    "basis_ratio",
+    [pytest.param(1.0, id="no basis", marks=pytest.mark.slow), pytest.param(0.25, id="basis")],
+)
 def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch(
     tmp_path: Path, basis_ratio: float
 ) -> None:

@@ -388,6 +388,7 @@ def test_the_table_shows_every_case(run) -> None:  # type: ignore[no-untyped-def
     assert "equal within" in ran.err
 
 
+@pytest.mark.slow
 def test_layers_are_timed_by_every_backend_that_takes_them(run) -> None:  # type: ignore[no-untyped-def]
     ran = run("layers", *TINY, "--train", "--json")
     rows = json.loads(ran.out)["layers"]

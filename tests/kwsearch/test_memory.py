@@ -90,7 +90,6 @@ def check(name: str, side: int, ratio: float | None, step: Step, within: float) 
         ("resnet20", 32, 0.5),
         ("resnet18", 32, 1),
         ("mobilenetv2_050", 64, 1),
-        ("deit_tiny", 64, None),
         ("deit_tiny", 64, 1),
     ],
 )

@@ -1011,7 +1011,13 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("case", KILLS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case in ("sweep", "generations")))
+        for case in KILLS
+    ],
+)
 def test_a_study_killed_at_any_write_ends_like_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
