@@ -17,7 +17,6 @@ from kwsearch.zoo import create
 
 SETTINGS = Proxy(
     data="digits",
-    subset=600,
     resolution=8,
     epochs=2,
     batch_size=64,
