@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+# The variable that has a URL of a database with its password.
+STORAGE = "KWSEARCH_STORAGE"
+
 _USER = re.compile(r"(\w[\w+.-]*://[^\s:/@]*):[^\s]*@")
 _QUERY = re.compile(r"([?&](?:password|passwd|pwd)=)[^&\s'\"]*", re.IGNORECASE)
 

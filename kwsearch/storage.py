@@ -24,11 +24,10 @@ from sqlalchemy.exc import DBAPIError
 
 from kwsearch.database import PATIENCE, Database, StorageError, is_away, line_of, masked
 from kwsearch.files import write_whole
+from kwsearch.passwords import STORAGE
 from kwsearch.run_directory import JOURNAL, MARK, STUDY, SearchError
 
 PROXY = "grpc://"
-# The variable that has a URL with its password.
-STORAGE = "KWSEARCH_STORAGE"
 
 
 @dataclass(frozen=True)

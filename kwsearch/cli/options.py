@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from kwsearch.passwords import STORAGE
+
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]
     """A value read by a function of `kwsearch.units`, loaded when the first one is read."""
@@ -84,8 +86,8 @@ def several(
 storage_option = click.option(
     "--storage",
     metavar="URL",
-    envvar="KWSEARCH_STORAGE",
-    help="Database of the study, e.g. postgresql://user@host/name.  [default: $KWSEARCH_STORAGE]",
+    envvar=STORAGE,
+    help=f"Database of the study, e.g. postgresql://user@host/name.  [default: ${STORAGE}]",
 )
 trust_option = click.option(
     "--trust",

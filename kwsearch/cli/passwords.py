@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from kwsearch.passwords import without_password
-
-STORAGE = "KWSEARCH_STORAGE"
+from kwsearch.passwords import STORAGE, without_password
 
 
 def hide_password() -> None:

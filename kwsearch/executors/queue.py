@@ -282,11 +282,13 @@ class QueueExecutor:
 
     def _read(self) -> list[Event]:
         """Events that have arrived."""
+        if not self._jobs:
+            return []
         new = or_(
             *((EVENTS.c.job == key) & (EVENTS.c.place >= q.place) for key, q in self._jobs.items())
         )
         ordered = select(EVENTS).where(new).order_by(EVENTS.c.job, EVENTS.c.place)
-        rows = self._do(lambda connection: [*connection.execute(ordered)]) if self._jobs else []
+        rows = self._do(lambda connection: [*connection.execute(ordered)])
         found = []
         for row in rows:
             queued = self._jobs.get(row.job)
