@@ -27,7 +27,7 @@ CHECKPOINTS, TRIALS, EVENTS, LOCK = "checkpoints", "trials.csv", "events.ndjson"
 
 
 # What is there before the journal is.
-_BEGUN = {RECIPE, EVENTS, LOCK, f"{JOURNAL}.lock"}
+_BEGUN = {RECIPE, EVENTS, LOCK, CHECKPOINTS, f"{JOURNAL}.lock"}
 # What may differ when a study goes on.
 _FREE = {
     *("trials", "timeout", "workers", "executor", "resources", "checkpoints"),

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 from sqlalchemy import delete, insert, select, update
@@ -39,6 +38,7 @@ from kwsearch.executors.queue import (
     WORKERS,
     to_text,
 )
+from kwsearch.executors.work import other_version
 from kwsearch.trial import Trained
 
 # What a database may ask a worker to run.
@@ -215,16 +215,12 @@ class Worker:
         if taken is None:
             return
         content = json.loads(taken.content)
-        theirs, own = content.pop("version", None), version("kwsearch")
+        message = other_version(content.pop("version", None))
         arguments = content.pop("arguments")
         task = self._task = _Task(taken.id, Job(**content, arguments={}))
         job = task.job
         self.say(f"trial {job.trial}, attempt {job.attempt}")
-        message = ""
-        if theirs != own:
-            where = f"{platform.node()} has kwsearch {own}, the driver {theirs}"
-            message = f"{where}: install the same on all machines"
-        elif job.function not in self.functions:
+        if not message and job.function not in self.functions:
             message = f"{job.function}: workers run {', '.join(sorted(self.functions))} only"
         if message:
             self._put(task, Failed(job.trial, job.attempt, "error", message, ""))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import queue
 import signal
 import socket
@@ -31,7 +30,7 @@ from kwsearch.executors import (
     Lost,
     Started,
 )
-from kwsearch.executors.work import answer, failed, packed, unpacked
+from kwsearch.executors.work import answer, failed, other_version, packed, unpacked
 
 # Before Ray is loaded: nothing is reported to anybody.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -274,9 +273,8 @@ def _train(job: Job, home: _Home) -> Iterator[bytes]:
 def _events_of(job: Job, home: _Home) -> Iterator[Event]:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C of the driver's terminal is not for it
     yield Started(job.trial, job.attempt, os.getpid())
-    if (own := version("kwsearch")) != home.version:
-        where = f"{platform.node()} has kwsearch {own}, the driver {home.version}"
-        yield failed(job, RuntimeError(f"{where}: install the same on all nodes"))
+    if wrong := other_version(home.version):
+        yield failed(job, RuntimeError(wrong))
         return
     home.enter()
     if job.threads is not None:  # before torch is imported, as on one machine

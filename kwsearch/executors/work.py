@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import platform
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, Literal
 
 from kwsearch.executors import Event, Failed, Finished, Job, Reported
@@ -32,6 +34,15 @@ def answer(
         return Finished(job.trial, job.attempt, function(report, **arguments()))
     except BaseException as error:  # SystemExit, too: the worker stays.
         return failed(job, error)
+
+
+def other_version(of_driver: str | None) -> str:
+    """What is wrong if this machine has another kwsearch than the driver; nothing if not."""
+    own = version("kwsearch")
+    if own == of_driver:
+        return ""
+    where = f"{platform.node()} has kwsearch {own}, the driver {of_driver}"
+    return f"{where}: install the same on all machines"
 
 
 def packed(job: Job, event: Event) -> bytes:

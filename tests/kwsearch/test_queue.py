@@ -283,6 +283,9 @@ def test_a_name_that_is_taken_and_another_storage_are_refused(
         study(tmp_path / "a", few, "sqlite:///x.db", resume=True)
     with pytest.raises(ExecutorError, match="queue: workers take trials from a database: give"):
         study(tmp_path / "c", f"{few}, executor: queue", None).run(function="simulated:train")
+    monkeypatch.syspath_prepend(tmp_path / "c")
+    mended = study(tmp_path / "c", few, postgres.url, name="mended")
+    assert len(mended.run(function="simulated:train").trials) == 2
 
 
 @pytest.mark.parametrize(

@@ -135,4 +135,4 @@ def test_a_node_with_another_version_is_said(
     home = ray._Home.of_driver()
     monkeypatch.setattr(ray._Home, "of_driver", lambda: replace(home, version="9.9"))
     failed = failure_of(run(executor, job(test_executors.count, to=0)))
-    assert "the driver 9.9: install the same on all nodes" in failed.message
+    assert "the driver 9.9: install the same on all machines" in failed.message
