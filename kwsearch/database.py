@@ -19,6 +19,7 @@ from sqlalchemy.exc import (
     ProgrammingError,
 )
 
+from kwsearch.interrupts import sleep
 from kwsearch.passwords import without_password
 
 # Seconds that the database may be away.
@@ -40,9 +41,60 @@ def masked(url: str) -> str:
     return without_password(url)
 
 
+class Patience:
+    """Tries until a storage answers, `limit` seconds long. say: is told that it does not."""
+
+    def __init__(self, name: str, say: Callable[[str], object]) -> None:
+        self.name, self._say = name, say
+        self.limit = PATIENCE
+        # Goes up whenever it was away.
+        self.absences = 0
+        self._since: float | None = None
+        self._told = False
+
+    def call(self, function: Callable[[], Answer]) -> Answer:
+        """What `function` gives, tried until it succeeds; it may be done twice, as an answer that
+        is lost is no sign that nothing was done. Raises what is no absence.
+        """
+        while True:
+            try:
+                found = function()
+            except Exception as error:
+                reason = absence(error)
+                if reason is None:
+                    raise
+            else:
+                self.answered()
+                return found
+            self.wait(reason)
+
+    def wait(self, reason: str) -> None:
+        """It was just tried, in vain. Raises StorageError after `limit`, and KeyboardInterrupt,
+        after which nothing waits any more.
+        """
+        now = time.monotonic()
+        if self._since is not None and not self._told:
+            self._told = True
+            self.absences += 1
+            self._say(f"the database is away ({reason}): waiting for it")
+        pause = 1.0 if self._told else 0.1  # a deadlock is over at once
+        self._since = self._since or now
+        if now - self._since >= self.limit:
+            raise StorageError(f"storage {self.name}: {reason}")
+        try:
+            sleep(pause)
+        except KeyboardInterrupt:
+            self.limit = 0.0
+            raise
+
+    def answered(self) -> None:
+        """It is there again."""
+        self._since, self._told = None, False
+
+
 class Database:
-    """Transactions that wait while the database is away. say: is told so, once each time.
-    tables: are made, if they are not there.
+    """Transactions that wait while the database is away. say: is told so. tables: are made, if they
+    are not there.
 
     Raises StorageError for a URL that is none, and if it cannot be reached at first.
     """
@@ -50,10 +102,8 @@ class Database:
     def __init__(
         self, url: str, say: Callable[[str], object], tables: MetaData | None = None
     ) -> None:
-        self.name, self._say = masked(url), say
-        # Goes up whenever the database was away.
-        self.absences = 0
-        self._told = False
+        self.name = masked(url)
+        self.patience = Patience(self.name, say)
         try:
             self._engine: Engine = create_engine(url, pool_pre_ping=True)
         except (ArgumentError, NoSuchModuleError, ValueError):
@@ -67,7 +117,8 @@ class Database:
         try:
             self.now(lambda connection: None)
             if tables is not None:
-                with suppress(IntegrityError, ProgrammingError):  # somebody makes them just now
+                # Somebody makes them just now: MySQL calls that an OperationalError.
+                with suppress(IntegrityError, ProgrammingError, OperationalError):
                     self.now(tables.create_all)
                 self.now(tables.create_all)
         except DBAPIError as error:
@@ -80,45 +131,42 @@ class Database:
             return function(connection)
 
     def patiently(self, function: Callable[[Connection], Answer]) -> Answer:
-        """In a transaction, which is tried until it succeeds; it may be done twice, as an answer
-        that is lost is no sign that nothing was done.
+        """In a transaction, as `Patience.call`. Raises IntegrityError, and StorageError for what
+        the database refuses.
         """
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                found = self.now(function)
-            except DBAPIError as error:
-                if not self.away(error):
-                    raise
-                if time.monotonic() > deadline:
-                    raise StorageError(f"storage {self.name}: {line_of(error)}") from None
-                time.sleep(1)
-            else:
-                self.back()
-                return found
-
-    def back(self) -> None:
-        """It answers again."""
-        self._told = False
-
-    def away(self, error: DBAPIError) -> bool:
-        """`is_away`; says so the first time."""
-        if not is_away(error):
-            return False
-        if not self._told:
-            self._told = True
-            self.absences += 1
-            self._say(f"the database is away ({line_of(error)}): waiting for it")
-        return True
+        try:
+            return self.patience.call(lambda: self.now(function))
+        except IntegrityError:
+            raise
+        except DBAPIError as error:
+            raise StorageError(f"storage {self.name}: {line_of(error)}") from error
 
     def close(self) -> None:
         """Its connections."""
         self._engine.dispose()
 
 
-def is_away(error: DBAPIError) -> bool:
-    """Whether it is the connection that failed, not what was asked."""
-    return error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError))
+def absence(error: BaseException | None) -> str | None:
+    """Why a database did not answer, by an error or what led to it; None if it did."""
+    while error is not None:
+        if isinstance(error, DBAPIError) and (
+            error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError))
+        ):
+            return line_of(error)
+        if (reason := _behind_proxy(error)) is not None:
+            return reason
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _behind_proxy(error: BaseException) -> str | None:
+    """Of a gRPC call: nobody answers, or the proxy's own database does not."""
+    code, details = (getattr(error, name, None) for name in ("code", "details"))
+    if not (callable(code) and callable(details)):
+        return None
+    kind, text = code().name, str(details())
+    lost = any(sign in text for sign in ("OperationalError", "InterfaceError", "during the commit"))
+    return " ".join(text.split())[:200] if kind == "UNAVAILABLE" or lost else None
 
 
 def line_of(error: DBAPIError) -> str:

@@ -392,6 +392,7 @@ class Driver:
         if run is None or event.attempt != run.attempt:
             return  # of a job that was given up
         if isinstance(event, Started):
+            run.submitted = time.monotonic()  # what it waited for a worker does not count
             return
         if isinstance(event, Reported):
             self._reported(run, event.step, event.value)
@@ -410,7 +411,7 @@ class Driver:
         elif isinstance(event, Failed):
             self._failed(run, event)
         elif isinstance(event, Lost):
-            self._lost(run, event.message)
+            self._lost(run, event)
         elif isinstance(event, Cancelled):
             reason = self._stops.pop(run.number, None)
             if reason is None:
@@ -450,13 +451,14 @@ class Driver:
         self._tell(run, TrialState.FAIL, event.message)
         self._errors.add(event.message, stops=event.kind == "error")
 
-    def _lost(self, run: _Run, message: str) -> None:
-        run.losses += 1
+    def _lost(self, run: _Run, event: Lost) -> None:
+        run.losses += event.suspect
         if run.losses >= _LOSSES:
-            reason = f"its process died {_LOSSES} times within one epoch: {message}"
+            reason = f"its process died {_LOSSES} times within one epoch: {event.message}"
             self._tell(run, TrialState.FAIL, reason)
             return
-        self.watcher.say(f"trial {run.number}: its process died ({message}); it goes on")
+        how = "died" if event.suspect else "was taken away"
+        self.watcher.say(f"trial {run.number}: its process {how} ({event.message}); it goes on")
         self._queue.insert(0, run.number)
 
     # The study --------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ class Forecast:
     uniform plan, measured here. train_bytes: of that step, counted. train_images: of an epoch, None
     where neither the recipe nor this machine says.
     most_bytes: that it may be. latency_ms: of the uniform plan's forward pass by a table, and its
-    interval. most_ms: that no plan may surely be over. workers: trials at a time.
+    interval. most_ms: that no plan may surely be over. workers: trials at a time, None
+    for as many as a cluster has room for.
     seconds: of the whole study on one worker, if no trial were stopped early (most) and if all were
     at the first rung but the calibration (least); None without train_images.
     checkpoint_bytes: of one unfinished trial. disk_bytes: the most that can be unfinished.
@@ -42,7 +43,7 @@ class Forecast:
     most_bytes: int | None
     latency_ms: tuple[float, float, float] | None
     most_ms: float | None
-    workers: int
+    workers: int | None
     train_images: int | None
     least_seconds: float | None
     most_seconds: float | None

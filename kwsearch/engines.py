@@ -51,6 +51,13 @@ def slots_of(search: Search, proxy: Proxy, nbytes: Callable[[], int]) -> int:
     return train_step.slots(proxy, nbytes) if search.workers == "auto" else search.workers
 
 
+def planned_slots(search: Search, proxy: Proxy, nbytes: Callable[[], int]) -> int | None:
+    """Trials at a time, without asking any cluster; None for as many as it will have room for."""
+    if search.executor == "local":
+        return slots_of(search, proxy, nbytes)
+    return None if search.workers == "auto" else search.workers
+
+
 def resources_of(search: Search, proxy: Proxy) -> tuple[float, float]:
     """CPUs and GPUs that a cluster keeps for each trial."""
     cpus, gpus = search.resources.cpus, search.resources.gpus

@@ -20,7 +20,7 @@ from kwsearch.interrupts import counted
 from kwsearch.trials import FINGERPRINT, baseline, is_static
 from kwsearch.verdict import Verdict, judge
 
-_ATTEMPTS = 5
+_LOSSES = 5
 _KEY = "final"
 
 
@@ -81,6 +81,7 @@ def run(
     waiting = [place for place, training in enumerate(trainings) if training.key not in known]
     attempts = dict.fromkeys(waiting, 0)
     splits = dict.fromkeys(waiting, 1)
+    losses = dict.fromkeys(waiting, 0)
     busy: set[int] = set()
     errors = Errors("final trainings")
 
@@ -98,6 +99,7 @@ def run(
     def handle(place: int, event: Event) -> None:
         if isinstance(event, (Finished, Failed, Lost, Cancelled)):
             busy.discard(place)
+            losses[place] += isinstance(event, Lost) and event.suspect
         if isinstance(event, Finished):
             keep(trainings[place], event.value)
         elif isinstance(event, Failed) and event.kind == "memory" and splits[place] == 1:
@@ -108,7 +110,7 @@ def run(
         elif isinstance(event, Failed):
             failed(trainings[place], event.message)
         elif isinstance(event, (Lost, Cancelled)):
-            if attempts[place] < _ATTEMPTS:
+            if losses[place] < _LOSSES:
                 waiting.insert(0, place)
             else:
                 failed(trainings[place], "its process died")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_counting: list[Interrupts] = []
 
 
 class Interrupts:
@@ -38,7 +41,16 @@ def counted(say: Callable[[str], object], message: str) -> Iterator[Interrupts]:
     except ValueError:  # not in the main thread
         yield found
         return
+    _counting.append(found)
     try:
         yield found
     finally:
+        _counting.pop()
         signal.signal(signal.SIGINT, before)
+
+
+def sleep(seconds: float) -> None:
+    """Where nothing is half done, so that a second Ctrl-C may raise KeyboardInterrupt."""
+    time.sleep(seconds)
+    for one in _counting:
+        one.check()

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import math
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from optuna.trial import FrozenTrial
 
 from kwlayers.plan import counted
 from kwsearch import dry_run, engines, finals, networks
-from kwsearch.database import masked
+from kwsearch.database import StorageError, masked
 from kwsearch.driver import Driver, Rules, SpaceExhausted
 from kwsearch.driver import Watcher as DriverWatcher
 from kwsearch.dry_run import Forecast
@@ -216,12 +217,11 @@ class Study:
                         left = self._run_finals(executor, driver.rules.deadline)
                         if not left:
                             executor.finish()
-                finally:
-                    trials = tuple(_finished(study))
-                    found = self._found(trials)
-                    result = Result(
-                        self.recipe, trials, held_out, found, self.rungs, self._warnings()
-                    )
+                except BaseException:
+                    with contextlib.suppress(StorageError):  # which is away
+                        self._result(held_out)
+                    raise
+                result = self._result(held_out)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
@@ -230,6 +230,12 @@ class Study:
             if time.monotonic() >= driver.rules.deadline and unfinished:
                 self.watcher.say("time is up; --resume goes on")
             return result
+
+    def _result(self, held_out: int) -> Result:
+        """What there is until now, the best plans written down."""
+        trials = tuple(_finished(self.study))
+        found = self._found(trials)
+        return Result(self.recipe, trials, held_out, found, self.rungs, self._warnings())
 
     def _trace(self) -> Network:
         """The network, which must be one that trains on images. Raises PlanError."""
@@ -267,7 +273,7 @@ class Study:
         uniform = spaces[-1].uniform
         step_s = TrainStep(self.recipe, uniform, proxy, self.trust).seconds()
         nbytes = self._train_bytes(uniform)
-        workers = engines.slots_of(search, proxy, lambda: nbytes)
+        workers = engines.planned_slots(search, proxy, lambda: nbytes)
         trainings = self._most_finals()
         images = dry_run.images_of(proxy)
         least = most = None
@@ -278,7 +284,7 @@ class Study:
             )
         latency = None if self.latency is None else self.latency(uniform)
         checkpoint = dry_run.checkpoint_bytes(uniform, proxy)
-        unfinished = search.trials if len(self.rungs) > 1 else workers
+        unfinished = search.trials if workers is None or len(self.rungs) > 1 else workers
         return Forecast(
             combinations=spaces[-1].size(),
             warehouses=spaces[-1].warehouses(),
@@ -297,7 +303,7 @@ class Study:
             least_seconds=least,
             most_seconds=most,
             checkpoint_bytes=checkpoint,
-            disk_bytes=checkpoint * max(unfinished, workers),
+            disk_bytes=checkpoint * max(unfinished, workers or 0),
         )
 
     def _most_finals(self) -> int:
@@ -380,7 +386,10 @@ class Study:
         if begun is None:
             if self._resume:
                 self._notes.append(f"{self.directory} has no trials yet: a new study")
-            begun = {"command": self.command, "versions": versions(), "seed": self.search.seed}
+            # In the name of its checkpoints' folder in a place that other studies have, too.
+            own = {"id": secrets.token_hex(4)}
+            start = {"command": self.command, "versions": versions(), "seed": self.search.seed}
+            begun = {**own, **start}
         self._provenance = {**self.recipe.provenance, **begun, **data}
         if warnings := self._warnings():
             self._provenance["warnings"] = list(warnings)
@@ -551,7 +560,8 @@ class Study:
         found = own / CHECKPOINTS
         try:
             if self.search.checkpoints is not None:
-                found = path_of(self.search.checkpoints) / self.place.study_in(own)
+                name = "-".join(filter(None, (own.name, self._provenance.get("id"))))
+                found = path_of(self.search.checkpoints) / name
                 found = found.absolute() if is_here(found) else found
             found.mkdir(parents=True, exist_ok=True)
             (found / "probe").write_bytes(b"")

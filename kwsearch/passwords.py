@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 
-# The variable that has a URL of a database with its password.
-STORAGE = "KWSEARCH_STORAGE"
+# The variable that has a URL of a database with its password; and what was given in place of it,
+# after `hidden` took it out of sight.
+STORAGE, _GIVEN = "KWSEARCH_STORAGE", "KWSEARCH_STORAGE_GIVEN"
 
 _USER = re.compile(r"(\w[\w+.-]*://[^\s:/@]*):[^\s]*@")
 _QUERY = re.compile(r"([?&](?:password|passwd|pwd)=)[^&\s'\"]*", re.IGNORECASE)
@@ -14,3 +16,15 @@ _QUERY = re.compile(r"([?&](?:password|passwd|pwd)=)[^&\s'\"]*", re.IGNORECASE)
 def without_password(text: str) -> str:
     """URLs in it keep all but their passwords."""
     return _QUERY.sub(r"\1***", _USER.sub(r"\1:***@", text))
+
+
+def hidden(url: str) -> str:
+    """It without its password, which `whole` knows, in this process and those that it starts."""
+    os.environ[_GIVEN] = url
+    return without_password(url)
+
+
+def whole(url: str) -> str:
+    """What `hidden` was given, of what it gave; another as it is."""
+    given = os.environ.get(_GIVEN)
+    return given if given is not None and without_password(given) == url else url

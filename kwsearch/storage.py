@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,31 +19,45 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from kwsearch.database import PATIENCE, Database, StorageError, is_away, line_of, masked
+from kwsearch.database import Database, Patience, StorageError, line_of, masked
 from kwsearch.files import write_whole
 from kwsearch.passwords import STORAGE
 from kwsearch.run_directory import JOURNAL, MARK, STUDY, SearchError
 
 PROXY = "grpc://"
+_NAME = 255  # characters
 
 
 @dataclass(frozen=True)
 class Place:
-    """Of a study. url: of a database, None for the journal in `directory`."""
+    """Of a study. url: of a database, None for the journal in `directory`. Raises SearchError for a
+    name that no database takes.
+    """
 
     directory: Path
     url: str | None = None
     study: str = STUDY
 
+    def __post_init__(self) -> None:
+        if not 0 < len(self.study) <= _NAME:
+            raise SearchError(
+                f"the study's name has {len(self.study)} characters: allowed are 1 to {_NAME}; "
+                "--study gives another"
+            )
+
     @classmethod
     def of(cls, directory: Path, url: str | None = None, study: str | None = None) -> Place:
-        """Where the study of this run directory is, or shall be. Raises SearchError if that is not
-        where it was asked for.
+        """Where the study of this run directory is, or shall be: without `url` in
+        $KWSEARCH_STORAGE, and without that in a journal. Raises SearchError if that is not where
+        it was asked for.
         """
         mark = directory / MARK
+        known = os.environ.get(STORAGE)
         if not mark.exists():
+            if not (directory / JOURNAL).exists():
+                url = url or known
             if url is not None and (directory / JOURNAL).exists():
                 raise SearchError(
                     f"{directory} has its study in {JOURNAL}: leave --storage out, or move it with "
@@ -52,16 +65,14 @@ class Place:
                 )
             return cls(directory) if url is None else cls(directory, url, study or directory.name)
         kept = json.loads(mark.read_text(encoding="utf-8"))
-        if (url is not None and masked(url) != kept["storage"]) or study not in (
-            None,
-            kept["study"],
-        ):
+        moved = url is not None and _bare(masked(url)) != _bare(kept["storage"])
+        if moved or study not in (None, kept["study"]):
             raise SearchError(
                 f"{directory} has its study {kept['study']} in {kept['storage']}, not "
                 f"{study or kept['study']} in {masked(url or kept['storage'])}: `kwsearch study "
                 "copy` moves it"
             )
-        if url is None and (known := os.environ.get(STORAGE)) and masked(known) == kept["storage"]:
+        if url is None and known and masked(known) == kept["storage"]:
             url = known
         if url is None and ":***@" in kept["storage"]:
             raise SearchError(
@@ -74,10 +85,6 @@ class Place:
     def begun(self) -> bool:
         """Whether a study was begun there."""
         return (self.directory / (JOURNAL if self.url is None else MARK)).exists()
-
-    def study_in(self, directory: Path) -> str:
-        """The name of the study, among those of other run directories."""
-        return directory.name if self.url is None else self.study
 
     def mark(self) -> None:
         """Say in the run directory where its study is."""
@@ -94,18 +101,29 @@ class Place:
         """
         if self.url is None:
             yield JournalStorage(JournalFileBackend(str(self.directory / JOURNAL)))
-        elif self.url.startswith(PROXY):
-            proxy = _proxy(self.url)
-            yield proxy
-            proxy.remove_session()
-        else:
-            Database(self.url, say).close()  # says what is wrong with it
-            found = RDBStorage(self.url, engine_kwargs={"pool_pre_ping": True})
-            try:
-                yield cast(BaseStorage, _Patient(get_storage(found), masked(self.url), say))
-            finally:
-                found.remove_session()
+            return
+        found = _proxy(self.url) if self.url.startswith(PROXY) else _database(self.url, say)
+        try:
+            patience = Patience(masked(self.url), say)
+            yield cast(BaseStorage, _Patient(get_storage(found), patience))
+        finally:
+            found.remove_session()
+            if isinstance(found, RDBStorage):
                 found.engine.dispose()
+
+
+def _bare(url: str) -> str:
+    """A masked URL as it is where the password is in a file of the user's."""
+    return url.replace(":***@", "@")
+
+
+def _database(url: str, say: Callable[[str], object]) -> RDBStorage:
+    Database(url, say).close()  # says what is wrong with it
+    try:
+        template = url.replace("{", "{{").replace("}", "}}")  # which Optuna fills in
+        return RDBStorage(template, engine_kwargs={"pool_pre_ping": True})
+    except (RuntimeError, StorageInternalError, SQLAlchemyError) as error:
+        raise _refusal(masked(url), error) from error
 
 
 def _proxy(url: str) -> BaseStorage:
@@ -128,46 +146,48 @@ def _proxy(url: str) -> BaseStorage:
 
 
 def has_study(storage: BaseStorage, name: str) -> bool:
-    """Whether there is one of that name."""
-    return name in optuna.get_all_study_names(storage)
+    """Whether there is one of that name, but for case, which MySQL does not tell."""
+    return name.casefold() in map(str.casefold, optuna.get_all_study_names(storage))
 
 
-def _absence_in(error: BaseException | None) -> DBAPIError | None:
-    """What says that the database is away, among an error and what led to it."""
-    while error is not None:
-        if isinstance(error, DBAPIError) and is_away(error):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+def _refusal(name: str, error: BaseException) -> StorageError:
+    """What a database has against it, in one line."""
+    while error.__cause__ is not None and not isinstance(error, DBAPIError):
+        error = error.__cause__
+    reason = line_of(error) if isinstance(error, DBAPIError) else " ".join(str(error).split())[:200]
+    return StorageError(f"storage {name}: {reason}")
 
 
 class _Patient:
     """A storage of which every method is tried again while the database is away. What was done
     though its answer was lost is done twice: of a new trial that is one more, which nobody begins.
+    Raises StorageError for what the database refuses.
     """
 
-    def __init__(self, storage: BaseStorage, name: str, say: Callable[[str], object]) -> None:
-        self._storage, self._name, self._say = storage, name, say
+    def __init__(self, storage: BaseStorage, patience: Patience) -> None:
+        self._storage, self._patience = storage, patience
 
     def __getattr__(self, method: str) -> Any:
         return partial(self._do, method)
 
     def _do(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        deadline, tries = time.monotonic() + PATIENCE, 0
-        while True:
+        tries = 0
+
+        def once() -> Any:
+            nonlocal tries
+            tries += 1
             try:
                 return getattr(self._storage, method)(*args, **kwargs)
             except UpdateFinishedTrialError:
-                if tries and method == "set_trial_state_values":
+                if tries > 1 and method == "set_trial_state_values":
                     return True  # the first try did it
                 raise
-            except (StorageInternalError, DBAPIError) as error:
-                cause = _absence_in(error)
-                if cause is None:
-                    raise
-                if time.monotonic() > deadline:
-                    raise StorageError(f"storage {self._name}: {line_of(cause)}") from None
-                if not tries:
-                    self._say(f"the database is away ({line_of(cause)}): waiting for it")
-                tries += 1
-                time.sleep(1)
+
+        try:
+            return self._patience.call(once)
+        except (StorageInternalError, SQLAlchemyError) as error:
+            raise _refusal(self._patience.name, error) from error
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "grpc":
+                raise
+            raise _refusal(self._patience.name, error) from error

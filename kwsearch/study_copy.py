@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
@@ -40,12 +41,17 @@ def move(
             if has_study(target, new.study):
                 where = "the journal" if url is None else masked(url)
                 raise SearchError(f"{where} has a study {new.study}: give another --study")
-            optuna.copy_study(
-                from_study_name=old.study,
-                from_storage=source,
-                to_storage=target,
-                to_study_name=new.study,
-            )
+            try:
+                optuna.copy_study(
+                    from_study_name=old.study,
+                    from_storage=source,
+                    to_storage=target,
+                    to_study_name=new.study,
+                )
+            except BaseException:  # Ctrl-C, too
+                with suppress(KeyError):
+                    optuna.delete_study(study_name=new.study, storage=target)
+                raise
             copied = optuna.load_study(study_name=new.study, storage=target)
             count = len(copied.get_trials(deepcopy=False))
         if url is None:

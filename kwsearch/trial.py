@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kwsearch.files import path_of
+from kwsearch.files import is_here, path_of
 from kwsearch.recipe import Proxy, Recipe
 from kwsearch.trials import SCORES
 
@@ -75,8 +75,15 @@ class Trained:
         until: int | None = None,
         done: Callable[[nn.Module], object] | None = None,
     ) -> float:
-        """As `kwsearch.proxy.train`."""
+        """As `kwsearch.proxy.train`. Raises FileNotFoundError where a checkpoint cannot be kept."""
         from kwsearch import proxy
+
+        folder = path_of(self.checkpoint).parent
+        if is_here(folder) and not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}: workers do not see this folder of the driver: put the run directory "
+                "where all machines do, or search.checkpoints into object storage"
+            )
 
         return proxy.train(
             self.create_model,

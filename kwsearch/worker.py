@@ -7,6 +7,7 @@ database is away.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import secrets
@@ -22,7 +23,7 @@ from sqlalchemy import delete, insert, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from kwsearch.database import Database
+from kwsearch.database import Database, StorageError, absence, line_of
 from kwsearch.executors import Cancelled, Event, Failed, Finished, Job, Lost
 from kwsearch.executors.local import LocalExecutor
 from kwsearch.executors.queue import (
@@ -46,6 +47,8 @@ FUNCTIONS = frozenset(
     f"kwsearch.trial:{name}" for name in ("train_trial", "train_final", "score_trial")
 )
 _TRAINED = "trained"
+# Seconds that a worker which is to stop waits for a database that is away: SLURM kills after 30.
+GRACE = 10.0
 
 
 def encode(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,10 +104,12 @@ class Worker:
 
     def run(self) -> int:
         """Until the study is over, nothing was to be done for too long, or SIGTERM or Ctrl-C: what
-        runs then is given back. The number of jobs done.
+        runs then is given back. The number of jobs done. Raises StorageError if the database is
+        away then, or refuses something.
         """
         with LocalExecutor(1) as self._local, _on_signals(self._stop):
             over, last, beat = False, time.monotonic(), -BEAT
+            patience = self._database.patience
             while self._task is not None or not (over or self._stopping or self._waited(last)):
                 self._train()
                 last = last if self._task is None else time.monotonic()
@@ -114,11 +119,12 @@ class Worker:
                 try:
                     over, taken = self._database.now(self._exchange)
                 except DBAPIError as error:
-                    if not self._database.away(error):
-                        raise
-                    time.sleep(1)
+                    if (reason := absence(error)) is None:
+                        raise StorageError(f"{patience.name}: {line_of(error)}") from error
+                    patience.limit = GRACE if self._stopping else math.inf
+                    patience.wait(reason)
                     continue
-                self._database.back()
+                patience.answered()
                 beat = time.monotonic()
                 self._sent(taken)
         self._leave()
@@ -144,7 +150,8 @@ class Worker:
             self._local.close()
             if task.over:
                 return
-            self._put(task, Lost(task.job.trial, task.job.attempt, f"worker {self.name} stopped"))
+            why = f"worker {self.name} was stopped"
+            self._put(task, Lost(task.job.trial, task.job.attempt, why, suspect=False))
         elif not task.over:
             for event in self._local.wait(BEAT):
                 self._put(task, event)

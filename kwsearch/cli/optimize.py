@@ -13,7 +13,7 @@ import click
 from kwsearch.cli import INTERRUPTED
 from kwsearch.cli.live import Live
 from kwsearch.cli.options import storage_option, trust_option, without_trust
-from kwsearch.passwords import without_password
+from kwsearch.passwords import STORAGE, without_password
 
 if TYPE_CHECKING:
     from kwsearch.dry_run import Forecast
@@ -93,7 +93,7 @@ def command(
     if deterministic:
         settings.append("search.deterministic=true")
     loaded = load_recipe(recipe, settings)
-    if name is not None and storage is None:
+    if name is not None and storage is None and STORAGE not in os.environ:
         raise click.UsageError("--study: of a database; give --storage, too")
     if address is not None and (loaded.search is None or loaded.search.executor != "ray"):
         raise click.UsageError("--address: of a Ray cluster; give --executor ray, too")
@@ -172,6 +172,7 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
     if fewest != most:
         warehouses = f"{fewest} to {warehouses}"
     rungs = ", ".join(map(str, forecast.rungs))
+    at_a_time = "as many as there are workers" if forecast.workers is None else forecast.workers
     finals = f"at most {counted(forecast.trainings, 'training')}" if forecast.trainings else "none"
     click.echo(
         f"space: {counted(forecast.combinations, 'combination')}, {warehouses} to split over"
@@ -181,7 +182,7 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
         f"{forecast.valid_share:.1%} of random samples are on it"
     )
     click.echo(
-        f"trials: {forecast.trials}, {forecast.workers} at a time, rungs at epoch {rungs}; "
+        f"trials: {forecast.trials}, {at_a_time} at a time, rungs at epoch {rungs}; "
         f"finals: {finals}"
     )
     click.echo(

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from kwsearch.passwords import STORAGE
+from kwsearch.passwords import STORAGE, whole
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]
@@ -86,7 +86,7 @@ def several(
 storage_option = click.option(
     "--storage",
     metavar="URL",
-    envvar=STORAGE,
+    callback=lambda context, parameter, url: None if url is None else whole(url),
     help=f"Database of the study, e.g. postgresql://user@host/name.  [default: ${STORAGE}]",
 )
 trust_option = click.option(

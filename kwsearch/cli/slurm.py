@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
-from kwsearch.cli.options import storage_option
+from kwsearch.cli.options import storage_option, trust_option
+from kwsearch.passwords import STORAGE, without_password
 
 
 @click.command("slurm")
@@ -21,6 +23,7 @@ from kwsearch.cli.options import storage_option
 )
 @click.option("--workers", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--hours", type=click.IntRange(min=1), default=24, show_default=True)
+@trust_option
 @click.option("--sbatch", multiple=True, metavar="OPTION", help="More of it: --partition=gpu.")
 def command(
     recipe: str,
@@ -30,6 +33,7 @@ def command(
     run_dir: Path | None,
     workers: int,
     hours: int,
+    trust: bool,
     sbatch: tuple[str, ...],
 ) -> None:
     """Print a job script: an array of workers for the study of RECIPE, and its driver.
@@ -42,17 +46,25 @@ def command(
     """
     import math
 
-    from kwsearch.database import masked
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
     from kwsearch.engines import resources_of
     from kwsearch.recipe import Proxy, Search, load_recipe
     from kwsearch.slurm import Array, script
 
+    storage = storage or os.environ.get(STORAGE)
     if storage is None:
         raise click.UsageError("give --storage, the URL of a database that all nodes reach")
     loaded = load_recipe(recipe, list(overrides))
     cpus, gpus = resources_of(loaded.search or Search(), loaded.proxy or Proxy())
     directory = run_dir or Path("runs") / Path(recipe).stem
-    shown = masked(storage).replace(":***@", "@")
+    try:
+        shown = make_url(storage).set(password=None).render_as_string()
+    except (ArgumentError, ValueError):
+        message = "--storage: no URL; allowed are such as postgresql://user@host/database"
+        raise click.UsageError(message) from None
+    shown = without_password(shown)
     click.echo(
         script(
             Array(
@@ -65,6 +77,7 @@ def command(
                 math.ceil(cpus) or 1,
                 math.ceil(gpus),
                 hours,
+                trust,
                 sbatch,
             )
         ),

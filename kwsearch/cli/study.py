@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
 from kwsearch.cli.options import storage_option
+from kwsearch.passwords import STORAGE
 
 
 @click.group("study")
@@ -31,6 +33,7 @@ def copy(run: Path, storage: str | None, journal: bool, name: str | None) -> Non
     from kwlayers.plan import counted
     from kwsearch.study_copy import move
 
+    storage = storage or os.environ.get(STORAGE)
     if storage is None and not journal:
         raise click.UsageError("give --storage URL, or --journal")
     count, where = move(run, None if journal else storage, name, _say)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from kwsearch.cli.options import storage_option, trust_option
+from kwsearch.passwords import STORAGE
 
 
 @click.command("worker")
@@ -23,7 +24,8 @@ def command(study: str, storage: str | None, idle: float | None, trust: bool, qu
 
     Start as many as there is room for, on any machine that sees the run directory and the images
     where the driver does: `kwsearch optimize RECIPE --executor queue --storage URL`. A worker that
-    is stopped gives its trial back, one that dies loses nothing.
+    is stopped gives its trial back, one that dies loses nothing. It trains on the first GPU that it
+    sees: give each its own by CUDA_VISIBLE_DEVICES.
 
     \b
     kwsearch worker fashion_mnist --storage postgresql://me@host/studies
@@ -33,6 +35,7 @@ def command(study: str, storage: str | None, idle: float | None, trust: bool, qu
     from kwlayers.plan import counted
     from kwsearch.worker import Worker
 
+    storage = storage or os.environ.get(STORAGE)
     if storage is None:
         raise click.UsageError("give --storage, the URL of the study's database")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -68,9 +68,12 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class Lost(Event):
-    """The worker died in the middle of the job; the message says how."""
+    """The worker ended in the middle of the job; the message says how. suspect: whether the job
+    itself may be why, as it is not where a node is taken back.
+    """
 
     message: str
+    suspect: bool = True
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects.mysql import MEDIUMTEXT
+from sqlalchemy.dialects.mysql import MEDIUMTEXT, VARCHAR
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
@@ -54,7 +54,10 @@ from kwsearch.executors import (
 BEAT, LEASE, POLL, IDLE = 2.0, 30.0, 0.2, 1.0
 
 TABLES = MetaData()
-_name = String(255)
+# MySQL takes names that differ in case only for the same.
+_name = String(255).with_variant(
+    VARCHAR(255, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
+)
 _text = Text().with_variant(MEDIUMTEXT(), "mysql", "mariadb")  # whose Text is 64 KiB
 STUDIES = Table(
     "kwsearch_studies",
@@ -315,9 +318,9 @@ class QueueExecutor:
             return [*connection.execute(workers)], [*connection.execute(jobs)]
 
         there, own = self._do(look)
-        if self._absences != self._database.absences or gap > self._pulse.lease / 2:
+        if self._absences != self._database.patience.absences or gap > self._pulse.lease / 2:
             # Nobody was looked at for a while, or could be.
-            self._absences = self._database.absences
+            self._absences = self._database.patience.absences
             self._pulse.reset()
         silent = [row.name for row in there if not self._pulse.beats(row.name, row.beats)]
         self._workers = len(there) - len(silent)

@@ -37,7 +37,13 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 try:
     import ray
-    from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, TaskCancelledError
+    from ray.exceptions import (
+        NodeDiedError,
+        OutOfMemoryError,
+        RayError,
+        RayTaskError,
+        TaskCancelledError,
+    )
 except ImportError:
     raise ExecutorError('executor ray: Ray is missing; pip install "kwsearch[ray]"') from None
 
@@ -252,6 +258,8 @@ def _next(job: Job, task: Any) -> Event:
         return failed(job, MemoryError(_line(error)))
     except RayTaskError as error:  # not of the function, whose errors are events: of the way here
         return failed(job, error.cause if isinstance(error.cause, Exception) else error)
+    except NodeDiedError as error:
+        return Lost(*end, _line(error), suspect=False)
     except RayError as error:
         return Lost(*end, _line(error))
     return unpacked(job, message)

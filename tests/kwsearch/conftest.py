@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import torch
 from kwlayers import plan_model
 from kwlayers.plan import Plan
 from kwsearch import zoo
+from tests.kwsearch.databases import MariaDB, Postgres
+from tests.kwsearch.distributed import WORKER
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +51,55 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     for name in set(sys.modules) - before:
         if name.startswith("own_"):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real one."""
+    found = Postgres()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaDB]:
+    """A real one, which stands for MySQL, too."""
+    found = MariaDB()
+    yield found
+    found.close()
+
+
+@pytest.fixture(params=["postgres", "mariadb"])
+def server(request: pytest.FixtureRequest) -> Postgres | MariaDB:
+    """Either."""
+    found: Postgres | MariaDB = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="module")
+def importable() -> Iterator[None]:
+    """Workers find the functions of test files where the driver's sys.path says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent)
+        yield
+
+
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts workers of a study at a URL, in processes; none of them is left."""
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def one(study: str, url: str, folder: Path = tmp_path) -> subprocess.Popen[bytes]:
+        paths = [str(folder), str(Path(__file__).parent)]
+        code = tmp_path / "run_worker.py"
+        code.write_text(WORKER.format(paths=paths, url=url, study=study))
+        workers.append(subprocess.Popen([sys.executable, str(code)], stdout=subprocess.DEVNULL))
+        return workers[-1]
+
+    yield one
+    for worker in workers:
+        worker.kill()
+        worker.wait()

@@ -13,6 +13,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from kwsearch import driver
 from kwsearch.driver import Driver, Rules, SpaceExhausted
 from kwsearch.executors import Cancelled, Event, Failed, Finished, Job, Lost, Reported, Started
 from kwsearch.failures import StudyFailed
@@ -336,6 +337,33 @@ def test_a_trial_whose_process_always_dies_is_given_up(tmp_path: Path) -> None:
     assert trials[1].state == TrialState.FAIL
     assert "died 5 times within one epoch: SIGSEGV" in trials[1].user_attrs["reason"]
     assert trials[2].state == TrialState.COMPLETE
+
+
+def test_workers_that_are_taken_away_are_no_fault_of_a_trial(tmp_path: Path) -> None:
+    lost: list[Event] = [Lost(1, 0, "node is drained", suspect=False) for _ in range(7)]
+    trials, notes = drive(tmp_path, Scripted(fail={1: lost}), Rules(3, FULL))
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 3
+    assert "trial 1: its process was taken away (node is drained); it goes on" in notes.said
+
+
+def test_seconds_are_those_of_training_not_of_waiting_for_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(driver.time, "monotonic", lambda: clock[0])
+
+    class Slow(Scripted):
+        def wait(self, timeout: float | None) -> list[Event]:
+            job = self.jobs[0]
+            if not self.trained:  # an hour in the queue, then a minute for each epoch and the end
+                self.trained[0, 0] = 1
+                clock[0] += 3600
+                return [Started(0, job.attempt, 1)]
+            clock[0] += 60
+            return super().wait(timeout)
+
+    trials, _ = drive(tmp_path, Slow(), Rules(1, FULL))
+    assert trials[0].user_attrs["seconds"] == 4 * 60
 
 
 def test_a_deadline_starts_nothing_more(tmp_path: Path) -> None:

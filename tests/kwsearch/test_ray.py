@@ -27,13 +27,7 @@ pytest.importorskip("ray", reason="Ray is not installed")
 
 from kwsearch.executors.ray import RayExecutor
 
-
-@pytest.fixture(scope="module", autouse=True)
-def importable() -> Iterator[None]:
-    """Workers find the functions of test_executors.py where the driver's sys.path says."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent)
-        yield
+pytestmark = pytest.mark.usefixtures("importable")
 
 
 @pytest.fixture(scope="module")
