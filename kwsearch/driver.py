@@ -148,6 +148,7 @@ class Driver:
         self._errors = Errors("trials in a row")
         self._interrupts = Interrupts()
         self._exhausted = False
+        self._taus: tuple[int, dict[int, float | None]] | None = None  # of so many complete trials
 
     def run(self) -> None:
         """Until the study has its trials, its time is up, or Ctrl-C has let jobs finish.
@@ -344,12 +345,16 @@ class Driver:
     def taus(self) -> dict[int, float | None]:
         """Kendall's tau to the full length by rung's step, over the complete trials."""
         last = self.rules.rungs[-1].step
-        budgets = by_budget(self._trials(TrialState.COMPLETE)).values()
+        complete = self._trials(TrialState.COMPLETE)
+        if self._taus is not None and self._taus[0] == len(complete):
+            return self._taus[1]
+        budgets = by_budget(complete).values()
         found = {}
         for rung in self.rules.rungs[:-1]:
             groups = [rung_pairs(trials, rung.step, last) for trials in budgets]
             known = sum(map(len, groups)) >= self._least
             found[rung.step] = pooled_tau(groups) if known else None
+        self._taus = len(complete), found
         return found
 
     @property

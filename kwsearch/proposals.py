@@ -110,8 +110,10 @@ class Proposer:
         # By trial, so that a resumed study draws what an uninterrupted one would.
         seed = (self.search.seed * 1_000_003 + len(known)) % 2**32
         own = [trial for trial in known if budget_of(trial) == budget.value]
-        study = _copy([trial for trial in own if not is_static(trial)])
-        study.sampler = self._sampler(seed, len(own))
+        sampler = self._sampler(seed, len(own))
+        blind = isinstance(sampler, (optuna.samplers.RandomSampler, _Even))
+        study = _copy([] if blind else [trial for trial in own if not is_static(trial)])
+        study.sampler = sampler
         given = self._given(budget, own, known)
         if given is not None:
             study.enqueue_trial(given)

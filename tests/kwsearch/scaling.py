@@ -1,8 +1,9 @@
-"""How a study scales: `python -m tests.kwsearch.scaling local 1 2 4 8 16` and `… simulated 1000`.
+"""How a study scales: `python -m tests.kwsearch.scaling local 1 2 4 8 16`, `… simulated 1000 3000`.
 
 With an executor (local, ray, or queue with a URL as the last argument): trials that sleep, against
 the ideal of as many at a time as there are slots, and the driver's CPU time. Simulated: trials of
-realistic length on slots that exist in virtual time only, so that all time is the driver's own.
+realistic length on slots that exist in virtual time only, so that all time is the driver's own;
+after the slots the trials, and settings of the search in place of the defaults: `sampler=random`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +59,19 @@ class Watcher:
 
 
 def study(
-    folder: Path, slots: int, trials: int, executor: str, watcher: Any, **options: Any
+    folder: Path,
+    slots: int,
+    trials: int,
+    executor: str,
+    watcher: Any,
+    search: Sequence[str] = ("finalists: 0", "sampler: random", "pruner: none"),
+    **options: Any,
 ) -> Any:
     recipe = parse_recipe(
-        "format: 1\nmodel: resnet20\nbudget: {total_ratio: 0.5}\n"
+        "format: 1\nmodel: resnet18\nbudget: {total_ratio: 0.5}\n"
         f"proxy: {{epochs: {EPOCHS}}}\n"
-        f"search: {{trials: {trials}, workers: {slots}, executor: {executor}, finalists: 0, "
-        "sampler: random, pruner: none, resources: {cpus: 0.001}}\n"
+        f"search: {{trials: {trials}, workers: {slots}, executor: {executor}, "
+        f"{', '.join(search)}, resources: {{cpus: 0.001}}}}\n"
     )
     return optimize.Study(recipe, folder, resume=False, watcher=watcher, **options)
 
@@ -109,6 +117,7 @@ class Virtual:
         self._events: list[tuple[float, int, Event]] = []
         self._count = 0
         self._jobs: set[int] = set()
+        self._epochs: dict[int, int] = {}
         self._dice = random.Random(0)
 
     @property
@@ -117,13 +126,15 @@ class Virtual:
 
     def submit(self, job: Job) -> None:
         self._jobs.add(job.trial)
-        seconds = 60 * self.minutes * self._dice.lognormvariate(0, 0.3)
-        key = job.trial, job.attempt
+        epoch_s = 60 * self.minutes * self._dice.lognormvariate(0, 0.3) / EPOCHS
+        key, until = (job.trial, job.attempt), job.arguments["until"]
+        first = self._epochs.get(job.trial, 0)
+        self._epochs[job.trial] = until
         self._put(self.now, Started(*key, 1))
-        for epoch in range(1, EPOCHS + 1):
+        for epoch in range(first + 1, until + 1):
             value = self._dice.random()
-            self._put(self.now + seconds * epoch / EPOCHS, Reported(*key, epoch, value))
-        self._put(self.now + seconds, Finished(*key, value))
+            self._put(self.now + epoch_s * (epoch - first), Reported(*key, epoch, value))
+        self._put(self.now + epoch_s * (until - first), Finished(*key, value))
 
     def _put(self, when: float, event: Event) -> None:
         self._count += 1
@@ -144,13 +155,15 @@ class Virtual:
     def close(self) -> None: ...
 
 
-def simulated(slots: int, trials: int, minutes: float = 10) -> None:
+def simulated(slots: int, trials: int, settings: list[str], minutes: float = 10) -> None:
     """The driver's own time for each trial, by how many the study has already."""
     with tempfile.TemporaryDirectory() as name:
         watcher, executor = Watcher(), Virtual(slots, minutes)
-        made = study(Path(name) / "run", slots, trials, "local", watcher)
+        search = ["finalists: 0", *(one.replace("=", ": ") for one in settings)]
+        made = study(Path(name) / "run", slots, trials, "local", watcher, search)
         begun = time.monotonic()
         made.run(executor, function="nothing:nothing")
+    trials = len(watcher.ends)
     step = max(trials // 6, 1)
     for count in range(step, trials + 1, step):
         part = watcher.ends[count - step : count]
@@ -166,7 +179,7 @@ if __name__ == "__main__":
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kind, *numbers = sys.argv[1:]
     if kind == "simulated":
-        simulated(int(numbers[0]), int(numbers[1]) if numbers[1:] else 3 * int(numbers[0]))
+        simulated(int(numbers[0]), int(numbers[1]), numbers[2:])
     else:
         where = numbers.pop() if kind == "queue" else None
         for number in numbers:
