@@ -48,6 +48,7 @@ from kwsearch.executors import (
     Reported,
     Started,
 )
+from kwsearch.executors.local import GRACE
 
 # Seconds between beats, without one until a worker is lost, and between two looks: of the driver
 # for events, of a worker without a job for one.
@@ -235,12 +236,14 @@ class QueueExecutor:
         mine = (STUDIES.c.name == self.study) & (STUDIES.c.driver == self._name)
         return update(STUDIES).where(mine).values(**values)
 
-    def _clear(self, connection: Connection) -> None:
-        """No jobs and events of this study, whoever has put them there."""
-        old = select(JOBS.c.id).where(JOBS.c.study == self.study)
-        keys = connection.execute(old).scalars().all()
+    def _clear(self, connection: Connection) -> bool:
+        """No jobs and events of this study, whoever has put them there; whether workers had any."""
+        old = select(JOBS.c.id, JOBS.c.worker).where(JOBS.c.study == self.study)
+        rows = connection.execute(old).all()
+        keys = [row.id for row in rows]
         connection.execute(delete(EVENTS).where(EVENTS.c.job.in_(keys)))
         connection.execute(delete(JOBS).where(JOBS.c.id.in_(keys)))
+        return any(row.worker is not None for row in rows)
 
     def _step_down(self, connection: Connection) -> None:
         """Unless somebody else has taken over."""
@@ -257,7 +260,8 @@ class QueueExecutor:
             if self._do(lambda connection: connection.execute(row).first()) != before:
                 raise self._taken()
 
-        def take(connection: Connection) -> bool:
+        def take(connection: Connection) -> bool | None:
+            """Whether workers had jobs of before; None if somebody else was faster."""
             values = {"driver": self._name, "beats": 0, "over": False}
             if before is None:
                 connection.execute(insert(STUDIES).values(name=self.study, **values))
@@ -268,15 +272,17 @@ class QueueExecutor:
                 own = STUDIES.c.driver == self._name  # the answer to a first try was lost
                 take = update(STUDIES).where(STUDIES.c.name == self.study, as_it_was | own)
                 if not connection.execute(take.values(**values)).rowcount:
-                    return False
-            self._clear(connection)
-            return True
+                    return None
+            return self._clear(connection)
 
         try:
-            if not self._do(take):
-                raise self._taken()
+            busy = self._do(take)
         except IntegrityError:
             raise self._taken() from None
+        if busy is None:
+            raise self._taken()
+        if busy:  # until they have seen that theirs are gone, lest a trial be trained twice
+            time.sleep(BEAT + GRACE)
 
     def _taken(self) -> ExecutorError:
         return ExecutorError(

@@ -22,6 +22,20 @@ if __name__ == "__main__":
 """
 
 
+DRIVER = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from kwsearch.executors import queue
+from tests.kwsearch.distributed import study
+queue.LEASE = 4.0
+if __name__ == "__main__":
+    begun = Path({folder!r}, "run", "study.storage.json").exists()
+    made = study(Path({folder!r}), {search!r}, {url!r}, name={name!r}, resume=begun)
+    made.run(function="simulated:train")
+"""
+
+
 class Watcher:
     """Does something when so many trials are done."""
 
@@ -41,14 +55,19 @@ class Watcher:
 
 
 def study(
-    folder: Path, search: str, url: str | None, watcher: Any = None, **options: Any
+    folder: Path,
+    search: str,
+    url: str | None = None,
+    watcher: Watcher | None = None,
+    sampler: str = "random",
+    **options: Any,
 ) -> optimize.Study:
-    """Of simulated trainings."""
+    """Of simulated trainings, a tenth of a second an epoch. options: of the study."""
     folder.mkdir(exist_ok=True)
     recipe = parse_recipe(
         "format: 1\nmodel: resnet20\nbudget: {total_ratio: 0.5}\n"
         "proxy: {epochs: 3, temperature_epochs: 0}\n"
-        f"search: {{{search}, sampler: random, finalists: 0}}\n"
+        f"search: {{{search}, sampler: {sampler}, finalists: 0}}\n"
     )
     (folder / "simulated.py").write_text(test_kills.SIMULATED.format(epoch_s=0.1))
     given = {"resume": False, "watcher": watcher or Watcher(), "storage": url, **options}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -21,11 +22,11 @@ from kwsearch.executors import Event, ExecutorError, Finished, Job, Lost, Starte
 from kwsearch.executors.queue import QueueExecutor
 from kwsearch.recipe import Proxy, parse_recipe
 from kwsearch.trial import Trained
-from kwsearch.worker import GRACE, encode
+from kwsearch.worker import GRACE, decode, encode
 from tests.kwsearch import test_kills
 from tests.kwsearch.conftest import Start
 from tests.kwsearch.databases import MariaDB, Postgres
-from tests.kwsearch.distributed import Watcher, study
+from tests.kwsearch.distributed import DRIVER, Watcher, study
 from tests.kwsearch.test_executors import job
 
 
@@ -67,16 +68,50 @@ def test_killed_workers_and_a_restarted_database_lose_and_double_nothing(
     assert [worker.wait(30) for pid, worker in workers.items() if pid not in killed] == [0] * 4
 
 
-def test_deterministic_studies_are_the_same_in_a_queue_and_here(
+def test_a_killed_driver_is_followed_by_another_that_loses_and_doubles_nothing(
     postgres: Postgres, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Path(__file__).parent
+    script = tmp_path / "driver.py"
+    script.write_text(
+        DRIVER.format(
+            paths=[str(tmp_path), str(here), str(here.parents[1])],
+            folder=str(tmp_path),
+            search="trials: 16, workers: 3, executor: queue, pruner: none",
+            url=postgres.url,
+            name="followed",
+        )
+    )
+    workers = [start("followed", postgres.url) for _ in range(3)]
+    first = subprocess.Popen([sys.executable, str(script)])
+    while test_kills.lines(tmp_path) < 12:
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    subprocess.run([sys.executable, str(script)], check=True, timeout=120)
+    monkeypatch.setenv("KWSEARCH_STORAGE", postgres.url)
+    test_kills.check(tmp_path, 16, kills=1)
+    assert [worker.wait(30) for worker in workers] == [0] * 3
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_deterministic_studies_are_the_same_in_a_queue_and_here(
+    postgres: Postgres,
+    start: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sampler: str,
 ) -> None:
     found = []
     search = "trials: 16, workers: 3, deterministic: true, calibration: 6"
     for name, where, url in (("here", "local", None), ("there", "queue", postgres.url)):
         monkeypatch.syspath_prepend(tmp_path / name)
-        begun = study(tmp_path / name, f"{search}, executor: {where}", url, name="same")
+        own = f"same {sampler}" if url else None
+        recipe = f"{search}, executor: {where}"
+        begun = study(tmp_path / name, recipe, url, sampler=sampler, name=own)
         for _ in range(3 if url else 0):
-            start("same", postgres.url, tmp_path / name)
+            start(own, postgres.url, tmp_path / name)
         result = begun.run(function="simulated:train")
         found.append([(t.state, t.value, t.user_attrs["fingerprint"]) for t in result.trials])
     assert found[0] == found[1]
@@ -144,6 +179,14 @@ def all_events(executor: QueueExecutor) -> list[Event]:
     while executor.running:
         found += executor.wait(60)
     return found
+
+
+def test_a_worker_trusts_a_network_only_if_both_sides_say_so() -> None:
+    for driver, worker in ((True, True), (True, False), (False, True)):
+        sent = encode({"trained": Trained("", "", None, 1.0, 0, "", 1, trust=driver), "first": 0})
+        given = decode(json.loads(json.dumps(sent)), trust=worker)
+        assert given["trained"].trust == (driver and worker)
+        assert given["first"] == 0
 
 
 def test_a_worker_runs_nothing_but_trials(postgres: Postgres, start: Start) -> None:

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.trial import FrozenTrial
 
-from kwsearch import optimize
 from kwsearch.executors import ExecutorError
-from kwsearch.recipe import parse_recipe
 from tests.kwsearch import test_kills
+from tests.kwsearch.distributed import Watcher, study
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -49,60 +47,28 @@ def nodes() -> Iterator[Nodes]:
     found.cluster.shutdown()
 
 
-class Quiet:
-    """Counts finished trials, and does something at one of them."""
-
-    def __init__(self, at: int = -1, act: Any = None) -> None:
-        self.count, self.at, self.act = 0, at, act
-        self.said: list[str] = []
-
-    def done(self, trial: FrozenTrial) -> None:
-        self.count += 1
-        if self.count == self.at:
-            self.act()
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args: None
-
-
-def study(
-    folder: Path, watcher: Quiet, search: str, address: str | None = None, epoch_s: float = 0.01
-) -> optimize.Study:
-    """Of simulated trainings; on Ray if there is an address."""
-    folder.mkdir(exist_ok=True)
-    recipe = parse_recipe(
-        "format: 1\nmodel: resnet20\nbudget: {total_ratio: 0.5}\n"
-        "proxy: {epochs: 3, temperature_epochs: 0}\n"
-        f"search: {{{search}, sampler: random, finalists: 0, "
-        f"executor: {'local' if address is None else 'ray'}}}\n"
-    )
-    (folder / "simulated.py").write_text(test_kills.SIMULATED.format(epoch_s=epoch_s))
-    run = folder / "run"
-    return optimize.Study(recipe, run, resume=False, watcher=watcher, address=address)
-
-
 def test_a_killed_node_loses_and_doubles_nothing(
     nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    watcher = Quiet(20, nodes.kill)
-    search = "trials: 64, workers: auto, pruner: none"
-    study(tmp_path, watcher, search, nodes.address, 0.2).run(function="simulated:train")
-    assert any("its process died (" in line for line in watcher.said)
+    watcher = Watcher(at_20=nodes.kill)
+    search = "trials: 64, workers: auto, executor: ray, pruner: none"
+    made = study(tmp_path, search, watcher=watcher, address=nodes.address)
+    made.run(function="simulated:train")
+    assert any("its process was taken away (NodeDiedError" in line for line in watcher.said)
     test_kills.check(tmp_path, 64, kills=1)
 
 
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_deterministic_studies_are_the_same_on_ray_and_here(
-    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str
 ) -> None:
     found = []
-    for name, address in (("here", None), ("ray", nodes.address)):
+    for name, address in (("local", None), ("ray", nodes.address)):
         monkeypatch.syspath_prepend(tmp_path / name)
-        search = "trials: 24, workers: 3, deterministic: true, calibration: 6"
-        result = study(tmp_path / name, Quiet(), search, address).run(function="simulated:train")
+        search = f"trials: 24, workers: 3, executor: {name}, deterministic: true, calibration: 6"
+        made = study(tmp_path / name, search, sampler=sampler, address=address)
+        result = made.run(function="simulated:train")
         found.append([(t.state, t.value, t.user_attrs["fingerprint"]) for t in result.trials])
     assert found[0] == found[1]
     assert len({state for state, _, _ in found[0]}) == 2  # some were stopped
@@ -114,11 +80,13 @@ def test_what_no_node_has_is_said_at_once(nodes: Nodes, tmp_path: Path) -> None:
         match=r"a trial asks for 3 CPUs and 0\.5 GPUs, which no node of the Ray cluster has: its "
         r"nodes have 2 CPUs and 0 GPUs, 2 CPUs and 0 GPUs, 2 CPUs and 0 GPUs; lower search\.res",
     ):
-        study(tmp_path, Quiet(), "resources: {cpus: 3, gpus: 0.5}", nodes.address).run(
-            function="simulated:train"
-        )
+        study(
+            tmp_path, "executor: ray, resources: {cpus: 3, gpus: 0.5}", address=nodes.address
+        ).run(function="simulated:train")
 
 
 def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(ExecutorError, match=r"no Ray cluster at 127\.0\.0\.1:1: .* refused; `ray"):
-        study(tmp_path, Quiet(), "trials: 2", "127.0.0.1:1").run(function="simulated:train")
+        study(tmp_path, "trials: 2, executor: ray", address="127.0.0.1:1").run(
+            function="simulated:train"
+        )
