@@ -19,11 +19,13 @@ from sqlalchemy.exc import (
     ProgrammingError,
 )
 
+from kwsearch import passwords
 from kwsearch.interrupts import sleep
-from kwsearch.passwords import without_password
 
 # Seconds that the database may be away.
 PATIENCE = 900.0
+# Numbers that MySQL's libraries call operational: no right, no such user, column or table.
+_REFUSALS = frozenset({1044, 1045, 1054, 1142, 1146})
 
 Answer = TypeVar("Answer")
 
@@ -33,12 +35,12 @@ class StorageError(ValueError):
 
 
 def masked(url: str) -> str:
-    """Without its password."""
+    """Without its password; of what is no URL nothing at all, which may be one."""
     try:
         make_url(url)
     except (ArgumentError, ValueError):
         return "a storage that is no URL"
-    return without_password(url)
+    return passwords.masked(url)
 
 
 class Patience:
@@ -87,6 +89,10 @@ class Patience:
             self.limit = 0.0
             raise
 
+    def restart(self) -> None:
+        """Whatever it waited until now does not count."""
+        self._since = None
+
     def answered(self) -> None:
         """It is there again."""
         self._since, self._told = None, False
@@ -110,20 +116,24 @@ class Database:
             raise StorageError(
                 f"storage {self.name}: allowed are URLs such as postgresql://user@host/database"
             ) from None
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             raise StorageError(
                 f'storage {self.name}: {error}; for PostgreSQL pip install "kwsearch[postgres]"'
             ) from None
         try:
             self.now(lambda connection: None)
             if tables is not None:
-                # Somebody makes them just now: MySQL calls that an OperationalError.
-                with suppress(IntegrityError, ProgrammingError, OperationalError):
-                    self.now(tables.create_all)
+                for _ in tables.sorted_tables:
+                    # Somebody makes the next one just now: MySQL calls that an OperationalError.
+                    with suppress(IntegrityError, ProgrammingError, OperationalError):
+                        self.now(tables.create_all)
                 self.now(tables.create_all)
         except DBAPIError as error:
             self.close()
             raise StorageError(f"storage {self.name}: {line_of(error)}") from None
+        except (RuntimeError, TypeError) as error:  # of the library, for options it does not know
+            self.close()
+            raise StorageError(f"storage {self.name}: {error}") from None
 
     def now(self, function: Callable[[Connection], Answer]) -> Answer:
         """In a transaction. Raises DBAPIError."""
@@ -152,7 +162,8 @@ def absence(error: BaseException | None) -> str | None:
         if isinstance(error, DBAPIError) and (
             error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError))
         ):
-            return line_of(error)
+            number = next(iter(getattr(error.orig, "args", ())), None)
+            return None if number in _REFUSALS else line_of(error)
         if (reason := _behind_proxy(error)) is not None:
             return reason
         error = error.__cause__ or error.__context__

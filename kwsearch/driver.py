@@ -30,10 +30,11 @@ from kwsearch.executors import (
     Reported,
     Started,
 )
-from kwsearch.failures import NO_SPACE, Errors, disk_is_full
+from kwsearch.failures import LOSSES, NO_SPACE, Errors, disk_is_full, weight_of
 from kwsearch.interrupts import Interrupts, counted
 from kwsearch.rungs import Rung, promotable, trusted
 from kwsearch.trials import (
+    DOUBLE,
     LEASE,
     REASON,
     SECONDS,
@@ -44,8 +45,6 @@ from kwsearch.trials import (
     rung_pairs,
 )
 from kwsearch.verdict import pooled_tau
-
-_LOSSES = 5
 
 
 class SpaceExhausted(ValueError):
@@ -104,7 +103,7 @@ class _Run:
     paused: bool = False
     attempt: int = 0
     splits: int = 1
-    losses: int = 0
+    losses: float = 0
     seconds: float = 0.0
     submitted: float = 0.0
     values: dict[int, float] = field(default_factory=dict)
@@ -244,7 +243,8 @@ class Driver:
     def _begun(self) -> int:
         """Trials that are finished or have a job behind them."""
         trials = self._trials()
-        return sum(t.state.is_finished() or LEASE in t.user_attrs for t in trials)
+        begun = (t for t in trials if t.state.is_finished() or LEASE in t.user_attrs)
+        return sum(DOUBLE not in t.user_attrs for t in begun)
 
     def _submit(self, run: _Run) -> None:
         run.attempt += 1
@@ -457,9 +457,12 @@ class Driver:
         self._errors.add(event.message, stops=event.kind == "error")
 
     def _lost(self, run: _Run, event: Lost) -> None:
-        run.losses += event.suspect
-        if run.losses >= _LOSSES:
-            reason = f"its process died {_LOSSES} times within one epoch: {event.message}"
+        if (reason := self._stops.pop(run.number, None)) is not None:
+            self._tell(run, TrialState.PRUNED, reason)
+            return
+        run.losses += weight_of(event)
+        if run.losses >= LOSSES:
+            reason = f"its process ended again and again within one epoch: {event.message}"
             self._tell(run, TrialState.FAIL, reason)
             return
         how = "died" if event.suspect else "was taken away"

@@ -1,11 +1,16 @@
-"""Which errors stop a whole study: a full disk, and the same one again and again."""
+"""Which errors stop a whole study: a full disk, and the same one again and again; and which losses
+a trial.
+"""
 
 from __future__ import annotations
 
+from kwsearch.executors import Lost
 from kwsearch.run_directory import SearchError
 
 _SAME_ERROR = 3
 NO_SPACE = "No space left on device"
+# Losses within one epoch after which a training is given up.
+LOSSES = 5
 
 
 class StudyFailed(SearchError):
@@ -33,3 +38,8 @@ class Errors:
 def disk_is_full(message: object) -> StudyFailed:
     """The error for a disk without room."""
     return StudyFailed(f"the disk is full: {message}; make room and --resume")
+
+
+def weight_of(loss: Lost) -> float:
+    """A node that is taken away counts, too: the training may be what takes nodes away."""
+    return 1 if loss.suspect else 0.25

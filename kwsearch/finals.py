@@ -14,13 +14,12 @@ from typing import Any, Protocol
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from kwsearch.executors import Cancelled, Event, Executor, Failed, Finished, Job, Lost
-from kwsearch.failures import NO_SPACE, Errors, disk_is_full
+from kwsearch.executors import Cancelled, Event, Executor, Failed, Finished, Job, Lost, Reported
+from kwsearch.failures import LOSSES, NO_SPACE, Errors, disk_is_full, weight_of
 from kwsearch.interrupts import counted
 from kwsearch.trials import FINGERPRINT, baseline, is_static
 from kwsearch.verdict import Verdict, judge
 
-_LOSSES = 5
 _KEY = "final"
 
 
@@ -81,7 +80,7 @@ def run(
     waiting = [place for place, training in enumerate(trainings) if training.key not in known]
     attempts = dict.fromkeys(waiting, 0)
     splits = dict.fromkeys(waiting, 1)
-    losses = dict.fromkeys(waiting, 0)
+    losses = dict.fromkeys(waiting, 0.0)
     busy: set[int] = set()
     errors = Errors("final trainings")
 
@@ -99,7 +98,10 @@ def run(
     def handle(place: int, event: Event) -> None:
         if isinstance(event, (Finished, Failed, Lost, Cancelled)):
             busy.discard(place)
-            losses[place] += isinstance(event, Lost) and event.suspect
+        if isinstance(event, Reported):
+            losses[place] = 0
+        elif isinstance(event, Lost):
+            losses[place] += weight_of(event)
         if isinstance(event, Finished):
             keep(trainings[place], event.value)
         elif isinstance(event, Failed) and event.kind == "memory" and splits[place] == 1:
@@ -110,7 +112,7 @@ def run(
         elif isinstance(event, Failed):
             failed(trainings[place], event.message)
         elif isinstance(event, (Lost, Cancelled)):
-            if losses[place] < _LOSSES:
+            if losses[place] < LOSSES:
                 waiting.insert(0, place)
             else:
                 failed(trainings[place], "its process died")

@@ -66,7 +66,7 @@ from kwsearch.rungs import Rung, as_rungs, geometric, phase_of
 from kwsearch.rungs import check as check_rungs
 from kwsearch.space import Space, fingerprint
 from kwsearch.static_twin import NoTwin, Twin, static_twin
-from kwsearch.storage import Place, has_study
+from kwsearch.storage import Place, give_up, has_study
 from kwsearch.train_step import TrainStep, train_bytes
 from kwsearch.trial import Trained
 from kwsearch.trials import AGAIN, FINGERPRINT, TEMPERATURE, baseline, budget_of
@@ -218,7 +218,8 @@ class Study:
                         if not left:
                             executor.finish()
                 except BaseException:
-                    with contextlib.suppress(StorageError):  # which is away
+                    give_up(storage)
+                    with contextlib.suppress(StorageError):
                         self._result(held_out)
                     raise
                 result = self._result(held_out)

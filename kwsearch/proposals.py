@@ -25,10 +25,12 @@ from kwsearch.static_twin import Twin
 from kwsearch.trials import (
     AGAIN,
     BUDGET,
+    DOUBLE,
     FINGERPRINT,
     KIND,
     LATENCY,
     LEASE,
+    REASON,
     STATIC,
     TEMPERATURE,
     UNIFORM,
@@ -77,7 +79,7 @@ class Proposer:
 
     def __call__(self, study: optuna.Study) -> FrozenTrial:
         """Raises SpaceExhausted if no budget has a plan that is not trained."""
-        known = study.get_trials(deepcopy=False)
+        known = _without_doubles(study)
         left = [t for t in known if t.state == TrialState.RUNNING and LEASE not in t.user_attrs]
         if left:  # asked for by an earlier driver, and never begun
             return left[0]
@@ -91,8 +93,9 @@ class Proposer:
                 self.say(f"budget {budget.value:.12g}: {error}")
             else:
                 # At once, so that a kill leaves all of it or nothing.
+                count = len(study.get_trials(deepcopy=False))
                 study._storage.create_new_trial(study._study_id, template_trial=made)
-                return study.get_trials(deepcopy=False)[len(known)]
+                return study.get_trials(deepcopy=False)[count]
         raise SpaceExhausted("all plans of every budget are trained")
 
     def _next_budget(self, known: Sequence[FrozenTrial]) -> Budget | None:
@@ -264,6 +267,29 @@ def _copy(trials: Sequence[FrozenTrial]) -> optuna.Study:
         ]
     )
     return study
+
+
+def _without_doubles(study: optuna.Study) -> list[FrozenTrial]:
+    """Its trials. A database that made one, and went away before it said so, made another: told."""
+    found, seen = [], set()
+    for trial in study.get_trials(deepcopy=False):
+        facts = trial.user_attrs
+        one = facts.get(FINGERPRINT), budget_of(trial), facts.get(AGAIN, 0)
+        if DOUBLE in facts:
+            continue
+        if (
+            one[0] is not None
+            and one in seen
+            and trial.state == TrialState.RUNNING
+            and LEASE not in facts
+        ):
+            for key in (DOUBLE, REASON):
+                study._storage.set_trial_user_attr(trial._trial_id, key, "made twice")
+            study.tell(trial.number, state=TrialState.FAIL)
+            continue
+        seen.add(one)
+        found.append(trial)
+    return found
 
 
 def _static_facts(twin: Twin) -> dict[str, Any]:

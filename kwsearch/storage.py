@@ -6,7 +6,6 @@ The run directory says which, without the password, in `MARK`.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from kwsearch.database import Database, Patience, StorageError, line_of, masked
 from kwsearch.files import write_whole
-from kwsearch.passwords import STORAGE
+from kwsearch.passwords import STORAGE, of_environment
 from kwsearch.run_directory import JOURNAL, MARK, STUDY, SearchError
 
 PROXY = "grpc://"
@@ -54,7 +53,7 @@ class Place:
         it was asked for.
         """
         mark = directory / MARK
-        known = os.environ.get(STORAGE)
+        known = of_environment()
         if not mark.exists():
             if not (directory / JOURNAL).exists():
                 url = url or known
@@ -72,7 +71,7 @@ class Place:
                 f"{study or kept['study']} in {masked(url or kept['storage'])}: `kwsearch study "
                 "copy` moves it"
             )
-        if url is None and known and masked(known) == kept["storage"]:
+        if url is None and known and _bare(masked(known)) == _bare(kept["storage"]):
             url = known
         if url is None and ":***@" in kept["storage"]:
             raise SearchError(
@@ -146,8 +145,18 @@ def _proxy(url: str) -> BaseStorage:
 
 
 def has_study(storage: BaseStorage, name: str) -> bool:
-    """Whether there is one of that name, but for case, which MySQL does not tell."""
-    return name.casefold() in map(str.casefold, optuna.get_all_study_names(storage))
+    """Whether there is one of that name, or one that the database (MySQL) or people take for it."""
+    try:
+        storage.get_study_id_from_name(name)
+    except KeyError:
+        return name.casefold() in map(str.casefold, optuna.get_all_study_names(storage))
+    return True
+
+
+def give_up(storage: BaseStorage) -> None:
+    """It is not waited for any more."""
+    if isinstance(storage, _Patient):
+        storage.patience.limit = 0.0
 
 
 def _refusal(name: str, error: BaseException) -> StorageError:
@@ -160,12 +169,13 @@ def _refusal(name: str, error: BaseException) -> StorageError:
 
 class _Patient:
     """A storage of which every method is tried again while the database is away. What was done
-    though its answer was lost is done twice: of a new trial that is one more, which nobody begins.
+    though its answer was lost is done twice: of a new trial that is one more, which
+    `proposals.Proposer` finds.
     Raises StorageError for what the database refuses.
     """
 
     def __init__(self, storage: BaseStorage, patience: Patience) -> None:
-        self._storage, self._patience = storage, patience
+        self._storage, self.patience = storage, patience
 
     def __getattr__(self, method: str) -> Any:
         return partial(self._do, method)
@@ -184,10 +194,10 @@ class _Patient:
                 raise
 
         try:
-            return self._patience.call(once)
+            return self.patience.call(once)
         except (StorageInternalError, SQLAlchemyError) as error:
-            raise _refusal(self._patience.name, error) from error
+            raise _refusal(self.patience.name, error) from error
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "grpc":
                 raise
-            raise _refusal(self._patience.name, error) from error
+            raise _refusal(self.patience.name, error) from error

@@ -9,8 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import optuna
+from optuna.exceptions import DuplicatedStudyError
+from optuna.storages import BaseStorage
 
-from kwsearch.database import masked
+from kwsearch.database import StorageError, masked
 from kwsearch.run_directory import JOURNAL, MARK, SearchError, holds_study, mend, sole_driver
 from kwsearch.storage import Place, has_study
 
@@ -38,9 +40,10 @@ def move(
         elif journal.exists():  # of before it was moved to the database
             os.replace(journal, directory / f"{JOURNAL}.{int(time.time())}")
         with old.opened(say) as source, new.opened(say) as target:
+            where = "the journal" if url is None else masked(url)
+            taken = f"{where} has a study {new.study}: give another --study"
             if has_study(target, new.study):
-                where = "the journal" if url is None else masked(url)
-                raise SearchError(f"{where} has a study {new.study}: give another --study")
+                raise SearchError(taken)
             try:
                 optuna.copy_study(
                     from_study_name=old.study,
@@ -48,14 +51,27 @@ def move(
                     to_storage=target,
                     to_study_name=new.study,
                 )
+                count = _same_trials(source, old.study, target, new.study)
+            except DuplicatedStudyError:  # made meanwhile
+                raise SearchError(taken) from None
             except BaseException:  # Ctrl-C, too
-                with suppress(KeyError):
+                with suppress(KeyError, StorageError):
                     optuna.delete_study(study_name=new.study, storage=target)
                 raise
-            copied = optuna.load_study(study_name=new.study, storage=target)
-            count = len(copied.get_trials(deepcopy=False))
         if url is None:
             (directory / MARK).unlink()
             return count, str(journal)
         new.mark()
         return count, f"{masked(url)}, study {new.study}"
+
+
+def _same_trials(source: BaseStorage, old: str, target: BaseStorage, new: str) -> int:
+    """How many there are. Raises StorageError if one was written twice, as the answer was lost."""
+    was, now = (
+        [(t.state, t.params, t.user_attrs) for t in optuna.load_study(
+            study_name=name, storage=storage).get_trials(deepcopy=False)]
+        for name, storage in ((old, source), (new, target))
+    )  # fmt: skip
+    if was != now:
+        raise StorageError(f"the copy of {old} is not like it: the database was away; try again")
+    return len(now)

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 # Who trains a trial since when, at which attempt; the seconds that earlier attempts took.
 LEASE = "lease"
+# Of a trial that the database made twice, which counts for nothing.
+DOUBLE = "double"
 # Why it did not complete; how long it trained; micro-batches per batch.
 REASON, SECONDS, SPLITS = "reason", "seconds", "splits"
 # The budget that it is for, as the recipe gives it: b, parameters, or a ratio of parameters.

@@ -76,7 +76,7 @@ class _Task:
 
 
 class Worker:
-    """Serves one study. Raises ExecutorError if the database cannot be reached at first.
+    """Serves one study. Raises StorageError if the database cannot be reached at first.
 
     functions: what jobs may run. trust: whether their networks may be own code. idle: seconds
     without a job after which it leaves; None waits for ever. say: is told what it does.
@@ -138,6 +138,7 @@ class Worker:
 
     def _stop(self) -> None:
         self._stopping = True
+        self._database.patience.restart()
 
     def _train(self) -> None:
         """Let the job run until something happens, or for a beat."""
@@ -182,9 +183,9 @@ class Worker:
                         connection.execute(put)
             if state != RUNNING and not task.over:
                 self._local.cancel(task.job.trial)
-            after = DONE if task.over else state
-            beat = update(JOBS).where(own)
-            connection.execute(beat.values(beats=JOBS.c.beats + 1, state=after))
+            # Not the state as it was read, which the driver may have changed since.
+            end = {"state": DONE} if task.over else {}
+            connection.execute(update(JOBS).where(own).values(beats=JOBS.c.beats + 1, **end))
             if not task.over:
                 return False, None
         over = select(STUDIES.c.over).where(STUDIES.c.name == self.study)

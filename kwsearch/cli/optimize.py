@@ -13,7 +13,7 @@ import click
 from kwsearch.cli import INTERRUPTED
 from kwsearch.cli.live import Live
 from kwsearch.cli.options import storage_option, trust_option, without_trust
-from kwsearch.passwords import STORAGE, without_password
+from kwsearch.passwords import of_environment, without_password
 
 if TYPE_CHECKING:
     from kwsearch.dry_run import Forecast
@@ -93,7 +93,7 @@ def command(
     if deterministic:
         settings.append("search.deterministic=true")
     loaded = load_recipe(recipe, settings)
-    if name is not None and storage is None and STORAGE not in os.environ:
+    if name is not None and storage is None and of_environment() is None:
         raise click.UsageError("--study: of a database; give --storage, too")
     if address is not None and (loaded.search is None or loaded.search.executor != "ray"):
         raise click.UsageError("--address: of a Ray cluster; give --executor ray, too")

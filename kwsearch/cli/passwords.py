@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from kwsearch.passwords import hidden, without_password
+from kwsearch.passwords import hidden, masked
 
 
 def hide_password() -> None:
@@ -13,14 +13,12 @@ def hide_password() -> None:
     in the environment then, which others cannot.
     """
     arguments = sys.argv[1:]
-    if without_password("\n".join(arguments)) == "\n".join(arguments):
-        return
     kept: list[str] = []
     for place, argument in enumerate(arguments):
         name, _, url = argument.partition("=")
-        if name == "--storage" and url:
+        if name == "--storage" and masked(url) != url:
             kept.append(f"{name}={hidden(url)}")
-        elif place and arguments[place - 1] == "--storage":
+        elif place and arguments[place - 1] == "--storage" and masked(argument) != argument:
             kept.append(hidden(argument))
         else:
             kept.append(argument)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
 from kwsearch.cli.options import storage_option, trust_option
-from kwsearch.passwords import STORAGE, without_password
+from kwsearch.passwords import of_environment, without_password
 
 
 @click.command("slurm")
@@ -53,18 +52,17 @@ def command(
     from kwsearch.recipe import Proxy, Search, load_recipe
     from kwsearch.slurm import Array, script
 
-    storage = storage or os.environ.get(STORAGE)
+    storage = storage or of_environment()
     if storage is None:
         raise click.UsageError("give --storage, the URL of a database that all nodes reach")
     loaded = load_recipe(recipe, list(overrides))
     cpus, gpus = resources_of(loaded.search or Search(), loaded.proxy or Proxy())
     directory = run_dir or Path("runs") / Path(recipe).stem
     try:
-        shown = make_url(storage).set(password=None).render_as_string()
+        shown = make_url(storage)._replace(password=None).render_as_string()
     except (ArgumentError, ValueError):
         message = "--storage: no URL; allowed are such as postgresql://user@host/database"
         raise click.UsageError(message) from None
-    shown = without_password(shown)
     click.echo(
         script(
             Array(
@@ -72,7 +70,7 @@ def command(
                 overrides,
                 str(directory),
                 name or directory.name,
-                shown,
+                without_password(shown),
                 workers,
                 math.ceil(cpus) or 1,
                 math.ceil(gpus),

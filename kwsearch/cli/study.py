@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
 from kwsearch.cli.options import storage_option
-from kwsearch.passwords import STORAGE
+from kwsearch.passwords import of_environment
 
 
 @click.group("study")
@@ -33,7 +32,7 @@ def copy(run: Path, storage: str | None, journal: bool, name: str | None) -> Non
     from kwlayers.plan import counted
     from kwsearch.study_copy import move
 
-    storage = storage or os.environ.get(STORAGE)
+    storage = storage or of_environment()
     if storage is None and not journal:
         raise click.UsageError("give --storage URL, or --journal")
     count, where = move(run, None if journal else storage, name, _say)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from kwsearch.cli.options import storage_option, trust_option
-from kwsearch.passwords import STORAGE
+from kwsearch.passwords import of_environment
 
 
 @click.command("worker")
@@ -35,7 +35,7 @@ def command(study: str, storage: str | None, idle: float | None, trust: bool, qu
     from kwlayers.plan import counted
     from kwsearch.worker import Worker
 
-    storage = storage or os.environ.get(STORAGE)
+    storage = storage or of_environment()
     if storage is None:
         raise click.UsageError("give --storage, the URL of the study's database")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -96,7 +96,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         paths = [str(folder), str(Path(__file__).parent)]
         code = tmp_path / "run_worker.py"
         code.write_text(WORKER.format(paths=paths, url=url, study=study))
-        workers.append(subprocess.Popen([sys.executable, str(code)], stdout=subprocess.DEVNULL))
+        with open(tmp_path / "worker.log", "ab") as log:
+            workers.append(subprocess.Popen([sys.executable, str(code)], stdout=log, stderr=log))
         return workers[-1]
 
     yield one

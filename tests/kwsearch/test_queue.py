@@ -122,8 +122,8 @@ def test_a_worker_that_is_stopped_gives_its_job_back(postgres: Postgres, start: 
     executor = QueueExecutor(postgres.url, "stopped", 1, encode, print)
     worker = start("stopped", postgres.url)
     executor.submit(job("test_executors:hold", trial=5))
-    while len(found := executor.wait(60)) == 0:
-        pass
+    found = executor.wait(60)
+    assert found
     worker.send_signal(signal.SIGTERM)
     while not isinstance(found[-1], Lost):
         found += executor.wait(60)
@@ -141,13 +141,15 @@ def test_a_worker_that_is_stopped_while_the_database_is_away_leaves_soon(
         executor = QueueExecutor(server.url, "away", 1, encode, print)
         worker = start("away", server.url)
         executor.submit(job("test_executors:hold", trial=5))
-        while not executor.wait(60):
-            pass
+        assert executor.wait(60)
         server.stop()
         time.sleep(3)
         assert worker.poll() is None  # it waits
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(GRACE + 20) == 1  # StorageError
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(GRACE / 2)  # for the database, to give its job back
+        assert worker.wait(GRACE + 20) == 1
+        assert "StorageError: storage postgresql" in (tmp_path / "worker.log").read_text()
         server.start()
         executor.close()
     finally:
@@ -177,7 +179,8 @@ def test_a_worker_that_does_not_see_the_run_directory_says_so(
 def all_events(executor: QueueExecutor) -> list[Event]:
     found: list[Event] = []
     while executor.running:
-        found += executor.wait(60)
+        found += (new := executor.wait(60))
+        assert new, "no worker"
     return found
 
 

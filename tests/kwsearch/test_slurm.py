@@ -24,6 +24,7 @@ def test_a_job_script_is_one_of_bash(
     assert cli.run([*given, "--sbatch", "--partition=gpu", "--trust"]) == 0
     script = capsys.readouterr().out
     assert "secret" not in script
+    assert "storage=postgresql://me@host/db\n" in script
     for line in ("--array=0-2", "--cpus-per-task=3", "--gpus-per-task=1", "--partition=gpu"):
         assert f"#SBATCH {line}\n" in script
     assert "kwsearch optimize 'a b.yaml' proxy.device=cuda --run-dir 'runs/a b'" in script

@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from kwsearch import cli, snapshot
 from kwsearch.database import Database, StorageError, masked
@@ -80,14 +81,16 @@ def test_a_name_that_is_taken_and_another_storage_are_refused(
         ("nosuchdb://u:secret@h/d", r"storage nosuchdb://u:\*\*\*@h/d: allowed are URLs such"),
         ("postgresql+psycopg://u:secret@127.0.0.1:1/d", r"u:\*\*\*@127.0.0.1:1/d: .* failed"),
         ("mysql://u:secret@127.0.0.1:1/d", r"storage mysql://u:\*\*\*@.*: No module named 'MySQL"),
+        ("mysql+pymysql://u:secret@h/d?ssl-mode=REQUIRED", r"storage mysql.*unexpected keyword"),
         ("grpc://127.0.0.1:1", r"storage grpc://127.0.0.1:1: n"),
     ],
 )
 def test_a_storage_that_is_none_is_said_without_its_password(
     url: str, message: str, tmp_path: Path
 ) -> None:
-    if url.startswith("postgresql+psycopg"):
-        pytest.importorskip("psycopg", reason="psycopg is not installed")
+    for library in ("psycopg", "pymysql"):
+        if f"+{library}:" in url:
+            pytest.importorskip(library, reason=f"{library} is not installed")
     with pytest.raises(StorageError, match=message) as caught:
         study(tmp_path, "trials: 2", url).run(function="simulated:train")
     assert "secret" not in str(caught.value)
@@ -250,37 +253,80 @@ def test_a_user_who_may_not_make_tables_is_told(postgres: Postgres, tmp_path: Pa
     gc.collect()
 
 
+@pytest.mark.parametrize("executor", ["local", "queue"])
 def test_a_second_ctrl_c_does_not_wait_for_a_database_that_is_away(
-    tmp_path: Path,
+    tmp_path: Path, executor: str
 ) -> None:
     own = Postgres()
-    try:
-        (tmp_path / "r.yaml").write_text(
-            "format: 1\nmodel: {name: resnet20, num_classes: 10}\ninput: [1, 8, 8]\n"
-            "budget: {total_ratio: 0.5}\nsearch: {trials: 50, workers: 1, finalists: 0}\n"
-            "proxy: {data: digits, subset: 128, epochs: 1, threads: 1}\n"
-        )
-        command = [sys.executable, "-m", "kwsearch", "optimize", "r.yaml", "--storage", own.url]
-        running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    (tmp_path / "r.yaml").write_text(
+        "format: 1\nmodel: {name: resnet20, num_classes: 10}\ninput: [1, 8, 8]\n"
+        "budget: {total_ratio: 0.5}\nsearch: {trials: 50, workers: 1, finalists: 0}\n"
+        "proxy: {data: digits, subset: 128, epochs: 1, threads: 1}\n"
+    )
+    command = [sys.executable, "-m", "kwsearch", "optimize", "r.yaml", "--storage", own.url]
+    running = subprocess.Popen(
+        [*command, "--executor", executor], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stderr is not None
+
+    def hear(words: str) -> None:
         assert running.stderr is not None
-        said = [running.stderr.readline()]
-        while not said[-1].startswith("trial 0"):
-            assert said[-1], "".join(said)
-            said.append(running.stderr.readline())
+        for line in running.stderr:
+            if words in line:
+                return
+        raise AssertionError(f"never said: {words}")
+
+    try:
+        hear("50 trials, study in runs/r")
+        while not (tmp_path / "runs/r/study.storage.json").exists():
+            time.sleep(0.1)
+        time.sleep(2)
         own.stop()
-        while "the database is away (" not in said[-1]:
-            said.append(running.stderr.readline())
+        hear("the database is away (")
         running.send_signal(signal.SIGINT)
-        while "stopping: " not in said[-1]:
-            said.append(running.stderr.readline())
+        hear("stopping: ")
         running.send_signal(signal.SIGINT)
         last = running.communicate(timeout=30)[1]
         assert running.returncode == 130
         assert "interrupted; nothing is lost: add --resume to go on with runs/r" in last
         assert "Traceback" not in last
-        own.start()
     finally:
+        running.kill()
+        running.wait()
+        own.start()
         own.close()
+
+
+def test_a_trial_that_the_database_made_twice_is_trained_once(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    made = optuna.storages.RDBStorage._create_new_trial
+    calls = []
+
+    def lost(storage: Any, study_id: int, template_trial: Any = None) -> Any:
+        """The answer to the first and third is lost after it was done."""
+        number = made(storage, study_id, template_trial)
+        calls.append(number)
+        if len(calls) in (1, 4):
+            raise OperationalError("lost", None, Exception("lost"))
+        return number
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "_create_new_trial", lost)
+    found = study(tmp_path, "trials: 5, pruner: none", postgres.url, name="twice")
+    result = found.run(function="simulated:train")
+    assert len(calls) == 7
+    states = [t.state.name for t in result.trials]
+    assert sorted(states) == ["COMPLETE"] * 5 + ["FAIL"] * 2
+    plans = [t.user_attrs["fingerprint"] for t in result.trials if t.state.name == "COMPLETE"]
+    assert len(set(plans)) == 5
+    assert sum(plan.startswith("static") for plan in plans) == 1
+    # A copy in which that happens is no copy.
+    calls.clear()
+    monkeypatch.setenv("KWSEARCH_STORAGE", postgres.url)
+    with pytest.raises(StorageError, match="the copy of twice is not like it"):
+        move(tmp_path / "run", f"sqlite:///{tmp_path}/other.db", "copied", print)
+    assert move(tmp_path / "run", None, None, print)[0] == 7
 
 
 @pytest.mark.parametrize(
@@ -289,6 +335,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_database_that_is_away(
         "postgresql://me:s3c/r#t@host:5432/db",
         "postgresql+psycopg://me:s3c@r@host/db",
         "postgresql://host/db?user=me&password=s3cr",
+        "postgresql://host/db?sslpassword=s3c",
     ],
 )
 def test_passwords_of_any_form_are_hidden(url: str) -> None:
@@ -300,5 +347,6 @@ def test_passwords_of_any_form_are_hidden(url: str) -> None:
     line = f"kwsearch optimize r.yaml --storage {url} --workers 4"
     assert "s3c" not in without_password(line)
     assert without_password(line).endswith(" --workers 4")
+    assert "s3c" not in masked("postgresql://me:with blank s3c@host/db")
     plain = "postgresql://me@host/db?connect_timeout=10"
     assert without_password(plain) == masked(plain) == plain
