@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kwsearch import engines
+from kwsearch.recipe import Proxy, Recipe, Search
 from kwsearch.rungs import Rung
+from kwsearch.train_step import TrainStep
 
 if TYPE_CHECKING:
     from kwlayers.plan import Plan
-    from kwsearch.recipe import Proxy
+    from kwsearch.latency.predict import Latency
+    from kwsearch.space import Space
 
-SAMPLES = 100
+_SAMPLES = 100
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,51 @@ class Forecast:
     most_seconds: float | None
     checkpoint_bytes: int
     disk_bytes: int
+
+
+def forecast(
+    recipe: Recipe,
+    spaces: Sequence[Space],
+    rungs: tuple[Rung, ...],
+    train_bytes: int,
+    latency: Latency | None,
+    trainings: int,
+    trust: bool,
+) -> Forecast:
+    """Of the search spaces of all budgets. train_bytes, latency: of the last one's uniform plan.
+    trainings: of the finalists, at most.
+    """
+    search, proxy = recipe.search or Search(), recipe.proxy or Proxy()
+    uniform = spaces[-1].uniform
+    step_s = TrainStep(recipe, uniform, proxy, trust).seconds()
+    workers = engines.planned_slots(search, proxy, lambda: train_bytes)
+    images = images_of(proxy)
+    least = most = None
+    if images is not None:
+        steps = -(-images // proxy.batch_size)
+        least, most = seconds_of(step_s, steps, search.trials, search.calibration, rungs, trainings)
+    checkpoint = checkpoint_bytes(uniform, proxy)
+    unfinished = search.trials if workers is None or len(rungs) > 1 else workers
+    return Forecast(
+        combinations=spaces[-1].size(),
+        warehouses=spaces[-1].warehouses(),
+        params_allowed=[space.allowed for space in spaces],
+        valid_share=min(space.valid_share(_SAMPLES, search.seed) for space in spaces),
+        trials=search.trials,
+        rungs=tuple(rung.step for rung in rungs),
+        trainings=trainings,
+        step_s=step_s,
+        train_bytes=train_bytes,
+        most_bytes=search.space.limits.train_memory,
+        latency_ms=None if latency is None else (latency.ms, latency.low, latency.high),
+        most_ms=search.space.limits.latency_ms,
+        workers=workers,
+        train_images=images,
+        least_seconds=least,
+        most_seconds=most,
+        checkpoint_bytes=checkpoint,
+        disk_bytes=checkpoint * max(unfinished, workers or 0),
+    )
 
 
 def seconds_of(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import math
 import secrets
 import time
@@ -32,10 +31,10 @@ from kwsearch.dry_run import Forecast
 from kwsearch.events import EventLog
 from kwsearch.executors import Executor, Job
 from kwsearch.failures import StudyFailed, disk_is_full
-from kwsearch.files import is_here, path_of
+from kwsearch.jobs import FINAL, TRAINING, Jobs, checkpoint_folder
 from kwsearch.latency.plans import PlanLatency
 from kwsearch.latency.table import TableError
-from kwsearch.proposals import GENERATION, Budget, Proposer, seed_of
+from kwsearch.proposals import GENERATION, Budget, Proposer
 from kwsearch.recipe import Proxy, Recipe, Search
 from kwsearch.resolve import (
     check_replannable,
@@ -51,7 +50,6 @@ from kwsearch.resolve import (
 from kwsearch.results import Found, Result, named, under, write_best
 from kwsearch.run_directory import (
     BEST,
-    CHECKPOINTS,
     EVENTS,
     JOURNAL,
     SearchError,
@@ -62,23 +60,19 @@ from kwsearch.run_directory import (
     write_down,
     write_trials,
 )
-from kwsearch.rungs import Rung, as_rungs, geometric, phase_of
+from kwsearch.rungs import Rung, as_rungs, geometric
 from kwsearch.rungs import check as check_rungs
 from kwsearch.space import Space, fingerprint
 from kwsearch.static_twin import NoTwin, Twin, static_twin
 from kwsearch.storage import Place, give_up, has_study
-from kwsearch.train_step import TrainStep, train_bytes
-from kwsearch.trial import Trained
-from kwsearch.trials import AGAIN, FINGERPRINT, TEMPERATURE, baseline, budget_of
+from kwsearch.train_step import train_bytes
+from kwsearch.trials import baseline, budget_of
 
 if TYPE_CHECKING:
     from kwlayers.plan import Network, Plan
     from kwsearch.proxy import ProxyData
 
 __all__ = ["Result", "SearchError", "SpaceExhausted", "Study", "StudyFailed"]
-
-TRAINING, FINAL = "kwsearch.trial:train_trial", "kwsearch.trial:train_final"
-SCORING = "kwsearch.trial:score_trial"
 
 
 class Watcher(DriverWatcher, finals.Watcher, Protocol):
@@ -182,7 +176,9 @@ class Study:
             self.watcher = stack.enter_context(log)
             for note in self._notes:
                 self.watcher.say(note)
-            self._checkpoints.mkdir(parents=True, exist_ok=True)
+            own = self._provenance.get("id")
+            folder = checkpoint_folder(self.directory, self.search.checkpoints, own)
+            self._jobs = Jobs(self.recipe, self.rungs, folder, self.trust, function, final)
             if executor is None:
                 uniform = self.budgets[-1].space.uniform
                 executor = engines.executor_of(
@@ -198,14 +194,13 @@ class Study:
                 self.watcher.say("the last line of the journal was torn and is dropped")
             storage = stack.enter_context(self.place.opened(self.watcher.say))
             self.study = study = self._open(storage)
-            self._function, self._final = function, final
             driver = Driver(
                 study,
                 executor,
                 self._rules(),
                 self.watcher,
                 Proposer(self.search, self.budgets, self.watcher.say, self._fits),
-                self._job,
+                self._jobs.of_trial,
                 lambda trial: baseline(trial) is not None,
                 self._forget,
             )
@@ -269,42 +264,12 @@ class Study:
     def forecast(self) -> Forecast:
         """What the search would be, without starting it and without data."""
         self._plan_spaces()
-        search, proxy = self.search, self.proxy
         spaces = [budget.space for budget in self.budgets]
         uniform = spaces[-1].uniform
-        step_s = TrainStep(self.recipe, uniform, proxy, self.trust).seconds()
-        nbytes = self._train_bytes(uniform)
-        workers = engines.planned_slots(search, proxy, lambda: nbytes)
-        trainings = self._most_finals()
-        images = dry_run.images_of(proxy)
-        least = most = None
-        if images is not None:
-            steps = -(-images // proxy.batch_size)
-            least, most = dry_run.seconds_of(
-                step_s, steps, search.trials, search.calibration, self.rungs, trainings
-            )
         latency = None if self.latency is None else self.latency(uniform)
-        checkpoint = dry_run.checkpoint_bytes(uniform, proxy)
-        unfinished = search.trials if workers is None or len(self.rungs) > 1 else workers
-        return Forecast(
-            combinations=spaces[-1].size(),
-            warehouses=spaces[-1].warehouses(),
-            params_allowed=[space.allowed for space in spaces],
-            valid_share=min(s.valid_share(dry_run.SAMPLES, search.seed) for s in spaces),
-            trials=search.trials,
-            rungs=tuple(rung.step for rung in self.rungs),
-            trainings=trainings,
-            step_s=step_s,
-            train_bytes=nbytes,
-            most_bytes=search.space.limits.train_memory,
-            latency_ms=None if latency is None else (latency.ms, latency.low, latency.high),
-            most_ms=search.space.limits.latency_ms,
-            workers=workers,
-            train_images=images,
-            least_seconds=least,
-            most_seconds=most,
-            checkpoint_bytes=checkpoint,
-            disk_bytes=checkpoint * max(unfinished, workers or 0),
+        nbytes, trainings = self._train_bytes(uniform), self._most_finals()
+        return dry_run.forecast(
+            self.recipe, spaces, self.rungs, nbytes, latency, trainings, self.trust
         )
 
     def _most_finals(self) -> int:
@@ -458,52 +423,6 @@ class Study:
             )
         return optuna.pruners.NopPruner()
 
-    def _job(self, trial: FrozenTrial, rung: int, attempt: int, splits: int) -> Job:
-        phase = phase_of(self.rungs, rung)
-        checkpoint = self._checkpoint(f"{trial.number}-{phase.first}")
-        again = trial.user_attrs.get(AGAIN, 0)
-        seed = seed_of(self.search.seed, trial.user_attrs[FINGERPRINT], again)
-        if self.rungs[rung].epochs == 0:
-            trained = self._trained(trial, self.proxy, seed, checkpoint, splits)
-            scoring = {"trained": trained, "name": self.search.zero_cost}
-            return Job(trial.number, attempt, SCORING, scoring, self.proxy.threads)
-        changes: dict[str, Any] = {"epochs": phase.epochs}
-        if phase.subset is not None:
-            changes["subset"] = phase.subset
-        if phase.resolution is not None:
-            changes["resolution"] = phase.resolution
-        proxy = self._proxy_of(trial)
-        # Of a phase that is shorter than it, the temperature takes all.
-        changes["temperature_epochs"] = min(proxy.temperature_epochs, phase.epochs)
-        proxy = proxy.model_copy(update=changes)
-        arguments = {
-            "trained": self._trained(trial, proxy, seed, checkpoint, splits),
-            "first": phase.first,
-            "until": self.rungs[rung].epochs,
-        }
-        return Job(trial.number, attempt, self._function, arguments, self.proxy.threads)
-
-    def _proxy_of(self, trial: FrozenTrial) -> Proxy:
-        epochs = trial.user_attrs.get(TEMPERATURE)
-        if epochs is None:
-            return self.proxy
-        return self.proxy.model_copy(update={"temperature_epochs": epochs})
-
-    def _trained(
-        self, trial: FrozenTrial, proxy: Proxy, seed: int, checkpoint: Path, splits: int
-    ) -> Trained:
-        return Trained(
-            self.recipe.model_copy(update={"plan": None}).model_dump_json(),
-            proxy.model_dump_json(),
-            trial.user_attrs.get("groups"),
-            trial.user_attrs.get("width"),
-            seed,
-            str(checkpoint),
-            splits,
-            self.trust,
-            self.proxy.model_dump_json() if self.proxy.init == "warm_start" else None,
-        )
-
     def _run_finals(self, executor: Executor, deadline: float) -> int:
         """The verdict's trainings, once the search is over; how many are left."""
         trials = _finished(self.study)
@@ -523,13 +442,9 @@ class Study:
         by_number = {trial.number: trial for trial in chosen}
 
         def job(training: finals.Training, attempt: int, splits: int) -> Job:
-            trial = by_number[training.number]
-            # The same for all candidates, which are compared seed by seed.
-            seed = seed_of(self.search.seed, f"final {training.seed}")
-            checkpoint = self._checkpoint(f"final-{training.number}-{training.seed}")
-            trained = self._trained(trial, self._proxy_of(trial), seed, checkpoint, splits)
             number = -1 - trainings.index(training)
-            return Job(number, attempt, self._final, {"trained": trained}, self.proxy.threads)
+            trial = by_number[training.number]
+            return self._jobs.of_final(trial, training.seed, number, attempt, splits)
 
         left = sum(t.key not in self.study.user_attrs for t in trainings)
         if left:
@@ -548,37 +463,13 @@ class Study:
         known = self.study.user_attrs
         for training in trainings:
             if training.key in known:
-                self._checkpoint(f"final-{training.number}-{training.seed}").unlink(missing_ok=True)
+                self._jobs.forget_final(training.number, training.seed)
         return sum(training.key not in known for training in trainings)
-
-    def _checkpoint(self, name: str) -> Path:
-        return self._checkpoints / f"{name}.pt"
-
-    @functools.cached_property
-    def _checkpoints(self) -> Path:
-        """The folder of checkpoints. Raises SearchError if nothing can be written there."""
-        own = self.directory.absolute()
-        found = own / CHECKPOINTS
-        try:
-            if self.search.checkpoints is not None:
-                name = "-".join(filter(None, (own.name, self._provenance.get("id"))))
-                found = path_of(self.search.checkpoints) / name
-                found = found.absolute() if is_here(found) else found
-            found.mkdir(parents=True, exist_ok=True)
-            (found / "probe").write_bytes(b"")
-            (found / "probe").unlink()
-        except Exception as error:  # of many libraries
-            if self.search.checkpoints is None:
-                raise
-            reason = " ".join(str(error).split())[:200]
-            raise SearchError(f"search.checkpoints {found}: cannot be written: {reason}") from None
-        return found
 
     def _forget(self, number: int) -> None:
         """A trial is told: it is in the table, and needs no checkpoint."""
         write_trials(self.directory, _finished(self.study))
-        for path in self._checkpoints.glob(f"{number}-*.pt"):
-            path.unlink(missing_ok=True)
+        self._jobs.forget(number)
 
     def _found(self, trials: Sequence[FrozenTrial]) -> tuple[Found, ...]:
         """What each budget gave, its best plan written down."""

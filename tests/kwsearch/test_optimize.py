@@ -21,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from kwlayers.plan import Network, Plan, PlanError
-from kwsearch import optimize, study_report
+from kwsearch import jobs, optimize, study_report
 from kwsearch.dry_run import seconds_of
 from kwsearch.executors import Cancelled, Event, Failed, Finished, Job, Reported
 from kwsearch.executors.local import LocalExecutor
@@ -1070,7 +1070,7 @@ class Scored(Inline):
         self.how = how
 
     def run(self, job: Job) -> None:
-        if job.function != optimize.SCORING:
+        if job.function != jobs.SCORING:
             super().run(job)
             return
         trained = job.arguments["trained"]
