@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from kwsearch import checkpoint, data
 from kwsearch.data import DataError, remote
 from kwsearch.files import NoSuchPlace, is_here, path_of
+from kwsearch.recipe import load_recipe
 from tests.kwsearch import test_static_start
 
 pytest.importorskip("upath", reason="universal_pathlib is not installed")
@@ -85,8 +87,11 @@ def test_a_search_keeps_its_checkpoints_where_it_is_told(tmp_path: Path) -> None
     options = [f"search.checkpoints=file://{there}", "search.trials=2", "--quiet"]
     assert test_static_start.search(tmp_path, *options) == 0
     # What trainings start from stays; those of trials go with them.
-    assert "static_1.pt" in {path.name for path in (there / "run").iterdir()}
-    assert not list((there / "run").glob("[0-9]*-*.pt"))
+    own = load_recipe(tmp_path / "run/recipe.lock.yaml").provenance["id"]
+    (folder,) = there.iterdir()
+    assert folder.name == f"run-{own}"  # others may have a folder run, too
+    assert "static_1.pt" in {path.name for path in folder.iterdir()}
+    assert not list(folder.glob("[0-9]*-*.pt"))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -95,6 +100,6 @@ def test_checkpoints_that_cannot_be_written_are_said_at_once(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert test_static_start.search(tmp_path, f"search.checkpoints=file://{tmp_path}/file") == 2
-    assert f"search.checkpoints file://{tmp_path}/file/run: cannot be written: " in (
-        capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    where = re.escape(f"search.checkpoints file://{tmp_path}/file/run-")
+    assert re.search(where + "[0-9a-f]{8}: cannot be written: ", said)
