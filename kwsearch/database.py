@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +22,7 @@ from sqlalchemy.exc import (
 
 from kwsearch import passwords
 from kwsearch.interrupts import sleep
+from kwsearch.passwords import STORAGE
 
 # Seconds that the database may be away.
 PATIENCE = 900.0
@@ -39,7 +41,7 @@ def masked(url: str) -> str:
     try:
         make_url(url)
     except (ArgumentError, ValueError):
-        return "a storage that is no URL"
+        return "(no URL)"
     return passwords.masked(url)
 
 
@@ -78,7 +80,8 @@ class Patience:
         if self._since is not None and not self._told:
             self._told = True
             self.absences += 1
-            self._say(f"the database is away ({reason}): waiting for it")
+            most = "" if self.limit == math.inf else f", {self.limit / 60:.0f} minutes at most"
+            self._say(f"the database is away ({reason}): waiting for it{most}")
         pause = 1.0 if self._told else 0.1  # a deadlock is over at once
         self._since = self._since or now
         if now - self._since >= self.limit:
@@ -94,7 +97,9 @@ class Patience:
         self._since = None
 
     def answered(self) -> None:
-        """It is there again."""
+        """It is there."""
+        if self._told:
+            self._say("the database is there again")
         self._since, self._told = None, False
 
 
@@ -117,9 +122,13 @@ class Database:
                 f"storage {self.name}: allowed are URLs such as postgresql://user@host/database"
             ) from None
         except ImportError as error:
-            raise StorageError(
-                f'storage {self.name}: {error}; for PostgreSQL pip install "kwsearch[postgres]"'
-            ) from None
+            mysql = url.startswith(("mysql", "mariadb"))
+            advice = (
+                'give mysql+pymysql://…, and pip install "kwsearch[mysql]"'
+                if mysql
+                else 'for PostgreSQL pip install "kwsearch[postgres]"'
+            )
+            raise StorageError(f"storage {self.name}: {error}; {advice}") from None
         try:
             self.now(lambda connection: None)
             if tables is not None:
@@ -130,7 +139,10 @@ class Database:
                 self.now(tables.create_all)
         except DBAPIError as error:
             self.close()
-            raise StorageError(f"storage {self.name}: {line_of(error)}") from None
+            reason = line_of(error)
+            if "password" in reason:
+                reason += f"; a password belongs into ~/.pgpass, or with the URL into ${STORAGE}"
+            raise StorageError(f"storage {self.name}: {reason}") from None
         except (RuntimeError, TypeError) as error:  # of the library, for options it does not know
             self.close()
             raise StorageError(f"storage {self.name}: {error}") from None

@@ -30,9 +30,10 @@ def executor_of(
         from kwsearch.worker import encode
 
         if place.url is None or place.url.startswith(PROXY):
+            what = "" if place.url is None else f", which {place.url} is only a proxy of"
             raise ExecutorError(
-                "search.executor queue: workers take trials from a database: give --storage, such "
-                "as postgresql://user@host/database"
+                f"search.executor queue: workers take trials from a database{what}: give "
+                "--storage, such as postgresql+psycopg://user@host/database"
             )
         return QueueExecutor(place.url, place.study, slots, encode, say)
     if search.executor == "ray":

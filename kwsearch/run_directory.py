@@ -59,9 +59,9 @@ def prepare(directory: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | N
         begun = load_recipe(path)
         if changed := _changes(begun, recipe):
             raise SearchError(
-                f"{directory} holds a study of another recipe ({', '.join(changed)} differ): "
-                f"only {', '.join(f'search.{name}' for name in sorted(_FREE))} may change; use "
-                "another --run-dir"
+                f"{directory} holds a study of another recipe: {'; '.join(changed)}. Repeat what "
+                f"it was started with ({RECIPE} has all of it), or use another --run-dir; only "
+                f"{', '.join(f'search.{name}' for name in sorted(_FREE))} may change"
             )
         return dict(begun.provenance)
     found = {path.name for path in directory.iterdir()} if directory.exists() else set()
@@ -115,7 +115,7 @@ def write_trials(directory: Path, trials: Sequence[FrozenTrial]) -> None:
 
 
 def _changes(before: Recipe, now: Recipe) -> list[str]:
-    """Sections that differ in what a study depends on."""
+    """What differs of what a study depends on: the setting, and both values."""
 
     def essence(recipe: Recipe) -> dict[str, Any]:
         search = recipe.search or Search()
@@ -124,8 +124,19 @@ def _changes(before: Recipe, now: Recipe) -> list[str]:
         data["proxy"] = (recipe.proxy or Proxy()).model_dump()
         return data
 
-    old, new = essence(before), essence(now)
-    return [key for key in old if old[key] != new[key]]
+    def differing(old: Any, new: Any, where: str) -> Iterator[str]:
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key in sorted({*old, *new}):
+                yield from differing(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        elif old != new:
+            yield f"{where} is {_short(old)} there and {_short(new)} here"
+
+    found = [*differing(essence(before), essence(now), "")]
+    return found if len(found) <= 4 else [*found[:3], f"{len(found) - 3} more"]
+
+
+def _short(value: Any) -> str:
+    return "nothing" if value is None else " ".join(str(value).split())[:60]
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def _proxy(url: str) -> BaseStorage:
             warnings.simplefilter("ignore", ExperimentalWarning)
             proxy = GrpcStorageProxy(host=host, port=int(port))
     except ImportError:
-        raise StorageError(f"storage {url}: needs grpcio and protobuf") from None
+        raise StorageError(f'storage {url}: pip install "kwsearch[grpc]"') from None
     try:
         proxy.wait_server_ready(timeout=10)
     except Exception as error:  # of grpc, which only this needs

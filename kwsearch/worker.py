@@ -101,6 +101,7 @@ class Worker:
         self._database = Database(url, say, TABLES)
         self._done = 0
         self._open = False  # whether the study was seen before it was over
+        self._told = False  # that it was not
 
     def run(self) -> int:
         """Until the study is over, nothing was to be done for too long, or SIGTERM or Ctrl-C: what
@@ -153,6 +154,7 @@ class Worker:
                 return
             why = f"worker {self.name} was stopped"
             self._put(task, Lost(task.job.trial, task.job.attempt, why, suspect=False))
+            self.say(f"trial {task.job.trial} is given back")
         elif not task.over:
             for event in self._local.wait(BEAT):
                 self._put(task, event)
@@ -166,6 +168,7 @@ class Worker:
         self._outbox.append((task.key, task.place, text))
         task.place += 1
         task.over = isinstance(event, (Finished, Failed, Lost, Cancelled))
+        self._done += isinstance(event, (Finished, Failed))
 
     def _exchange(self, connection: Connection) -> tuple[bool, Any]:
         """Beat, say what happened, take a job if there is none: whether the study is over, and the
@@ -189,10 +192,24 @@ class Worker:
             if not task.over:
                 return False, None
         over = select(STUDIES.c.over).where(STUDIES.c.name == self.study)
-        if connection.execute(over).scalar() is not False:  # or nobody has begun it yet
+        known = connection.execute(over).scalar()
+        if known is not False:  # or nobody has begun it yet
+            self._wait_for_driver(connection, known is not None)
             return self._open, None
         self._open = True
         return False, None if self._stopping else self._taken(connection)
+
+    def _wait_for_driver(self, connection: Connection, known: bool) -> None:
+        """Say what is waited for, once."""
+        if self._open or self._told:
+            return
+        self._told = True
+        if known:
+            self.say(f"{self.study} is over: waiting for a driver that goes on with it")
+            return
+        names = connection.execute(select(STUDIES.c.name).limit(10)).scalars().all()
+        there = f"there are {', '.join(names)}" if names else "there is none"
+        self.say(f"no study {self.study} has a queue here ({there}): waiting for its driver")
 
     def _beat(self, connection: Connection) -> None:
         beat = update(WORKERS).where(WORKERS.c.name == self.name)
@@ -218,7 +235,6 @@ class Worker:
         """The database has all that happened, and perhaps a job for us."""
         self._outbox.clear()
         if self._task is not None and self._task.over:
-            self._done += 1
             self._task = None
         if taken is None:
             return

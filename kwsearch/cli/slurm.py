@@ -59,10 +59,14 @@ def command(
     cpus, gpus = resources_of(loaded.search or Search(), loaded.proxy or Proxy())
     directory = run_dir or Path("runs") / Path(recipe).stem
     try:
-        shown = make_url(storage)._replace(password=None).render_as_string()
+        parsed = make_url(storage)
+        shown = parsed._replace(password=None).render_as_string()
     except (ArgumentError, ValueError):
         message = "--storage: no URL; allowed are such as postgresql://user@host/database"
         raise click.UsageError(message) from None
+    if parsed.host in ("localhost", "127.0.0.1", "::1"):
+        message = f"note: {parsed.host} is another machine on every node: give the server's name"
+        click.echo(message, err=True)
     click.echo(
         script(
             Array(

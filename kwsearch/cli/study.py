@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kwsearch.cli.options import storage_option
-from kwsearch.passwords import of_environment
+from kwsearch.passwords import STORAGE, of_environment
 
 
 @click.group("study")
@@ -32,6 +32,11 @@ def copy(run: Path, storage: str | None, journal: bool, name: str | None) -> Non
     from kwlayers.plan import counted
     from kwsearch.study_copy import move
 
+    if storage is not None and journal:
+        raise click.UsageError(
+            f"--journal is where it goes, --storage, too: give one; ${STORAGE} has the password of "
+            "where it is"
+        )
     storage = storage or of_environment()
     if storage is None and not journal:
         raise click.UsageError("give --storage URL, or --journal")

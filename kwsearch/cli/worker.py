@@ -15,7 +15,7 @@ from kwsearch.passwords import of_environment
     "--idle",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="Leave after so long without a trial.  [default: when the study is over]",
+    help="Leave after so long without a trial.  [default: when a study that it served is over]",
 )
 @trust_option
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing.")
@@ -33,11 +33,14 @@ def command(study: str, storage: str | None, idle: float | None, trust: bool, qu
     import os
 
     from kwlayers.plan import counted
+    from kwsearch.storage import PROXY
     from kwsearch.worker import Worker
 
     storage = storage or of_environment()
     if storage is None:
         raise click.UsageError("give --storage, the URL of the study's database")
+    if storage.startswith(PROXY):
+        raise click.UsageError("--storage: give the database itself, which a proxy does not show")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
     def say(message: str) -> None:

@@ -9,6 +9,7 @@ be reached everybody waits.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -53,6 +54,8 @@ from kwsearch.executors.local import GRACE
 # Seconds between beats, without one until a worker is lost, and between two looks: of the driver
 # for events, of a worker without a job for one.
 BEAT, LEASE, POLL, IDLE = 2.0, 30.0, 0.2, 1.0
+# Seconds without any worker until the driver says so.
+LONELY = 10.0
 
 TABLES = MetaData()
 # MySQL takes names that differ in case only for the same.
@@ -164,6 +167,7 @@ class QueueExecutor:
         self._pulse, self._absences = Pulse(lease or LEASE), 0
         self._looked = -BEAT
         self._workers = 0
+        self._say, self._served = say, time.monotonic()  # when a worker was last seen
         self._database = Database(url, say, TABLES)
         try:
             self._take_over()
@@ -330,6 +334,14 @@ class QueueExecutor:
             self._pulse.reset()
         silent = [row.name for row in there if not self._pulse.beats(row.name, row.beats)]
         self._workers = len(there) - len(silent)
+        if self._workers:
+            self._served = time.monotonic()
+        elif time.monotonic() - self._served > LONELY:
+            self._served = math.inf  # once
+            self._say(
+                f"no worker takes trials of {self.study}: start `kwsearch worker {self.study} "
+                f"--storage {self._database.name}`, as often as you like"
+            )
         if silent:
             gone = delete(WORKERS).where(WORKERS.c.name.in_(silent))
             self._do(lambda connection: connection.execute(gone))

@@ -47,12 +47,14 @@ class Watcher:
     def __init__(self) -> None:
         self.starts: list[float] = []
         self.ends: list[float] = []
+        self.cpu: list[float] = []  # seconds of this process until then
 
     def start(self, *given: Any) -> None:
         self.starts.append(time.monotonic())
 
     def done(self, trial: Any) -> None:
         self.ends.append(time.monotonic())
+        self.cpu.append(time.process_time())
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args: None
@@ -91,19 +93,18 @@ def sleeping(executor: str, slots: int, url: str | None) -> None:
             time.sleep(5 + slots)
         options = {} if url is None else {"storage": url, "name": own}
         made = study(folder / "run", slots, slots * ROUNDS, executor, watcher, **options)
-        cpu = time.process_time()
         made.run(function="sleeping:train")
-        cpu = time.process_time() - cpu
         for worker in workers:
             worker.wait()
         sys.path.remove(name)
     # From the end of the first trial in each slot: starting processes is not the question here.
     rest = watcher.ends[slots:]
     took = rest[-1] - watcher.ends[slots - 1]
+    cpu = (watcher.cpu[-1] - watcher.cpu[slots - 1]) / len(rest)
     ideal = slots / SLEEP
     print(
         f"{executor}, {slots} slots: {3600 * len(rest) / took:,.0f} trials an hour, "
-        f"{len(rest) / took / ideal:.1%} of ideal, {1e3 * cpu / len(watcher.ends):.0f} ms of the "
+        f"{len(rest) / took / ideal:.1%} of ideal, {1e3 * cpu:.0f} ms of the "
         "driver's CPU for each",
         flush=True,
     )

@@ -345,7 +345,11 @@ def test_what_cannot_be_searched_leaves_no_folder(
 
 def test_a_study_is_not_resumed_with_another_recipe(tmp_path: Path) -> None:
     run(study(tmp_path, "search.trials=1")[0], score)
-    with pytest.raises(optimize.SearchError, match=r"another recipe \(budget, proxy differ\)"):
+    with pytest.raises(
+        optimize.SearchError,
+        match=r"another recipe: budget\.ratio is nothing there and 1\.0 here; budget\.total_ratio "
+        r"is 0\.5 there and nothing here; proxy\.epochs is \d there and 4 here\. Repeat",
+    ):
         run(study(tmp_path, "proxy.epochs=4", "budget={ratio: 1}", resume=True)[0], score)
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from kwsearch import database
-from kwsearch.database import Database
+from kwsearch.database import Database, masked
 from kwsearch.executors import Event, ExecutorError, Finished, Job, Lost, Started, queue
 from kwsearch.executors.queue import QueueExecutor
 from kwsearch.recipe import Proxy, parse_recipe
@@ -131,6 +131,39 @@ def test_a_worker_that_is_stopped_gives_its_job_back(postgres: Postgres, start: 
     assert not found[-1].suspect
     assert worker.wait(30) == 0
     executor.close()
+
+
+def test_who_waits_in_vain_is_told_for_what(
+    postgres: Postgres, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "LONELY", 1.0)
+    monkeypatch.setattr(queue, "BEAT", 0.2)
+    log = tmp_path / "worker.log"
+
+    def heard(words: str) -> None:
+        deadline = time.monotonic() + 60
+        while words not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+
+    said: list[str] = []
+    executor = QueueExecutor(postgres.url, "alone", 1, encode, said.append)
+    executor.submit(job("test_executors:count", trial=1, to=1))
+    assert executor.wait(4) == []
+    shown = re.escape(masked(postgres.url))
+    assert re.fullmatch(
+        f"no worker takes trials of alone: start `kwsearch worker alone --storage {shown}`, as .*",
+        "\n".join(said),
+    )  # once
+    start("alnoe", postgres.url)
+    heard("no study alnoe has a queue here (there are ")
+    worker = start("alone", postgres.url)
+    assert all_events(executor)
+    executor.finish()
+    assert worker.wait(30) == 0
+    executor.close()
+    start("alone", postgres.url)
+    heard("alone is over: waiting for a driver that goes on with it")
 
 
 def test_a_worker_that_is_stopped_while_the_database_is_away_leaves_soon(

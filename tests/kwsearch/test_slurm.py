@@ -64,5 +64,8 @@ def test_a_url_is_quoted_and_one_that_is_none_refused(
     )
     assert make_url(shown.stdout) == make_url(odd)
     assert not (tmp_path / "hacked").exists()
+    local = "postgresql://me@localhost/db"
+    assert cli.run(["slurm", str(recipe), "--storage", local]) == 0
+    assert "localhost is another machine on every node" in capsys.readouterr().err
     assert cli.run(["slurm", str(recipe), "--storage", "nonsense"]) == 2
     assert "--storage: no URL; allowed are such as" in capsys.readouterr().err

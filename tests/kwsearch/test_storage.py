@@ -77,10 +77,13 @@ def test_a_name_that_is_taken_and_another_storage_are_refused(
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("nonsense", "a storage that is no URL: allowed are URLs such as postgresql://"),
+        ("nonsense", r"storage \(no URL\): allowed are URLs such as postgresql://"),
         ("nosuchdb://u:secret@h/d", r"storage nosuchdb://u:\*\*\*@h/d: allowed are URLs such"),
         ("postgresql+psycopg://u:secret@127.0.0.1:1/d", r"u:\*\*\*@127.0.0.1:1/d: .* failed"),
-        ("mysql://u:secret@127.0.0.1:1/d", r"storage mysql://u:\*\*\*@.*: No module named 'MySQL"),
+        (
+            "mysql://u:secret@127.0.0.1:1/d",
+            r"u:\*\*\*@.*'MySQLdb'; give mysql\+pymysql://",
+        ),
         ("mysql+pymysql://u:secret@h/d?ssl-mode=REQUIRED", r"storage mysql.*unexpected keyword"),
         ("grpc://127.0.0.1:1", r"storage grpc://127.0.0.1:1: n"),
     ],
