@@ -32,6 +32,7 @@ from kwsearch.executors.queue import (
     EVENTS,
     IDLE,
     JOBS,
+    POLL,
     RUNNING,
     STUDIES,
     TABLES,
@@ -49,6 +50,8 @@ FUNCTIONS = frozenset(
 _TRAINED = "trained"
 # Seconds that a worker which is to stop waits for a database that is away: SLURM kills after 30.
 GRACE = 10.0
+# Seconds after a job in which it looks for the next one more often.
+SOON = 5.0
 
 
 def encode(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +102,7 @@ class Worker:
         self._outbox: deque[tuple[int, int, str]] = deque()
         self._stopping = False
         self._database = Database(url, say, TABLES)
-        self._done = 0
+        self._done, self._ended = 0, -SOON
         self._open = False  # whether the study was seen before it was over
         self._told = False  # that it was not
 
@@ -145,7 +148,8 @@ class Worker:
         """Let the job run until something happens, or for a beat."""
         task = self._task
         if task is None:
-            time.sleep(IDLE)
+            soon = time.monotonic() - self._ended < SOON  # the driver has the next one in a moment
+            time.sleep(POLL if soon else IDLE)
         elif self._stopping and not task.over:
             for event in self._local.wait(0):  # what it has said already
                 self._put(task, event)
@@ -236,6 +240,7 @@ class Worker:
         self._outbox.clear()
         if self._task is not None and self._task.over:
             self._task = None
+            self._ended = time.monotonic()
         if taken is None:
             return
         content = json.loads(taken.content)
