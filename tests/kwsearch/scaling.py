@@ -162,15 +162,15 @@ def simulated(slots: int, trials: int, settings: list[str], minutes: float = 10)
         watcher, executor = Watcher(), Virtual(slots, minutes)
         search = ["finalists: 0", *(one.replace("=", ": ") for one in settings)]
         made = study(Path(name) / "run", slots, trials, "local", watcher, search)
-        begun = time.monotonic()
+        begun = time.process_time()
         made.run(executor, function="nothing:nothing")
     trials = len(watcher.ends)
     step = max(trials // 6, 1)
     for count in range(step, trials + 1, step):
-        part = watcher.ends[count - step : count]
-        each = (part[-1] - (watcher.ends[count - step - 1] if count > step else begun)) / step
+        before = watcher.cpu[count - step - 1] if count > step else begun
+        each = (watcher.cpu[count - 1] - before) / step
         print(
-            f"trials {count - step} to {count}: {1e3 * each:.0f} ms each, so that trials of "
+            f"trials {count - step} to {count}: {1e3 * each:.0f} ms of CPU each, so that trials of "
             f"{minutes:g} minutes keep the driver busy from {60 * minutes / each:,.0f} slots on",
             flush=True,
         )
