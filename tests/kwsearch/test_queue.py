@@ -18,7 +18,7 @@ from sqlalchemy.exc import OperationalError
 
 from kwsearch import database
 from kwsearch.database import Database, masked
-from kwsearch.executors import Event, ExecutorError, Finished, Job, Lost, Started, queue
+from kwsearch.executors import Event, ExecutorError, Failed, Finished, Job, Lost, Started, queue
 from kwsearch.executors.queue import QueueExecutor
 from kwsearch.recipe import Proxy, parse_recipe
 from kwsearch.trial import Trained
@@ -192,21 +192,25 @@ def test_a_worker_that_is_stopped_while_the_database_is_away_leaves_soon(
 def test_a_worker_that_does_not_see_the_run_directory_says_so(
     postgres: Postgres, tmp_path: Path
 ) -> None:
+    recipe = parse_recipe("format: 1\nmodel: resnet20\nbudget: {ratio: 1}\n").model_dump_json()
+    gone = str(tmp_path / "gone" / "0.pt")
+    trained = Trained(recipe, Proxy().model_dump_json(), None, 1.0, 0, gone, 1)
+    given = {"trained": trained, "first": 0, "until": 1}
     executor = QueueExecutor(postgres.url, "unseen", 1, encode, print)
     worker = subprocess.Popen(
         [sys.executable, "-m", "kwsearch", "worker", "unseen", "-q", "--storage", postgres.url]
     )
-    recipe = parse_recipe("format: 1\nmodel: {name: resnet20, num_classes: 10}\n")
-    gone = str(tmp_path / "gone" / "0.pt")
-    trained = Trained(recipe.model_dump_json(), Proxy().model_dump_json(), None, 1.0, 0, gone, 1)
-    given = {"trained": trained, "first": 0, "until": 1}
-    executor.submit(Job(0, 1, "kwsearch.trial:train_trial", given))
-    (failed,) = [e for e in all_events(executor) if not isinstance(e, Started)]
-    folder = re.escape(str(tmp_path / "gone"))
-    assert re.search(f"{folder}: workers do not see this folder of the driver", failed.message)  # type: ignore[attr-defined]
-    executor.finish()
-    assert worker.wait(60) == 0
-    executor.close()
+    try:
+        executor.submit(Job(0, 1, "kwsearch.trial:train_trial", given))
+        (failed,) = [event for event in all_events(executor) if not isinstance(event, Started)]
+        assert isinstance(failed, Failed)
+        assert f"{tmp_path}/gone: workers do not see this folder of the driver" in failed.message
+        executor.finish()
+        assert worker.wait(60) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+        executor.close()
 
 
 def all_events(executor: QueueExecutor) -> list[Event]:
