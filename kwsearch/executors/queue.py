@@ -53,7 +53,7 @@ from kwsearch.executors.local import GRACE
 
 # Seconds between beats, without one until a worker is lost, and between two looks: of the driver
 # for events, of a worker without a job for one.
-BEAT, LEASE, POLL, IDLE = 2.0, 30.0, 0.2, 1.0
+BEAT, LEASE, POLL, IDLE = 2.0, 30.0, 0.1, 1.0
 # Seconds without any worker until the driver says so.
 LONELY = 10.0
 
