@@ -157,23 +157,19 @@ class Virtual:
 
 
 def simulated(slots: int, trials: int, settings: list[str], minutes: float = 10) -> None:
-    """The driver's own time for each trial, by how many the study has already."""
+    """One line: the driver's CPU time for each trial, from its proposal to its end."""
     with tempfile.TemporaryDirectory() as name:
         watcher, executor = Watcher(), Virtual(slots, minutes)
         search = ["finalists: 0", *(one.replace("=", ": ") for one in settings)]
         made = study(Path(name) / "run", slots, trials, "local", watcher, search)
         begun = time.process_time()
         made.run(executor, function="nothing:nothing")
-    trials = len(watcher.ends)
-    step = max(trials // 6, 1)
-    for count in range(step, trials + 1, step):
-        before = watcher.cpu[count - step - 1] if count > step else begun
-        each = (watcher.cpu[count - 1] - before) / step
-        print(
-            f"trials {count - step} to {count}: {1e3 * each:.0f} ms of CPU each, so that trials of "
-            f"{minutes:g} minutes keep the driver busy from {60 * minutes / each:,.0f} slots on",
-            flush=True,
-        )
+    each = (watcher.cpu[-1] - begun) / len(watcher.ends)
+    print(
+        f"{len(watcher.ends)} trials on {slots} slots: {1e3 * each:.0f} ms of the driver's CPU for "
+        f"each, so that trials of {minutes:g} minutes keep it busy from "
+        f"{60 * minutes / each:,.0f} slots on"
+    )
 
 
 if __name__ == "__main__":
