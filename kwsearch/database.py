@@ -161,7 +161,7 @@ class Database:
         except IntegrityError:
             raise
         except DBAPIError as error:
-            raise StorageError(f"storage {self.name}: {line_of(error)}") from error
+            raise refusal(self.name, error) from error
 
     def close(self) -> None:
         """Its connections."""
@@ -192,6 +192,14 @@ def _behind_proxy(error: BaseException) -> str | None:
     return " ".join(text.split())[:200] if kind == "UNAVAILABLE" or lost else None
 
 
-def line_of(error: DBAPIError) -> str:
-    """What went wrong, in one line without the statement."""
-    return " ".join(str(error.orig).split())[:200]
+def line_of(error: BaseException) -> str:
+    """What went wrong, in one line; of a database without the statement."""
+    said = error.orig if isinstance(error, DBAPIError) else error
+    return " ".join(str(said).split())[:200]
+
+
+def refusal(name: str, error: BaseException) -> StorageError:
+    """What a storage has against what was asked of it, in one line."""
+    while error.__cause__ is not None and not isinstance(error, DBAPIError):
+        error = error.__cause__
+    return StorageError(f"storage {name}: {line_of(error)}")

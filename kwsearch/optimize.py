@@ -352,10 +352,13 @@ class Study:
         if begun is None:
             if self._resume:
                 self._notes.append(f"{self.directory} has no trials yet: a new study")
-            # In the name of its checkpoints' folder in a place that other studies have, too.
-            own = {"id": secrets.token_hex(4)}
-            start = {"command": self.command, "versions": versions(), "seed": self.search.seed}
-            begun = {**own, **start}
+            begun = {
+                # In the name of its checkpoints' folder in a place that other studies have, too.
+                "id": secrets.token_hex(4),
+                "command": self.command,
+                "versions": versions(),
+                "seed": self.search.seed,
+            }
         self._provenance = {**self.recipe.provenance, **begun, **data}
         if warnings := self._warnings():
             self._provenance["warnings"] = list(warnings)

@@ -18,9 +18,9 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
-from kwsearch.database import Database, Patience, StorageError, line_of, masked
+from kwsearch.database import Database, Patience, StorageError, masked, refusal
 from kwsearch.files import write_whole
 from kwsearch.passwords import STORAGE, of_environment
 from kwsearch.run_directory import JOURNAL, MARK, STUDY, SearchError
@@ -122,7 +122,7 @@ def _database(url: str, say: Callable[[str], object]) -> RDBStorage:
         template = url.replace("{", "{{").replace("}", "}}")  # which Optuna fills in
         return RDBStorage(template, engine_kwargs={"pool_pre_ping": True})
     except (RuntimeError, StorageInternalError, SQLAlchemyError) as error:
-        raise _refusal(masked(url), error) from error
+        raise refusal(masked(url), error) from error
 
 
 def _proxy(url: str) -> BaseStorage:
@@ -159,14 +159,6 @@ def give_up(storage: BaseStorage) -> None:
         storage.patience.limit = 0.0
 
 
-def _refusal(name: str, error: BaseException) -> StorageError:
-    """What a database has against it, in one line."""
-    while error.__cause__ is not None and not isinstance(error, DBAPIError):
-        error = error.__cause__
-    reason = line_of(error) if isinstance(error, DBAPIError) else " ".join(str(error).split())[:200]
-    return StorageError(f"storage {name}: {reason}")
-
-
 class _Patient:
     """A storage of which every method is tried again while the database is away. What was done
     though its answer was lost is done twice: of a new trial that is one more, which
@@ -196,8 +188,8 @@ class _Patient:
         try:
             return self.patience.call(once)
         except (StorageInternalError, SQLAlchemyError) as error:
-            raise _refusal(self.patience.name, error) from error
+            raise refusal(self.patience.name, error) from error
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "grpc":
                 raise
-            raise _refusal(self.patience.name, error) from error
+            raise refusal(self.patience.name, error) from error

@@ -23,7 +23,7 @@ from sqlalchemy import delete, insert, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from kwsearch.database import Database, StorageError, absence, line_of
+from kwsearch.database import Database, absence, refusal
 from kwsearch.executors import Cancelled, Event, Failed, Finished, Job, Lost
 from kwsearch.executors.local import LocalExecutor
 from kwsearch.executors.queue import (
@@ -124,7 +124,7 @@ class Worker:
                     over, taken = self._database.now(self._exchange)
                 except DBAPIError as error:
                     if (reason := absence(error)) is None:
-                        raise StorageError(f"{patience.name}: {line_of(error)}") from error
+                        raise refusal(patience.name, error) from error
                     patience.limit = GRACE if self._stopping else math.inf
                     patience.wait(reason)
                     continue

@@ -143,3 +143,8 @@ def test_a_static_start_is_the_untrained_static_network(images: proxy.ProxyData)
     x = images.batch(images.train.x[:32])
     with torch.no_grad():
         torch.testing.assert_close(kept[0].train()(x), static(x), rtol=0, atol=1e-4)
+
+
+def test_a_search_may_start_from_untrained_static_networks(tmp_path: Path) -> None:
+    assert search(tmp_path, "proxy.init=static", "search.trials=2", "--quiet") == 0
+    assert not list((tmp_path / "run" / "checkpoints").glob("static_*.pt"))
