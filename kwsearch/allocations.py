@@ -1,9 +1,9 @@
 """What torch would allocate, step by step, while a model runs on tensors without data.
 
 On a CPU, oneDNN's copies of a convolution's operands are allocated by torch, too, within one
-operator: blocks of 16 channels for x and the result, where they are not channels_last, and for the
-weight. Which convolutions are oneDNN's is torch's own rule (`use_mkldnn` in its
-aten/src/ATen/native/Convolution.cpp).
+operator: blocks of 16 channels (8 without AVX-512) for x and the result, where they are not
+channels_last, and for the weight. Which convolutions are oneDNN's is torch's own rule (`use_mkldnn`
+in its aten/src/ATen/native/Convolution.cpp); the others are im2col and a product.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from torch.utils._pytree import tree_leaves
 from kwlayers.ops.path import format_of
 
 _aten = torch.ops.aten
-_BLOCK = 16  # channels
-# Sums that gradients of large depthwise kernels are made of, in channels_last: as measured.
-_PARTS = 256
+_BLOCK = 8 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 16  # channels
+_HALVES = {  # whether oneDNN has them on this processor
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+}
 _POINTWISE = {_aten.add, _aten.add_, _aten.sub, _aten.mul, _aten.mul_, _aten.div, _aten.div_}
 
 
@@ -205,10 +207,8 @@ class _Convolution:
     def by_onednn(self) -> bool:
         """As torch decides."""
         x, kernel = self.x, self.kernel
-        if x.dtype == torch.float64:
-            return False
         if x.dtype != torch.float32:
-            return True
+            return x.dtype in _HALVES and bool(_HALVES[x.dtype]())
         pays = self.strided or x.shape[0] >= 16 or not self.plain or torch.get_num_threads() > 1
         large = len(kernel) > 1 and min(kernel[-2:]) > 3
         return pays and (self.groups > 1 or large or x.shape[0] > 1 or x.numel() > 20480)
@@ -225,25 +225,30 @@ class _Convolution:
         return sum(int(t.nbytes) for t in given if t.is_contiguous() and not _channels_last(t))
 
     @property
-    def times(self) -> int:
-        """Results are held, without oneDNN: those of groups, and then all of them together."""
-        return 2 if self.groups > 1 else 1
-
-    @property
     def columns(self) -> int:
-        """Of im2col, a sample at a time, where oneDNN does not take over."""
+        """Of im2col, where oneDNN does not take over: a group's."""
         given = (self.x, self.weight)
         copied = sum(int(t.nbytes) for t in given if not (t.is_contiguous() or _channels_last(t)))
         if self.plain and not (self.strided or self.padded):
             return copied
-        row = self.x.shape[1] * math.prod(self.kernel)
-        return copied + int(row * math.prod(self.out_size) * self.itemsize)
+        row = math.prod(self.weight.shape[1:])
+        positions = self.x.shape[0] * math.prod(self.out_size)
+        return copied + int(row * positions * self.itemsize)
+
+    def by_columns(self, results: int, *operands: int) -> int:
+        """Without oneDNN. One group after the other, its operands copied; then all the results
+        together once more."""
+        if self.groups == 1:
+            return results + self.columns
+        copied = self.x.shape[0] > 1 or self.channels_last
+        copies = sum(operands) // self.groups if copied else 0
+        return max(2 * results, results + copies + self.columns)
 
     @property
     def ahead(self) -> int:
         """Of the convolution itself."""
         if not self.by_onednn:
-            return self.columns + self.times * self.out
+            return self.by_columns(self.out, self.x.nbytes)
         if self.channels_last:
             return self.out + self.weight_blocked + self.to_channels_last
         operands = self.x_copied + self.weight_blocked + self.out_blocked
@@ -254,10 +259,10 @@ class _Convolution:
         x_grad = int(self.x.nbytes) if mask[0] else 0
         weight_grad = int(self.weight.nbytes) if mask[1] else 0
         if not self.by_onednn:
-            return self.times * (x_grad + weight_grad) + self.columns
+            return self.by_columns(x_grad + weight_grad, self.x.nbytes, self.out)
         wide = self.groups == self.x.shape[1] and max(self.kernel) > 3
         if self.channels_last:
-            parts = _PARTS * weight_grad if wide else 0
+            parts = _BLOCK**2 * weight_grad if wide else 0  # a block for each channel
             return x_grad + 3 * self.weight_blocked + parts + self.to_channels_last
         operands = self.out_blocked + self.weight_blocked + self.x_blocked
         times = 2 if self.strided and self.groups == 1 else 1

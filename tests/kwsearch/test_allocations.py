@@ -47,18 +47,34 @@ CONVOLUTIONS = [
 ]
 
 
+# By im2col whatever the processor: oneDNN has no float64.
+COLUMNS = [
+    (4, 24, 40, 28, 3, 1, 1),  # of all the images at a time
+    (4, 24, 40, 28, 1, 2, 1),
+    (4, 64, 64, 28, 1, 1, 1),  # none
+    (4, 32, 32, 28, 3, 1, 4),  # one group after the other
+    (4, 24, 24, 28, 3, 1, 24),
+    (1, 32, 32, 28, 3, 1, 4),
+]
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    [(torch.float32, case) for case in CONVOLUTIONS] + [(torch.float64, case) for case in COLUMNS],
+    ids=str,
+)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_convolution_takes_what_the_profiler_sees(
-    case: tuple[int, ...], last: bool, backward: bool
+    dtype: torch.dtype, case: tuple[int, ...], last: bool, backward: bool
 ) -> None:
     images, channels, outputs, side, kernel, stride, groups = case
 
     def peak(device: str, measure: Callable[..., int]) -> int:
         layout = torch.channels_last if last else torch.contiguous_format
-        x = torch.zeros(images, channels, side, side, device=device).to(memory_format=layout)
-        weight = torch.zeros(outputs, channels // groups, kernel, kernel, device=device)
+        to = {"device": device, "dtype": dtype}
+        x = torch.zeros(images, channels, side, side, **to).to(memory_format=layout)
+        weight = torch.zeros(outputs, channels // groups, kernel, kernel, **to)
         weight = weight.to(memory_format=layout)
         x.requires_grad_()
         weight.requires_grad_()
