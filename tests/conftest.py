@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, also what tests start: a thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.pop("COLUMNS", None)  # which xdist sets; output is as wide as without it
+
 import torch
 
 
@@ -23,6 +29,12 @@ def _interpret_triton() -> None:
 
 
 _interpret_triton()
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: every worker takes about half a gigabyte."""
+    return min(os.cpu_count() or 1, 8)
+
 
 # A torch.library.Library withdraws its definitions when it is collected.
 _kept_libraries: list[Any] = []

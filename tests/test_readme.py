@@ -28,7 +28,7 @@ def test_it_opens_with_the_two_commands() -> None:
     first, second = blocks("sh")[:2]
     assert first.count("\n") == second.count("\n") == 1
     assert first.strip().endswith("kwsearch budget resnet50 --ratio 0.5")
-    assert second.strip().endswith("pytest")
+    assert second.strip().endswith("pytest -n auto")
 
 
 def test_every_command_shown_is_one_that_exists() -> None:
