@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from kwlayers.optim import parameter_groups
     from kwlayers.plan import Group, Network, Plan, PlanError, Site
     from kwlayers.planner import BudgetError, plan_model, plan_network
+    from kwlayers.rules import Rule, Share
     from kwlayers.schedule import TemperatureSchedule, set_temperature_
-    from kwlayers.sharing import Rule, Settings, Share
+    from kwlayers.sharing import Settings
     from kwlayers.sites import trace
     from kwlayers.static import to_static_
     from kwlayers.warehouse import Warehouse
+    from kwlayers.warehouses import WarehouseGroup
 
 # Names load on first use: planning from Python data needs no torch.
 _HOME = {
@@ -32,12 +34,13 @@ _HOME = {
     "Network": "plan",
     "Plan": "plan",
     "PlanError": "plan",
-    "Rule": "sharing",
+    "Rule": "rules",
     "Settings": "sharing",
-    "Share": "sharing",
+    "Share": "rules",
     "Site": "plan",
     "TemperatureSchedule": "schedule",
     "Warehouse": "warehouse",
+    "WarehouseGroup": "warehouses",
     "convert_": "convert",
     "parameter_groups": "optim",
     "plan_model": "planner",
@@ -65,6 +68,7 @@ __all__ = [
     "Site",
     "TemperatureSchedule",
     "Warehouse",
+    "WarehouseGroup",
     "convert_",
     "parameter_groups",
     "plan_model",

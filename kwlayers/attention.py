@@ -23,9 +23,10 @@ from kwlayers.ops import triton_attention
 from kwlayers.ops.device import device_type
 from kwlayers.ops.dispatch import triton_available
 from kwlayers.ops.triton_conv import DTYPES as TRITON_DTYPES
+from kwlayers.schedule import Tempered
 
 
-class Attention(nn.Module):
+class Attention(Tempered):
     """alpha (B, m, n) for an input (B, C, *S).
 
     in_channels: C. num_mixtures: m. num_cells: n. assignment: the cell that each mixture
@@ -34,7 +35,6 @@ class Attention(nn.Module):
     norm: "batch" or "layer". `temperature` is a buffer, 0 until something sets it.
     """
 
-    temperature: Tensor
     assignment: Tensor
 
     def __init__(
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         self.num_cells = num_cells
         hidden = geometry.hidden_width(in_channels, reduction)
         self.fc1 = nn.Linear(in_channels, hidden, bias=norm == "layer", **kwargs)
-        self.norm = _norm(norm, hidden, device, dtype)
+        self.norm = norm_of(norm, hidden, device, dtype)
         columns = num_cells + 1
         self.basis: geometry.Basis | None = None
         if basis_ratio >= 1:
@@ -79,7 +79,7 @@ class Attention(nn.Module):
             self.bias = nn.Parameter(torch.zeros(num_mixtures * columns, **kwargs))
             self.start = min(assignment.start, split.nonlocal_cells)
         self._beta = assignment.cells
-        self.register_buffer("temperature", torch.zeros((), **kwargs))
+        self._add_temperature(**kwargs)
         self.register_buffer("assignment", torch.tensor(assignment.cells, device=device))
         self.reset_parameters()
 
@@ -103,7 +103,7 @@ class Attention(nn.Module):
         plain = self.basis is None and x.dtype in TRITON_DTYPES
         if fused and plain and not self.training and not torch.is_grad_enabled():
             return triton_attention.attention_eval(self, x)
-        hidden = F.relu(self.norm(self.fc1(_pooled(x))))
+        hidden = F.relu(self.norm(self.fc1(pooled(x))))
         z = self._columns(self.fc2(hidden).unflatten(-1, (self.num_mixtures, -1)))
         if fused:
             return triton_attention.normalise(z, self.temperature, self.assignment)
@@ -128,7 +128,7 @@ class Attention(nn.Module):
         return f"{self.in_channels}, num_mixtures={self.num_mixtures}, num_cells={self.num_cells}"
 
 
-def _pooled(x: Tensor) -> Tensor:
+def pooled(x: Tensor) -> Tensor:
     """(B, C, *S) -> (B, C): the mean over positions."""
     if x.dim() == 2:
         return x
@@ -156,7 +156,7 @@ class _BatchNorm1d(nn.BatchNorm1d):
         return super().forward(x)
 
 
-def _norm(
+def norm_of(
     name: str, width: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.BatchNorm1d | nn.LayerNorm:
     if name == "batch":

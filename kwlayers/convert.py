@@ -1,33 +1,28 @@
-"""Put a plan into a model: swap layers in place, with their warehouses at the root."""
+"""Put a plan into a model: swap layers in place, with what they share at the root."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from kwlayers import geometry
-from kwlayers.conv import _KWLayer, like
+from kwlayers import methods
 from kwlayers.ops import check_settings
-from kwlayers.plan import Group, Plan, PlanError, Site, counted, shown
+from kwlayers.plan import Plan, PlanError, Site, counted, shown
+from kwlayers.schedule import WAREHOUSES
 from kwlayers.sites import CONVERTIBLE, candidates, refuse_wrapped
-from kwlayers.warehouse import Warehouse
-from kwlayers.warm_start import WarmStart, check, start_
+from kwlayers.warm_start import WarmStart, check
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WAREHOUSES = "kw_warehouses"
-
-log = logging.getLogger("kwlayers")
-
 
 class Warehouses(nn.ModuleDict):
-    """All warehouses of a converted model, by name, and which layers use them.
+    """What the layers of a converted model share, by group, and which layers are in which.
 
-    layers: {warehouse name: module names}. warm_start: what it kept, None without one.
+    layers: {group name: module names}; a group whose layers share nothing (no warehouse) has no
+    module here. warm_start: what it kept, None without one.
     """
 
     warm_start: WarmStart | None = None
@@ -41,9 +36,14 @@ class Warehouses(nn.ModuleDict):
         return x
 
     def extra_repr(self) -> str:
-        total = sum(map(len, self.layers.values()))
+        alone = sum(len(names) for group, names in self.layers.items() if group not in self)
+        total = sum(map(len, self.layers.values())) - alone
+        said = [f"{counted(alone, 'layer')} on {'its' if alone == 1 else 'their'} own"]
         verb = "shares" if total == 1 else "share"
-        return f"{counted(total, 'layer')} {verb} {counted(len(self.layers), 'warehouse')}"
+        if total:
+            said = [f"{counted(total, 'layer')} {verb} {counted(len(self), 'warehouse')}"]
+            said += [f"{alone} on their own"] if alone else []
+        return ", ".join(said)
 
 
 def convert_(
@@ -57,7 +57,7 @@ def convert_(
     """Replace the layers that `plan` groups, in place, and return the model.
 
     Layers keep their names, their bias parameters, device, dtype and mode; a layer that
-    several parents hold stays shared. The warehouses are registered once, as
+    several parents hold stays shared. What layers share (warehouses) is registered once, as
     `model.kw_warehouses`, which says what was changed. The parameters of the result are
     `plan.cost().params.total`. backend, workspace_mb: of every layer, as `kwlayers.ops.kw_conv`
     takes them; None for the fastest path of each layer.
@@ -104,38 +104,19 @@ def convert_(
             f"{params:,}: plan again for this model"
         )
     warehouses = Warehouses({group.name: group.layers for group in plan.groups})
-    swaps: dict[nn.Module, _KWLayer] = {}
+    how = methods.Conversion(warm_start, backend, workspace_mb)
+    swaps: dict[nn.Module, nn.Module] = {}
     errors: dict[str, float] = {}
     for group in plan.groups:
-        first = layers[group.layers[0]].weight
-        mixtures = plan.mixtures(group)
-        warehouse = Warehouse(
-            group.num_cells, group.cell, sum(mixtures), device=first.device, dtype=first.dtype
-        )
-        warehouses[group.name] = warehouse
-        dealt = geometry.assign(group.num_cells, mixtures, group.ratio)
-        for name, assignment in zip(group.layers, dealt, strict=True):
-            swaps[layers[name]] = _converted(
-                layers[name],
-                group,
-                warehouse,
-                assignment=assignment,
-                backend=backend,
-                workspace_mb=workspace_mb,
-            )
-        log.info(
-            "%s: %s on %s of %s",
-            group.name,
-            counted(len(group.layers), "layer"),
-            counted(group.num_cells, "cell"),
-            "x".join(map(str, group.cell)),
-        )
-        if warm_start:
-            own = {name: layers[name] for name in group.layers}
-            pairs = {name: (swaps[layer].attention, layer.weight) for name, layer in own.items()}
-            found = start_(warm_start, warehouse, pairs)
-            log.info("%s: warm start, relative errors to %.2g", group.name, max(found.values()))
-            errors |= found
+        own = {name: layers[name] for name in group.layers}
+        made = methods.find(group.method).convert(plan, group, own, how)
+        if made.shared is not None:
+            warehouses[group.name] = made.shared
+        swaps |= made.swaps
+        errors |= made.errors
+        for name, (before, after) in made.hooks.items():
+            modules[name].register_forward_pre_hook(before, with_kwargs=True)
+            modules[name].register_forward_hook(after)
     if warm_start:
         warehouses.warm_start = WarmStart(errors, 1.0 if warm_start == "cells" else 0.0)
     replace_(model, swaps)
@@ -151,18 +132,6 @@ def replace_(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if child is not None and child in swaps:
                 parent._modules[name] = swaps[child]
-
-
-def _converted(layer: nn.Module, group: Group, warehouse: Warehouse, **settings: Any) -> _KWLayer:
-    return like(
-        layer,
-        warehouse,
-        ratio=group.ratio,
-        reduction=group.reduction,
-        basis_ratio=group.basis_ratio,
-        norm=group.norm,
-        **settings,
-    )
 
 
 def _fitting(module: nn.Module | None, site: Site) -> nn.Conv2d:

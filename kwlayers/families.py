@@ -21,6 +21,7 @@ class Label:
 
     stage: the warehouse's stage, which for the first block of a stage is the stage before.
     kind, position: `conv`, 0 is the first `conv` of a block. alone: a warehouse of its own.
+    role: stem, head, patch embedding, downsample, shortcut, or "last convolution"; else empty.
     """
 
     stage: int
@@ -28,6 +29,7 @@ class Label:
     position: int = 0
     alone: str = ""
     static: str = ""
+    role: str = ""
 
 
 Match = re.Match[str]
@@ -40,18 +42,21 @@ class _Context:
 
 
 def _static(role: str) -> Callable[[Match, _Context], Label]:
-    return lambda match, context: Label(0, role, static=f"the {role} stays static")
+    return lambda match, context: Label(0, role, static=f"the {role} stays static", role=role)
 
 
 def _resnet(match: Match, context: _Context) -> Label:
     stage, block, layer = int(match[1]) - 1, int(match[2]), match[3]
-    opens_stage = block == 0 and (layer == "conv1" or layer.startswith("downsample"))
-    position = 0 if layer.startswith("downsample") else int(layer[-1]) - 1
+    shortcut = layer.startswith("downsample")
+    opens_stage = block == 0 and (layer == "conv1" or shortcut)
+    position = 0 if shortcut else int(layer[-1]) - 1
+    role = "shortcut" if shortcut else ""
     if not opens_stage:
-        return Label(stage, "conv", position)
+        return Label(stage, "conv", position, role=role)
     if stage == 0 and (context.bottleneck or layer != "conv1"):
-        return Label(0, "conv", position, static="no stage before the first to share with")
-    return Label(max(stage - 1, 0), "conv", position)
+        static = "no stage before the first to share with"
+        return Label(0, "conv", position, static=static, role=role)
+    return Label(max(stage - 1, 0), "conv", position, role=role)
 
 
 # MobileNetV2: block groups 0..6 map to these stages; the first block after a change of
@@ -91,9 +96,14 @@ def _mobilenet_torchvision(match: Match, context: _Context) -> Label:
 
 
 def _own(name: str) -> Callable[[Match, _Context], Label]:
+    role = name.partition("{")[0]
     return lambda match, context: Label(
-        0, "conv", alone=name.format(*(int(g) for g in match.groups()))
+        0, "conv", alone=name.format(*(int(g) for g in match.groups())), role=role
     )
+
+
+def _last(match: Match, context: _Context) -> Label:
+    return Label(6, "pwconv", 1, role="last convolution")
 
 
 def _convnext_timm(match: Match, context: _Context) -> Label:
@@ -135,13 +145,13 @@ _FAMILIES: dict[str, Sequence[Rule]] = {
     "mobilenetv2 (timm)": (
         (r"conv_stem", _own("stem")),
         (r"blocks\.([0-6])\.(\d+)\.(conv_pw|conv_dw|conv_pwl)", _mobilenet_timm),
-        (r"conv_head", lambda match, context: Label(6, "pwconv", 1)),
+        (r"conv_head", _last),
         (r"classifier", _HEAD),
     ),
     "mobilenetv2 (torchvision)": (
         (r"features\.0\.0", _own("stem")),
         (r"features\.(\d|1[0-7])\.conv\.(0\.0|1|1\.0|2)", _mobilenet_torchvision),
-        (r"features\.18\.0", lambda match, context: Label(6, "pwconv", 1)),
+        (r"features\.18\.0", _last),
         (r"classifier\.1", _HEAD),
     ),
     "convnext (timm)": (

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 from kwlayers import geometry
 from kwlayers.official_models import Backbone, backbone_of, buildable, shared, shortened
 from kwlayers.official_weights import from_official_, to_official
-from kwlayers.plan import METHOD, Group, Network, Plan, PlanError
+from kwlayers.plan import Network, Plan, PlanError
 from kwlayers.planner import lay_out, plan_ratio
-from kwlayers.sharing import SHARING, Settings, Share
+from kwlayers.rules import Share
+from kwlayers.sharing import SHARING, Settings
+from kwlayers.warehouses import WarehouseGroup
 
 if TYPE_CHECKING:
     from torch import nn
@@ -315,6 +317,11 @@ def write_config(plan: Plan) -> dict[str, Any]:
     extra = {"input_size": side} if square and side != 224 else {}
     if not plan.groups:
         return {"model": model, **extra}
+    for group in plan.groups:
+        if group.method != "kernel_warehouse":
+            raise PlanError(
+                f"group {group.name!r}: the official repository has no method {group.method!r}"
+            )
     if set(backbone.half) == {name for group in plan.groups for name in group.layers}:
         data: dict[str, Any] = {"model": f"kw1d2x_{model}"}
         if not _same(plan, _plan(read_config(data), network)):
@@ -329,7 +336,7 @@ def write_config(plan: Plan) -> dict[str, Any]:
 
 
 def _settings(plan: Plan, backbone: Backbone) -> dict[str, Any]:
-    owner = {name: group for group in plan.groups for name in group.layers}
+    owner: dict[str, WarehouseGroup] = {n: group for group in plan.warehouses for n in group.layers}
     if misfit := backbone.misfit(list(owner)):
         raise PlanError(f"the official model is another: {misfit}")
     prefixes = _sharing_range(plan, backbone)
@@ -337,8 +344,6 @@ def _settings(plan: Plan, backbone: Backbone) -> dict[str, Any]:
     norm = _norm(backbone)
     for group in groups:
         where = f"group {group.name!r}"
-        if group.method != METHOD:
-            raise PlanError(f"{where}: the official repository has no method {group.method!r}")
         if group.norm != norm:
             raise PlanError(
                 f"{where}: norm {group.norm!r}; the official {backbone.architecture} has {norm!r}"
@@ -384,9 +389,9 @@ def _sharing_range(plan: Plan, backbone: Backbone) -> tuple[str, ...]:
     )
 
 
-def _num_ratio(plan: Plan, group: Group) -> float:
+def _num_ratio(plan: Plan, group: WarehouseGroup) -> float:
     """A cell_num_ratio that gives the group's cells, handed out as here."""
-    mixtures = plan.mixtures(group)
+    mixtures = group.mixtures(plan.of(group))
     found = list(buildable(group.num_cells, mixtures, group.ratio))
     for ratio, dealt in found:
         if dealt == geometry.assign(group.num_cells, mixtures, group.ratio) and (
@@ -405,9 +410,9 @@ def _num_ratio(plan: Plan, group: Group) -> float:
     )
 
 
-def _bases(plan: Plan, group: Group, ratio: float | None) -> list[geometry.Basis]:
+def _bases(plan: Plan, group: WarehouseGroup, ratio: float | None) -> list[geometry.Basis]:
     """How the columns of each layer split, if the group has a basis."""
-    mixtures = plan.mixtures(group)
+    mixtures = group.mixtures(plan.of(group))
     return [
         geometry.basis(m, group.num_cells, sum(mixtures), ratio, group.basis_ratio)
         for m in mixtures
@@ -415,7 +420,7 @@ def _bases(plan: Plan, group: Group, ratio: float | None) -> list[geometry.Basis
     ]
 
 
-def _cell_ratio(plan: Plan, group: Group, axis: int) -> float:
+def _cell_ratio(plan: Plan, group: WarehouseGroup, axis: int) -> float:
     """A ratio of the layers' common channels that truncates to the cell's."""
     common = math.gcd(*(plan.network[name].kernel[axis] for name in group.layers))
     ratio = group.cell[axis] / common
@@ -436,9 +441,9 @@ def _same(one: Plan, other: Plan) -> bool:
             (
                 (group.cell, group.num_cells, group.layers, group.reduction, group.norm),
                 (group.basis_ratio, _bases(plan, group, group.ratio)),
-                geometry.assign(group.num_cells, plan.mixtures(group), group.ratio),
+                geometry.assign(group.num_cells, group.mixtures(plan.of(group)), group.ratio),
             )
-            for group in sorted(plan.groups, key=lambda group: group.layers)
+            for group in sorted(plan.warehouses, key=lambda group: group.layers)
         ]
 
     return built(one) == built(other)

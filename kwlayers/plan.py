@@ -1,4 +1,4 @@
-"""The plan: which layers share which warehouse. A frozen value; no torch.
+"""The plan: which layers become dynamic, and how. A frozen value; no torch.
 
 `Network` is what tracing a model finds, `Plan` is a network plus the decision what to do
 with it. A plan can be compared, counted (`Plan.cost`), written (`to_dict`) and applied
@@ -11,16 +11,18 @@ import dataclasses
 import difflib
 import fnmatch
 import functools
+import math
+import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from kwlayers import geometry
 from kwlayers.cost import Cost, LayerCost, layer_costs, total_cost
+from kwlayers.fields import check_fields
 
-METHOD = "kernel_warehouse"
-NORMS = ("batch", "layer")
 KINDS = ("conv1d", "conv2d", "conv3d", "linear")
 
 
@@ -63,6 +65,28 @@ class Site:
         """(C_out, C_in / groups, *k)."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
+    @property
+    def weights(self) -> int:
+        """Parameters of the kernel."""
+        return math.prod(self.kernel)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the kernel and the bias."""
+        return self.weights + (self.out_channels if self.bias else 0)
+
+    @property
+    def all_in_positions(self) -> int:
+        """Input positions, summed over the calls of one forward, as `positions` is."""
+        return self.in_positions * (
+            self.positions // self.out_positions if self.out_positions else 1
+        )
+
+    @property
+    def macs(self) -> int:
+        """Of the static layer, on one image."""
+        return self.positions * self.weights
+
 
 @dataclass(frozen=True)
 class Other:
@@ -101,34 +125,88 @@ class Network:
             raise PlanError(unknown_layer(name, self))
         return self._by_name[name]
 
-    def mixtures(self, group: Group) -> tuple[int, ...]:
-        """m of each layer of `group`."""
-        return tuple(geometry.num_mixtures(self[name].kernel, group.cell) for name in group.layers)
+    def of(self, group: Group) -> tuple[Site, ...]:
+        """The sites of a group's layers."""
+        return tuple(self[name] for name in group.layers)
 
 
 @dataclass(frozen=True)
-class Group:
-    """The layers of one warehouse.
+class Group(ABC):
+    """Layers that become dynamic together, by one method: what they share, with every integer.
 
-    cell: (c_out, c_in, *k). num_cells: n. layers: module names in module order.
-    ratio: the convolutional budget b where one was given, None where n was solved for.
-    reduction, basis_ratio, norm: the attention branch of its layers.
+    Each method has its own (see `kwlayers.methods`). name: letters, digits, underscores.
+    layers: module names in module order. Where a method takes `sites`, they are those of the
+    layers, in that order. method: the name of the class's method. size_name: what it calls `size`.
     """
 
     name: str
-    cell: geometry.Shape
-    num_cells: int
     layers: tuple[str, ...]
-    ratio: float | None = None
-    reduction: float = 1 / 16
-    basis_ratio: float = 1.0
-    norm: str = "batch"
-    method: str = METHOD
+
+    method: ClassVar[str]
+    size_name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """What a budget decides, at least 1: cells, kernels. Parameters grow strictly with it."""
+
+    @abstractmethod
+    def resized(self: GroupT, size: int) -> GroupT:
+        """The same of another size."""
+
+    @abstractmethod
+    def unit(self, sites: Sequence[Site]) -> int:
+        """The size at ratio 1, where the kernels take as many parameters as the static ones."""
+
+    def at_ratio(self: GroupT, ratio: float, unit: int) -> GroupT:
+        """The same at a ratio of its `unit`, truncated in double precision."""
+        return self.resized(max(int(unit * ratio), 1))
+
+    def check(self, sites: Sequence[Site]) -> None:  # noqa: B027  # most have nothing to add
+        """Raise ValueError, without the group's name, for what cannot be, fields aside."""
+
+    @abstractmethod
+    def costs(self, sites: Sequence[Site]) -> tuple[LayerCost, ...]:
+        """What each layer costs."""
+
+    def shared_params(self) -> int:
+        """Parameters of kernels that are no layer's alone."""
+        return 0
+
+    def params_by_size(self, sites: Sequence[Site]) -> Callable[[int], int]:
+        """`params` of the group at any size."""
+        return lambda size: self.resized(size).params(sites)
+
+    @staticmethod
+    @abstractmethod
+    def smallest(groups: int) -> str:
+        """What kernels are made of in so many groups of the smallest size: `one cell in ...`."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Size and settings, for a line of a table: `104 of 128x128`."""
+
+    def params(self, sites: Sequence[Site]) -> int:
+        """Parameters in place of the layers' own weights (and of biases that it takes over)."""
+        own = sum(cost.kernel_params + cost.attention_params for cost in self.costs(sites))
+        return self.shared_params() + own
+
+    def replaced(self, sites: Sequence[Site]) -> int:
+        """Parameters of the static layers that it takes the place of."""
+        costs = zip(sites, self.costs(sites), strict=True)
+        return sum(site.params - cost.static_params for site, cost in costs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as a recipe stores it."""
+        return {"method": self.method, **_plain(self)}
+
+
+GroupT = TypeVar("GroupT", bound=Group)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A network and its warehouses. Layers in no group stay as they are.
+    """A network and what becomes dynamic. Layers in no group stay as they are.
 
     notes: what planning had to round or leave out (not part of the plan's identity).
     """
@@ -141,20 +219,20 @@ class Plan:
         _check(self)
 
     @property
-    def warehouses(self) -> tuple[Group, ...]:
-        """The warehouses, in the order of their first layers."""
-        return self.groups
+    def warehouses(self) -> tuple[Any, ...]:
+        """The groups whose method is KernelWarehouse, in the order of their first layers."""
+        return tuple(group for group in self.groups if group.method == "kernel_warehouse")
 
-    def mixtures(self, group: Group) -> tuple[int, ...]:
-        """m of each layer of `group`."""
-        return self.network.mixtures(group)
+    def of(self, group: Group) -> tuple[Site, ...]:
+        """The sites of a group's layers."""
+        return self.network.of(group)
 
     def cost(self) -> Cost:
         """Exact parameters and MACs (of one image), by part."""
         return total_cost(self)
 
     def cost_by_layer(self) -> tuple[LayerCost, ...]:
-        """The same, layer by layer, in module order. Warehouses are nobody's alone."""
+        """The same, layer by layer, in module order. What a group's layers share is no one's."""
         return layer_costs(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,10 +241,7 @@ class Plan:
 
     def groups_to_list(self) -> list[dict[str, Any]]:
         """The groups as plain data: what a recipe stores."""
-        return [
-            {"method": group.method, **{k: v for k, v in _plain(group).items() if k != "method"}}
-            for group in self.groups
-        ]
+        return [group.to_dict() for group in self.groups]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -191,7 +266,7 @@ class Plan:
         """
         built = []
         for data in _listed(groups, "groups"):
-            group = _from_plain(Group, data, "groups")
+            group = _group(data)
             patterns = _listed(group.layers, f"group {group.name!r}: layers")
             layers = match_layers(network, patterns, f"group {group.name!r}")
             built.append(dataclasses.replace(group, layers=layers))
@@ -215,6 +290,12 @@ def match_layers(network: Network, patterns: Sequence[str], where: str) -> tuple
 def shown(name: str) -> str:
     """A module's name in a message; the root has none."""
     return name or "the model itself"
+
+
+def plain_name(name: str) -> str:
+    """A module's name as one of a group: letters, digits and underscores."""
+    plain = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return plain if plain.strip("_") else "layer"
 
 
 def counted(number: int, noun: str) -> str:
@@ -248,36 +329,38 @@ def _check(plan: Plan) -> None:
             raise PlanError(f"{where}: a name is made of letters, digits and underscores")
         if group.name in owner.values():
             raise PlanError(f"{where}: the name is taken; every group needs its own")
-        if group.method != METHOD:
-            raise PlanError(f"{where}: unknown method {group.method!r}; there is {METHOD!r}")
-        if not isinstance(group.num_cells, int) or group.num_cells < 1:
-            raise PlanError(f"{where}: num_cells is {group.num_cells!r}; an integer >= 1 is needed")
-        if group.norm not in NORMS:
-            raise PlanError(f"{where}: norm {group.norm!r}; allowed are {', '.join(NORMS)}")
-        if group.ratio is not None and not group.ratio > 0:
-            raise PlanError(f"{where}: ratio {group.ratio}; it must be above 0")
-        for setting in ("reduction", "basis_ratio"):
-            value = getattr(group, setting)
-            if not 0 < value <= 1:
-                raise PlanError(f"{where}: {setting} {value}; it must be in (0, 1]")
+        if not isinstance(group.size, int) or isinstance(group.size, bool) or group.size < 1:
+            said = f"{group.size_name} is {group.size!r}"
+            raise PlanError(f"{where}: {said}; an integer >= 1 is needed")
         if not group.layers:
             raise PlanError(f"{where}: it has no layers")
-        sites = [plan.network[name] for name in group.layers]
+        sites = plan.network.of(group)
         if [order[s.name] for s in sites] != sorted({order[s.name] for s in sites}):
             raise PlanError(f"{where}: layers must be listed once each, in module order")
-        if len({site.kind for site in sites}) > 1:
-            kinds = ", ".join(sorted({site.kind for site in sites}))
-            raise PlanError(f"{where}: layers of one kind share a warehouse, got {kinds}")
         for site in sites:
             if site.fixed:
                 raise PlanError(f"{where}: {shown(site.name)} cannot be converted: {site.fixed}")
             if site.name in owner:
                 raise PlanError(f"{where}: {site.name} is already in group {owner[site.name]!r}")
             owner[site.name] = group.name
-            try:
-                geometry.num_mixtures(site.kernel, group.cell)
-            except ValueError as error:
-                raise PlanError(f"{where}: {site.name}: {error}") from None
+        try:
+            check_fields(group)
+            group.check(sites)
+        except ValueError as error:
+            raise PlanError(f"{where}: {error}") from None
+
+
+def _group(data: Any) -> Group:
+    """A group of the method that its data names."""
+    from kwlayers.methods import find
+
+    if isinstance(data, Group):
+        return data
+    if not isinstance(data, Mapping):
+        raise PlanError(f"groups: expected a mapping, got {type(data).__name__}")
+    rest = dict(data)
+    group: Group = _from_plain(find(rest.pop("method", "kernel_warehouse")).group, rest, "groups")
+    return group
 
 
 def _plain(value: Any) -> Any:

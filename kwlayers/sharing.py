@@ -3,83 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 from kwlayers import geometry
-from kwlayers.cost import attention_cost
 from kwlayers.families import Recognised
-from kwlayers.plan import Network, PlanError, Site, match_layers, short, shown
-from kwlayers.stages import INFERRED, kind_of, place, plain_name
+from kwlayers.layout import Layout, MethodSettings
+from kwlayers.plan import Network, PlanError, Site, counted, match_layers, plain_name
+from kwlayers.rules import (
+    NothingToConvert,
+    Patterns,
+    Rule,
+    Share,
+    by_reason,
+    check_cell_ratio,
+    check_fraction,
+    checked_rules,
+    distinct,
+    static_others,
+    with_rule,
+)
+from kwlayers.stages import INFERRED, kind_of, place
+from kwlayers.warehouses import WarehouseGroup, attention_cost
 
 _MUCH_ATTENTION = 1 / 4
-MAX_RATIO = 1000  # beyond it a ratio is a slip of the pen
 
-Patterns = Sequence[str]
 Sharing = str | Sequence[Patterns] | Mapping[str, "Patterns | Share"]
 SHARING = ("stage", "position", "layer")
 
 
 @dataclass(frozen=True)
-class Share:
-    """An explicit sharing group: glob patterns, and settings of its own where not None."""
-
-    layers: Patterns
-    ratio: float | None = None
-    cell_ratio: tuple[float, float] | None = None
-    reduction: float | None = None
-    basis_ratio: float | None = None
-    spatial_partition: bool | None = None
-
-    def __post_init__(self) -> None:
-        if not all(isinstance(pattern, str) for pattern in _listed(self.layers, "layers")):
-            raise PlanError(f"layers {short(self.layers)}: a glob pattern, or a list of them")
-        if self.ratio is not None:
-            check_ratio(self.ratio)
-        if self.cell_ratio is not None:
-            _check_cell_ratio(self.cell_ratio)
-        for name in ("reduction", "basis_ratio"):
-            if getattr(self, name) is not None:
-                _check_fraction(name, getattr(self, name))
-
-    @property
-    def patterns(self) -> Patterns:
-        """`layers` as a list, even if one pattern was given."""
-        return [self.layers] if isinstance(self.layers, str) else self.layers
-
-    @property
-    def own(self) -> dict[str, Any]:
-        """The settings that are not None, by name."""
-        given = {field.name: getattr(self, field.name) for field in fields(Share)}
-        return {k: v for k, v in given.items() if k != "layers" and v is not None}
-
-
-@dataclass(frozen=True)
-class Rule(Share):
-    """An exception from the sharing, for the layers that glob patterns match.
-
-    They stay static; or they share a warehouse called `share`, also if they would stay static by
-    default; or, without it, their warehouses get settings of their own.
-    """
-
-    static: bool = False
-    share: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.share, (str, type(None))):
-            raise PlanError(f"share {short(self.share)}: the name of a warehouse")
-        if self.static == (self.share is not None or bool(self.own)):
-            raise PlanError(
-                f"rule for {', '.join(self.patterns)}: either static, or a share or settings "
-                "(ratio, cell_ratio, reduction, basis_ratio, spatial_partition)"
-            )
-
-
-@dataclass(frozen=True)
-class Settings:
+class Settings(MethodSettings):
     """How a network is cut into warehouses, whatever their size. Fields as in `plan_model`.
 
     rules: one, too, or any sequence of them.
@@ -93,18 +49,14 @@ class Settings:
     norm: str = "auto"
     rules: tuple[Rule, ...] = ()
 
+    method: ClassVar[str] = "kernel_warehouse"
+    sized: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
-        _check_cell_ratio(self.cell_ratio)
+        check_cell_ratio(self.cell_ratio)
         for name in ("reduction", "basis_ratio"):
-            _check_fraction(name, getattr(self, name))
-        rules = (self.rules,) if isinstance(self.rules, Rule) else _listed(self.rules, "rules")
-        for rule in rules:
-            if not isinstance(rule, Rule):
-                raise PlanError(
-                    f"rules: expected kwlayers.Rule('layer1.*', static=True) and the like, "
-                    f"got {short(rule)}"
-                )
-        object.__setattr__(self, "rules", tuple(rules))
+            check_fraction(name, getattr(self, name))
+        object.__setattr__(self, "rules", checked_rules(self.rules))
         if self.norm not in ("auto", "batch", "layer"):
             raise PlanError(f"norm {self.norm!r}: allowed are 'auto', 'batch' and 'layer'")
         word = isinstance(self.sharing, str) or not isinstance(self.sharing, Iterable)
@@ -114,42 +66,77 @@ class Settings:
                 "or groups of glob patterns over module names"
             )
 
+    def lay_out(
+        self,
+        network: Network,
+        keep_static: frozenset[str] = frozenset(),
+        stage_sharing: Mapping[int, str] | None = None,
+    ) -> Layout:
+        shares = shares_of(network, self, keep_static, stage_sharing)
+        if not shares:
+            raise nothing_to_convert(network, self)
+        notes = sharing_notes(network, shares, self)
+        groups = []
+        for name, share in shares.items():
+            group, rounded = self._group(network, name, share)
+            groups.append(group)
+            notes.extend(f"{name}: {note}" for note in rounded)
+        ratios = tuple(share.ratio for share in shares.values())
+        return Layout(network, tuple(groups), ratios, tuple(notes))
 
-def check_ratio(ratio: float) -> None:
-    if not _is_number(ratio) or not (0 < ratio <= MAX_RATIO):
-        raise PlanError(f"ratio {short(ratio)}: it must be a number above 0, at most {MAX_RATIO:,}")
+    def _group(
+        self, network: Network, name: str, share: Share
+    ) -> tuple[WarehouseGroup, tuple[str, ...]]:
+        """A warehouse of one cell, and what its cell's sizes were rounded to."""
+        sites = [network[layer] for layer in share.layers]
+        if len({site.kind for site in sites}) > 1:
+            kinds = ", ".join(sorted({site.kind for site in sites}))
+            raise PlanError(f"group {name!r}: layers of one kind share a warehouse, got {kinds}")
+        own = {
+            key: getattr(self, key) if getattr(share, key) is None else getattr(share, key)
+            for key in ("cell_ratio", "spatial_partition", "reduction", "basis_ratio")
+        }
+        kernels = [site.kernel for site in sites]
+        try:
+            cell, rounded = geometry.cell_shape(
+                kernels, own.pop("cell_ratio"), own.pop("spatial_partition")
+            )
+        except ValueError as error:
+            raise PlanError(f"group {name!r}: {error}") from None
+        norm = self.norm
+        if norm == "auto":
+            norm = "batch" if network.batch_norm else "layer"
+        layers = tuple(share.layers)
+        return WarehouseGroup(name, layers, cell, num_cells=1, norm=norm, **own), rounded
 
+    def lower(self) -> Iterator[dict[str, Any]]:
+        out, inside = self.cell_ratio
+        fine = self.sharing in ("position", "layer")
+        for divisor in (2, 4, 8):
+            cells = {"cell_ratio": (out / divisor, inside / divisor)}
+            yield cells
+            if fine:
+                yield {**cells, "sharing": "stage"}
+        if fine:
+            yield {"sharing": "stage"}
+        if self.reduction > 1 / 64:
+            yield {"reduction": self.reduction / 2}
 
-def _check_fraction(name: str, value: float) -> None:
-    if not _is_number(value) or not 0 < value <= 1:
-        raise PlanError(f"{name} {short(value)}: it must be in (0, 1]")
+    def rounded(self, sizes: int, units: int, asked: float) -> str:
+        return (
+            f"b = {sizes / units:.4g}, not {asked:.4g}, as cells are whole and every warehouse has "
+            f"one: {counted(sizes, 'cell')} over {counted(units, 'mixture')}"
+        )
 
-
-def _check_cell_ratio(ratios: Sequence[float]) -> None:
-    pair = isinstance(ratios, Sequence) and len(ratios) == 2
-    if not pair or not all(_is_number(ratio) and 0 < ratio <= 1 for ratio in ratios):
-        raise PlanError(f"cell_ratio {short(ratios)}: two numbers (out, in) in (0, 1]")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _listed(value: Any, where: str) -> Any:
-    if not isinstance(value, Iterable):
-        raise PlanError(f"{where} {short(value)}: expected a list")
-    return value
-
-
-class NothingToConvert(PlanError):
-    """Every layer stays static."""
+    def why_static(self, network: Network) -> dict[str, str]:
+        return why_static(network, self)
 
 
 def nothing_to_convert(network: Network, settings: Settings) -> NothingToConvert:
     """The error that says why, of every layer."""
     found = why_static(network, settings)
     reasons = {name: reason or "keep_static has it" for name, reason in found.items()}
-    lines = [*_by_reason(reasons), *static_others(network)]
+    lines = [*by_reason(reasons), *static_others(network)]
     why = "; ".join(lines) or "the network has none"
     hint = " (a rule with a share converts what is static by default)"
     free = not settings.rules and any(not site.fixed for site in network.sites)
@@ -197,36 +184,9 @@ def _least_attention(site: Site, settings: Settings) -> int:
     ).params
 
 
-def _by_reason(reasons: Mapping[str, str]) -> list[str]:
-    """A line per reason, with the first layer that it holds for. Empty reasons aside."""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        if reason:
-            names.setdefault(reason, []).append(shown(name))
-    return [
-        f"{listed[0]} stays static: {reason}"
-        if len(listed) == 1
-        else f"{listed[0]} and {len(listed) - 1} more stay static: {reason}"
-        for reason, listed in names.items()
-    ]
-
-
-def static_others(network: Network) -> list[str]:
-    """The modules with weights that are no layers: a line per class."""
-    names: dict[str, list[str]] = {}
-    for other in network.others:
-        names.setdefault(other.kind, []).append(shown(other.name))
-    return [
-        f"{listed[0]}: its own weights stay static ({kind})"
-        if len(listed) == 1
-        else f"{listed[0]} and {len(listed) - 1} more: their own weights stay static ({kind})"
-        for kind, listed in names.items()
-    ]
-
-
 def sharing_notes(network: Network, shares: Mapping[str, Share], settings: Settings) -> list[str]:
     """Layers that cannot be converted, and depthwise ones that hardly pay: a line per reason."""
-    notes = _by_reason({site.name: site.fixed for site in network.sites})
+    notes = by_reason({site.name: site.fixed for site in network.sites})
     if not isinstance(settings.sharing, str) or place(network.sites).family != INFERRED:
         return notes
     dynamic = {layer for share in shares.values() for layer in share.layers}
@@ -263,38 +223,11 @@ def shares_of(
     for number, rule in enumerate(settings.rules):
         where = f"rule {number + 1} ({', '.join(rule.patterns)})"
         matched = match_layers(network, rule.patterns, where)
-        shares = _with_rule(shares, rule, [n for n in matched if n not in kept], where)
+        shares = with_rule(shares, rule, [n for n in matched if n not in kept], where)
     order = {site.name: index for index, site in enumerate(network.sites)}
     for name, share in shares.items():
         shares[name] = replace(share, layers=tuple(sorted(share.layers, key=order.__getitem__)))
     return dict(sorted(shares.items(), key=lambda item: order[item[1].layers[0]]))
-
-
-def _with_rule(
-    shares: Mapping[str, Share], rule: Rule, matched: Sequence[str], where: str
-) -> dict[str, Share]:
-    if not rule.static and rule.share is None:
-        touched = [name for name, share in shares.items() if set(share.layers) & set(matched)]
-        if not touched:
-            raise PlanError(f"{where}: the layers are in no warehouse; a share puts them into one")
-        for name in touched:
-            left = [layer for layer in shares[name].layers if layer not in matched]
-            if left:
-                raise PlanError(
-                    f"{where}: its settings are for a part of warehouse {name!r}, without "
-                    f"{left[0]}{f' and {len(left) - 1} more' if left[1:] else ''}: cover all of "
-                    "its layers, or give the matched ones a share of their own"
-                )
-        return {n: replace(s, **rule.own) if n in touched else s for n, s in shares.items()}
-    changed = {}
-    for name, share in shares.items():
-        left = [layer for layer in share.layers if layer not in matched]
-        if left:
-            changed[name] = replace(share, layers=tuple(left))
-    if rule.share is not None and matched:
-        before = changed.get(rule.share, Share(()))
-        changed[rule.share] = replace(before, layers=(*before.layers, *matched), **rule.own)
-    return changed
 
 
 def stage_of(network: Network) -> dict[str, int]:
@@ -324,7 +257,7 @@ def _automatic(
             continue
         rule = settings.sharing if label.alone else stage_sharing.get(label.stage, settings.sharing)
         if rule == "layer":
-            name = _distinct(plain_name(site.name), members)
+            name = distinct(plain_name(site.name), members)
         else:
             position = str(label.position) if rule == "position" else ""
             name = label.alone or f"stage{label.stage}_{label.kind}{position}"
@@ -336,7 +269,7 @@ def _automatic(
             if placed.family == INFERRED:
                 apart = _akin(apart[0], settings)
             for number, sites in enumerate(apart):
-                own = part if number == 0 else _distinct(f"{part}_{number + 1}", members)
+                own = part if number == 0 else distinct(f"{part}_{number + 1}", members)
                 shares[own] = Share(tuple(site.name for site in sites))
     return shares
 
@@ -415,9 +348,3 @@ def _explicit(
         if left:
             shares[name] = replace(share, layers=left)
     return shares
-
-
-def _distinct(name: str, taken: Mapping[str, object]) -> str:
-    while name in taken:
-        name += "_"
-    return name

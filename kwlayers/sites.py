@@ -140,10 +140,11 @@ def refuse_wrapped(model: nn.Module) -> None:
                 f"the model is quantised ({shown(name)} is a {type(module).__module__}."
                 f"{type(module).__name__}): plan and convert the floating-point model"
             )
+    from kwlayers.dynamic import DynamicLayer
     from kwlayers.warehouse import Warehouse
 
-    if any(isinstance(module, Warehouse) for module in model.modules()):
-        raise PlanError("the model is already converted: it holds warehouses")
+    if any(isinstance(module, (DynamicLayer, Warehouse)) for module in model.modules()):
+        raise PlanError("the model is already converted: it has dynamic layers")
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:

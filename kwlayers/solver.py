@@ -1,9 +1,10 @@
-"""Integer cells per warehouse for a parameter budget. No torch.
+"""Whole sizes of groups for a parameter budget. No torch.
 
-Given warehouses whose parameters grow strictly with their number of cells n, find n such
-that the total is at or under the target, no single warehouse can take one more cell, and
-every n / M (M mixtures) is as close as possible to one common ratio. Where each warehouse
-has a relative ratio, to the common one times that.
+In the words of KernelWarehouse: given warehouses whose parameters grow strictly with their number
+of cells n, find n such that the total is at or under the target, no single warehouse can take one
+more cell, and every n / M (M mixtures) is as close as possible to one common ratio. Where each
+warehouse has a relative ratio, to the common one times that. Other methods have other sizes (K
+kernels) over their units.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Solution:
     warehouses' ratios (over their relative ones) from it, 0 if all are equal.
     """
 
-    num_cells: tuple[int, ...]
+    sizes: tuple[int, ...]
     params: int
     mixing: int
     ratio: float
@@ -85,7 +86,7 @@ class _Search:
 
     @staticmethod
     def _rank(solution: Solution) -> tuple[float, int, tuple[int, ...]]:
-        return (round(solution.spread, 12), -solution.params, solution.num_cells)
+        return (round(solution.spread, 12), -solution.params, solution.sizes)
 
     def _params(self, index: int, cells: int) -> int:
         memo = self._memo[index]
@@ -150,15 +151,13 @@ class _Search:
 
     def _pairs(self, solution: Solution) -> list[tuple[int, int]]:
         """Warehouses most below the common ratio, with those most above it."""
-        order = sorted(
-            range(len(solution.num_cells)), key=lambda i: self._off(i, solution.num_cells[i])
-        )
+        order = sorted(range(len(solution.sizes)), key=lambda i: self._off(i, solution.sizes[i]))
         below, above = order[:_PAIRS], order[-_PAIRS:]
         return [(up, down) for up in below for down in above if up != down]
 
     def _exchange(self, solution: Solution, up: int, down: int) -> Solution:
         """One cell more in `up`, as many fewer as needed in `down`, and fill what is left."""
-        cells = list(solution.num_cells)
+        cells = list(solution.sizes)
         total = solution.params + self._step(up, cells[up])
         cells[up] += 1
         while total > self.target and cells[down] > 1:

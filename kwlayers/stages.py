@@ -7,16 +7,21 @@ to that, as in the official ResNets and MobileNets. No torch.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kwlayers.families import Label, Recognised, recognise
+from kwlayers.plan import plain_name
 
 if TYPE_CHECKING:
     from kwlayers.plan import Site
 
 INFERRED = "inferred"
+_HEAD, _STEM = "the last layer stays static", "the first convolution stays static"
+_ROLES = {_HEAD: "head", _STEM: "stem"}
+_SHORTCUT = re.compile(r"downsample|shortcut|skip", re.IGNORECASE)
 
 
 def place(sites: Sequence[Site]) -> Recognised:
@@ -33,7 +38,8 @@ def _infer(sites: Sequence[Site]) -> dict[str, Label]:
     )
     labels = {site.name: Label(0, "fixed") for site in sites}
     labels |= {
-        name: Label(0, "static", static=why) for name, why in _static(called, _last(sites)).items()
+        name: Label(0, "static", static=why, role=_ROLES.get(why, ""))
+        for name, why in _static(called, _last(sites)).items()
     }
     left = [site for site in called if not labels[site.name].static]
     has_blocks = any(site.block for site in left)
@@ -57,7 +63,9 @@ def _infer(sites: Sequence[Site]) -> dict[str, Label]:
             kind, (outputs, inputs) = kind_of(site), site.kernel[:2]
             reads_input = reads_before and _reader(site) == _reader(first)
             behind = opens and (reads_input or (stage - 1, kind, outputs, inputs) in shapes)
-            labels[site.name] = Label(stage - behind, kind, positions[site.name])
+            pointwise = math.prod(site.kernel_size) == 1
+            role = "shortcut" if pointwise and _SHORTCUT.search(_role(site)) else ""
+            labels[site.name] = Label(stage - behind, kind, positions[site.name], role=role)
             shapes.add((stage - behind, kind, outputs, inputs))
         before = after
     return labels
@@ -86,10 +94,10 @@ def _static(called: Sequence[Site], last: Site | None) -> dict[str, str]:
         for site in called:
             same = (site.kind, site.out_channels) == (last.kind, last.out_channels)
             if site is last or (same and site.kind == "linear" and not site.block):
-                reasons[site.name] = "the last layer stays static"
+                reasons[site.name] = _HEAD
     stem = next((site for site in called if site.kind != "linear" and not site.block), None)
     if stem is not None:
-        reasons[stem.name] = "the first convolution stays static"
+        reasons[stem.name] = _STEM
     return reasons
 
 
@@ -129,9 +137,3 @@ def _reader(site: Site) -> str:
 def _role(site: Site) -> str:
     """The name inside its block: the same in every block."""
     return site.name[len(site.block) + 1 :] if site.block else ""
-
-
-def plain_name(name: str) -> str:
-    """A module's name as one of a group: letters, digits and underscores."""
-    plain = re.sub(r"\W", "_", name, flags=re.ASCII)
-    return plain if plain.strip("_") else "layer"

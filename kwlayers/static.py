@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from kwlayers.conv import KWLinear, _KWConvNd, _KWLayer
-from kwlayers.convert import WAREHOUSES, Warehouses, replace_
+from kwlayers.convert import Warehouses, replace_
 from kwlayers.ops.published import assemble
 from kwlayers.plan import PlanError
+from kwlayers.schedule import WAREHOUSES
 from kwlayers.sites import _HOOKS
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from kwlayers.layout import MethodSettings
 from kwlayers.plan import Network, Plan, PlanError
-from kwlayers.planner import BudgetError, lay_out, out_of_reach, plan_ratio
+from kwlayers.planner import BudgetError, lay_out, out_of_reach, plan_network, plan_ratio
 from kwlayers.sharing import Settings
 from kwlayers.solver import Solution
 from kwsearch import published
@@ -57,7 +58,7 @@ class Outcome:
 
     plan: Plan
     target: Target
-    settings: Settings
+    settings: MethodSettings
     published: Published | None = None
     candidates: tuple[Candidate, ...] = ()
 
@@ -68,18 +69,22 @@ class Outcome:
 
 
 def plan_ratio_of(plan: Plan) -> float:
-    """b of a plan: all cells over all mixtures."""
-    cells = sum(group.num_cells for group in plan.groups)
-    return cells / sum(sum(plan.mixtures(group)) for group in plan.groups)
+    """b of a plan: all sizes over all units, i.e. cells over mixtures."""
+    return sum(group.size for group in plan.groups) / sum(
+        group.unit(plan.of(group)) for group in plan.groups
+    )
 
 
 def meet(
-    network: Network, target: Target, settings: Settings | None = None, model: str | None = None
+    network: Network,
+    target: Target,
+    settings: MethodSettings | None = None,
+    model: str | None = None,
 ) -> Outcome:
-    """The plan that meets `target`.
+    """The plan that meets `target`; without one that of the settings' own sizes.
 
-    settings: None for the defaults; then a ratio that is published for `model` uses the
-    published setting. Raises BudgetError (with the plans nearest to the target in its
+    settings: None for KernelWarehouse's defaults; then a ratio that is published for `model` uses
+    the published setting. Raises BudgetError (with the plans nearest to the target in its
     message) if none fits, PlanError for settings that cannot be.
     """
     if target.ratio is not None:
@@ -89,6 +94,8 @@ def meet(
         chosen = settings or Settings()
         return Outcome(plan_ratio(network, chosen, target.ratio), target, chosen)
     chosen = settings or Settings()
+    if not target:
+        return Outcome(plan_network(network, chosen), target, chosen)
     layout = lay_out(network, chosen)
     allowed = target.params_of(network)
     solutions = layout.solutions(allowed)
@@ -115,18 +122,18 @@ def _trade(solutions: tuple[Solution, ...]) -> Iterator[tuple[str, Solution]]:
             yield why, best
 
 
-def nearest(network: Network, settings: Settings, allowed: int) -> list[str]:
+def nearest(network: Network, settings: MethodSettings, allowed: int) -> list[str]:
     """What comes nearest to a target under the floor: one line per way to go lower."""
     own = _total(lay_out(network, settings).floor())
     lines = [f"nearest with these settings: --params {own}"]
     found = []
-    for flags, other in _lower(settings):
+    for changes in settings.lower():
         try:
-            floor = _total(lay_out(network, other).floor())
+            floor = _total(lay_out(network, settings.changed(**changes)).floor())
         except PlanError:
             continue
         if floor < own:
-            found.append((floor, flags))
+            found.append((floor, " ".join(map(_flag, changes.items()))))
     for floor, flags in sorted(found)[:3]:
         reach = "reaches the target" if floor <= allowed else "still above the target"
         lines.append(f"try {flags}: floor {floor:,}, {reach}")
@@ -139,18 +146,12 @@ def _total(plan: Plan) -> int:
     return plan.cost().params.total
 
 
-def _lower(settings: Settings) -> Iterator[tuple[str, Settings]]:
-    """Settings that may have a lower floor, as the options that ask for them."""
-    out, inside = settings.cell_ratio
-    for divisor in (2, 4, 8):
-        cells = (out / divisor, inside / divisor)
-        flags = f"--cell-ratio {cells[0]:g},{cells[1]:g}"
-        yield flags, dataclasses.replace(settings, cell_ratio=cells)
-        if settings.sharing in ("position", "layer"):
-            coarser = dataclasses.replace(settings, cell_ratio=cells, sharing="stage")
-            yield f"{flags} --sharing stage", coarser
-    if settings.sharing in ("position", "layer"):
-        yield "--sharing stage", dataclasses.replace(settings, sharing="stage")
-    if settings.reduction > 1 / 64:
-        half = settings.reduction / 2
-        yield f"--reduction {half:g}", dataclasses.replace(settings, reduction=half)
+def _flag(change: tuple[str, Any]) -> str:
+    """The option that asks for a setting."""
+    name, value = change
+    shown = value if isinstance(value, str) else ",".join(f"{v:g}" for v in _several(value))
+    return f"--{name.replace('_', '-')} {shown}"
+
+
+def _several(value: Any) -> Sequence[float]:
+    return value if isinstance(value, tuple) else (value,)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kwlayers.layout import MethodSettings
 from kwlayers.plan import Plan, shown
-from kwlayers.sharing import Settings, why_static
+from kwlayers.sharing import Settings
 from kwlayers.stages import place
 from kwsearch import units
 from kwsearch.report import Row, layer_row, stages_of
@@ -39,11 +40,11 @@ class Layer:
     cost: Row
 
 
-def layers_of(plan: Plan, settings: Settings | None = None) -> tuple[Layer, ...]:
+def layers_of(plan: Plan, settings: MethodSettings | None = None) -> tuple[Layer, ...]:
     """All layers in module order. settings: those that the plan was made with."""
     groups = {group.name: group for group in plan.groups}
     placed, stages = place(plan.network.sites), stages_of(plan)
-    reasons = why_static(plan.network, settings or Settings())
+    reasons = (settings or Settings()).why_static(plan.network)
     found = []
     for site, cost in zip(plan.network.sites, plan.cost_by_layer(), strict=True):
         label = placed.labels[site.name]
@@ -60,7 +61,7 @@ def layers_of(plan: Plan, settings: Settings | None = None) -> tuple[Layer, ...]
                 stage=stages[site.name],
                 warehouse=group.name if group else None,
                 mixtures=cost.mixtures,
-                cells=group.num_cells if group else 0,
+                cells=group.size if group else 0,
                 static=why,
                 cost=layer_row(cost),
             )

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from kwlayers.plan import Network, Plan
 from kwlayers.planner import plan_ratio
-from kwlayers.sharing import Settings, Share
+from kwlayers.rules import Share
+from kwlayers.sharing import Settings
 
 PAPER = "Li & Yao, KernelWarehouse: Rethinking the Design of Dynamic Convolution, ICML 2024"
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from kwlayers.cost import LayerCost, warehouse_params
-from kwlayers.plan import Group, Plan
+from kwlayers.cost import LayerCost
+from kwlayers.plan import Plan
 from kwlayers.stages import place
 from kwsearch.terminal import new_table
 
@@ -22,28 +22,52 @@ if TYPE_CHECKING:
 class Row:
     """One line of a table; numbers add up over lines."""
 
-    warehouses: int = 0
+    kernels: int = 0
     attention: int = 0
     unchanged: int = 0
     conv: int = 0
     mixing: int = 0
     attention_macs: int = 0
     unchanged_macs: int = 0
+    modulation: int = 0
 
     def __add__(self, other: Row) -> Row:
         return Row(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def param_parts(self) -> tuple[int, int, int, int]:
-        """Warehouses, attention, unchanged, and their sum."""
-        parts = (self.warehouses, self.attention, self.unchanged)
+        """Kernels, attention, unchanged, and their sum."""
+        parts = (self.kernels, self.attention, self.unchanged)
         return (*parts, sum(parts))
 
     @property
-    def mac_parts(self) -> tuple[int, int, int, int, int]:
-        """Conv, mixing, attention, unchanged, and their sum."""
-        parts = (self.conv, self.mixing, self.attention_macs, self.unchanged_macs)
-        return (*parts, sum(parts))
+    def macs(self) -> dict[str, int]:
+        """By part, and their sum."""
+        parts = {
+            "conv": self.conv,
+            "mixing": self.mixing,
+            "attention": self.attention_macs,
+            "modulation": self.modulation,
+            "unchanged": self.unchanged_macs,
+        }
+        return parts | {"total": sum(parts.values())}
+
+
+def params_by_part(plan: Plan) -> dict[str, int]:
+    """The plan's parameters in all and by part; kernels are made of warehouses if all are."""
+    params = plan.cost().params
+    kernels = "warehouses" if len(plan.warehouses) == len(plan.groups) else "kernels"
+    return {
+        "total": params.total,
+        kernels: params.kernels,
+        "attention": params.attention,
+        "unchanged": params.unchanged,
+    }
+
+
+def macs_by_part(plan: Plan) -> dict[str, int]:
+    """The plan's MACs in all and by part; modulation if there is any."""
+    return {k: v for k, v in vars(plan.cost().macs).items() if v or k != "modulation"}
 
 
 def stage_rows(plan: Plan) -> dict[str, tuple[Row, str]]:
@@ -53,8 +77,8 @@ def stage_rows(plan: Plan) -> dict[str, tuple[Row, str]]:
     words: dict[str, list[str]] = {}
     for group in plan.groups:
         stage = stage_of[group.name]
-        rows[stage] = rows.get(stage, Row()) + Row(warehouses=warehouse_params(group))
-        words.setdefault(stage, []).append(_cells(group))
+        rows[stage] = rows.get(stage, Row()) + Row(kernels=group.shared_params())
+        words.setdefault(stage, []).append(group.describe())
     for layer in plan.cost_by_layer():
         if layer.group is not None:
             stage = stage_of[layer.group]
@@ -89,29 +113,23 @@ def _rest(plan: Plan, rows: Sequence[Row]) -> Row:
     shown = sum(rows, Row())
     return Row(
         unchanged=cost.params.total - shown.param_parts[-1],
-        unchanged_macs=cost.macs.total - shown.mac_parts[-1],
+        unchanged_macs=cost.macs.total - shown.macs["total"],
     )
 
 
-def _cells(group: Group) -> str:
-    return f"{group.num_cells} of {'x'.join(map(str, _squeezed(group.cell)))}"
-
-
-def _squeezed(cell: tuple[int, ...]) -> tuple[int, ...]:
-    """(64, 64) for 64x64x1x1; spatial cells keep their size."""
-    return cell[:2] if set(cell[2:]) == {1} else cell
-
-
 def _joined(words: list[str]) -> str:
-    return ", ".join(words) if len(words) <= 4 else f"{len(words)} warehouses"
+    if len(words) > 1 and len(set(words)) == 1:
+        return f"{len(words)} x {words[0]}"
+    return ", ".join(words) if len(words) <= 4 else f"{len(words)} groups"
 
 
 def stage_tables(plan: Plan, scale: int = 1, ms: Mapping[str, float] | None = None) -> list[Table]:
     """Parameters and MACs by stage. scale: 2 to show FLOPs instead of MACs. ms: of a forward pass,
     by layer, to be shown, too.
     """
-    params = new_table(("parameters", "n of cell"), ("cells", "attention", "unchanged", "total"))
-    macs = _macs_table(scale, ms)
+    of = ("n of cell", "cells") if plan.warehouses else ("dynamic", "kernels")
+    params = new_table(("parameters", of[0]), (of[1], "attention", "unchanged", "total"))
+    macs, work = _macs_table(plan, scale, ms)
     rows = stage_rows(plan)
     stage_of = _stages(plan)
     layers = {name: [stage_of[g.name]] for g in plan.groups for name in g.layers}
@@ -124,13 +142,18 @@ def stage_tables(plan: Plan, scale: int = 1, ms: Mapping[str, float] | None = No
             if table is params:
                 table.add_row(name, cells, *_commas(row.param_parts))
             else:
-                table.add_row(name, *_commas(row.mac_parts, scale), *times(name))
+                table.add_row(name, *_commas(work(row), scale), *times(name))
     return [params, macs]
 
 
-def _macs_table(scale: int, ms: Mapping[str, float] | None) -> Table:
-    columns = ["conv", "mixing", "attention", "unchanged", "total"]
-    return new_table((_unit(scale),), [*columns, *(["ms"] if ms is not None else [])])
+def _macs_table(
+    plan: Plan, scale: int, ms: Mapping[str, float] | None
+) -> tuple[Table, Callable[[Row], list[int]]]:
+    """The table, and what it shows of a row before the milliseconds."""
+    none = () if plan.cost().macs.modulation else ("modulation",)
+    columns = [part for part in Row().macs if part not in none]
+    table = new_table((_unit(scale),), [*columns, *(["ms"] if ms is not None else [])])
+    return table, lambda row: [row.macs[part] for part in columns]
 
 
 def _added_up(
@@ -148,12 +171,13 @@ def _added_up(
 
 def layer_tables(plan: Plan, scale: int = 1, ms: Mapping[str, float] | None = None) -> list[Table]:
     """Parameters and MACs by layer, then the warehouses and the rest. ms: as in `stage_tables`."""
+    group_word, kernels = ("warehouse", "cells") if plan.warehouses else ("group", "kernels")
     params = new_table(
-        ("parameters", "kernel", "warehouse"),
-        ("m", "n", "cells", "attention", "unchanged"),
+        ("parameters", "kernel", group_word),
+        ("m", "n", kernels, "attention", "unchanged"),
         spare=("kernel", "m", "n"),
     )
-    macs = _macs_table(scale, ms)
+    macs, work = _macs_table(plan, scale, ms)
     times = _added_up(ms, {site.name: [site.name] for site in plan.network.sites}, "others")
     groups = {group.name: group for group in plan.groups}
     rows = []
@@ -162,25 +186,26 @@ def layer_tables(plan: Plan, scale: int = 1, ms: Mapping[str, float] | None = No
         rows.append(row)
         shape = "x".join(map(str, site.kernel))
         group = groups.get(layer.group or "")
-        where = (group.name, str(layer.mixtures), str(group.num_cells)) if group else None
+        where = (group.name, str(layer.mixtures), str(group.size)) if group else None
         name, m, n = where or ("static", "", "")
         params.add_row(site.name, shape, name, m, n, *_commas(row.param_parts[:-1]))
-        macs.add_row(site.name, *_commas(row.mac_parts, scale), *times(site.name))
+        macs.add_row(site.name, *_commas(work(row), scale), *times(site.name))
     params.add_section()
     for group in plan.groups:
-        row = Row(warehouses=warehouse_params(group))
+        if not group.shared_params():
+            continue
+        row = Row(kernels=group.shared_params())
         rows.append(row)
-        cell = "x".join(map(str, group.cell))
         params.add_row(
-            group.name, cell, "", "", str(group.num_cells), *_commas(row.param_parts[:-1])
+            group.name, group.describe(), "", "", str(group.size), *_commas(row.param_parts[:-1])
         )
     rest = _rest(plan, rows)
     total = sum(rows, rest)
     params.add_row("norms and others", "", "", "", "", *_commas(rest.param_parts[:-1]))
-    macs.add_row("others", *_commas(rest.mac_parts, scale), *times("others"))
+    macs.add_row("others", *_commas(work(rest), scale), *times("others"))
     for table, cells in (
         (params, ["", "", "", "", *_commas(total.param_parts[:-1])]),
-        (macs, [*_commas(total.mac_parts, scale), *times("total")]),
+        (macs, [*_commas(work(total), scale), *times("total")]),
     ):
         table.add_section()
         table.add_row("total", *cells)
@@ -191,12 +216,14 @@ def layer_row(layer: LayerCost) -> Row:
     """A layer's own numbers: a static layer's work is unchanged."""
     static = layer.group is None
     return Row(
+        kernels=layer.kernel_params,
         attention=layer.attention_params,
         unchanged=layer.static_params,
         conv=0 if static else layer.conv_macs,
         mixing=layer.mixing_macs,
         attention_macs=layer.attention_macs,
         unchanged_macs=layer.conv_macs if static else 0,
+        modulation=layer.modulation_macs,
     )
 
 
@@ -210,11 +237,11 @@ def _commas(numbers: Sequence[int], scale: int = 1) -> list[str]:
 
 def summary_lines(plan: Plan, scale: int = 1) -> list[str]:
     """Parameters and MACs in two sentences that add up."""
-    cost, static = plan.cost(), plan.network
+    static = plan.network
     lines = []
     for unit, parts, of, by in (
-        ("parameters", vars(cost.params), static.params, 1),
-        (_unit(scale), vars(cost.macs), static.macs, scale),
+        ("parameters", params_by_part(plan), static.params, 1),
+        (_unit(scale), macs_by_part(plan), static.macs, scale),
     ):
         total = parts["total"]
         sums = " + ".join(f"{k} {v * by:,}" for k, v in parts.items() if k != "total")
@@ -230,7 +257,7 @@ def trade_table(candidates: Sequence[Candidate]) -> Table:
     )
     for candidate in candidates:
         cost = candidate.plan.cost()
-        cells = [str(group.num_cells) for group in candidate.plan.groups]
+        cells = [str(group.size) for group in candidate.plan.groups]
         shown = " ".join(cells) if len(cells) <= 8 else f"{' '.join(cells[:6])} … {cells[-1]}"
         table.add_row(
             candidate.why,
@@ -270,11 +297,10 @@ def published_table(
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The plan's numbers for `--json`."""
-    cost = plan.cost()
     return {
         "static": {"params": plan.network.params, "macs": plan.network.macs},
-        "params": vars(cost.params),
-        "macs": vars(cost.macs),
+        "params": params_by_part(plan),
+        "macs": macs_by_part(plan),
         "warehouses": [
             {
                 "name": group.name,
@@ -282,7 +308,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "num_cells": group.num_cells,
                 "layers": list(group.layers),
             }
-            for group in plan.groups
+            for group in plan.warehouses
         ],
     }
 

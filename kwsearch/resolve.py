@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from kwlayers import methods
+from kwlayers.layout import MethodSettings
 from kwlayers.plan import Network, Plan, PlanError
-from kwlayers.sharing import Rule, Settings, Share, named_groups
+from kwlayers.rules import Rule, Share
+from kwlayers.sharing import Settings, named_groups
 from kwsearch import networks, units
 from kwsearch.budget import Outcome, Target, meet
 from kwsearch.recipe import Recipe
@@ -95,22 +98,17 @@ def input_of(recipe: Recipe) -> tuple[int, ...]:
         return recipe.input or networks.source(recipe.model.name).size()
 
 
-def settings_of(recipe: Recipe) -> Settings:
+def settings_of(recipe: Recipe) -> MethodSettings:
     """The recipe's method, as planning takes it."""
     method = recipe.method
     rules = []
     for number, rule in enumerate(method.rules):
         with located(recipe, "method", "rules", number):
             rules.append(Rule(**rule.model_dump()))
-    return Settings(
-        cell_ratio=method.cell_ratio,
-        sharing=method.sharing,
-        reduction=method.reduction,
-        basis_ratio=method.basis_ratio,
-        spatial_partition=method.spatial_partition,
-        norm=method.norm,
-        rules=tuple(rules),
-    )
+    fields = {name: getattr(method, name) for name in type(method).model_fields}
+    kind = methods.find(fields.pop("name")).settings
+    with located(recipe, "method"):
+        return kind(**fields | {"rules": tuple(rules)})
 
 
 def target_of(recipe: Recipe) -> Target:
@@ -188,7 +186,8 @@ def check_replannable(recipe: Recipe) -> None:
 
     A method's sharing groups have no ratios of their own; a plan's can.
     """
-    if recipe.plan is None or isinstance(recipe.method.sharing, str):
+    sharing = getattr(recipe.method, "sharing", "layer")
+    if recipe.plan is None or isinstance(sharing, str):
         return
     ratios = {group.ratio for group in recipe.plan.groups}
     if len(ratios) > 1:
@@ -199,20 +198,23 @@ def check_replannable(recipe: Recipe) -> None:
         )
 
 
-def method_dict(settings: Settings) -> dict[str, Any]:
+def method_dict(settings: MethodSettings) -> dict[str, Any]:
     """Settings as a recipe's method section."""
+    rules = [
+        {"layers": list(rule.patterns)}
+        | {word: True for word in ("static", "dynamic") if getattr(rule, word)}
+        | ({} if rule.share is None else {"share": rule.share})
+        | rule.own
+        for rule in settings.rules
+    ]
+    if not isinstance(settings, Settings):
+        return {"name": settings.method, **vars(settings), "rules": rules}
     sharing: Any = settings.sharing
     if not isinstance(sharing, str):
         sharing = {
             name: list(given.layers if isinstance(given, Share) else given)
             for name, given in named_groups(sharing).items()
         }
-    rules = [
-        {"layers": list(rule.patterns), **({"static": True} if rule.static else {})}
-        | ({} if rule.share is None else {"share": rule.share})
-        | rule.own
-        for rule in settings.rules
-    ]
     return {
         **vars(settings),
         "sharing": sharing,

@@ -10,7 +10,6 @@ all this; a sample whose own plan does not is moved towards the anchor until it 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import heapq
 import itertools
@@ -21,9 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kwlayers.layout import Layout, MethodSettings
 from kwlayers.plan import Group, Network, Plan, PlanError
-from kwlayers.planner import BudgetError, Layout, lay_out
-from kwlayers.sharing import Settings, Sharing, stage_of
+from kwlayers.planner import BudgetError, lay_out
+from kwlayers.sharing import Sharing, stage_of
 from kwlayers.solver import Variable
 from kwsearch.budget import Target, meet
 
@@ -47,7 +47,7 @@ class Shape:
     each stage; empty if `settings.sharing` holds for all.
     """
 
-    settings: Settings
+    settings: MethodSettings
     keep_static: tuple[str, ...] = ()
     stage_sharing: tuple[tuple[int, str], ...] = ()
 
@@ -76,7 +76,7 @@ class Space:
     def __init__(
         self,
         network: Network,
-        settings: Settings,
+        settings: MethodSettings,
         target: Target,
         section: SpaceSection,
         latency: Callable[[Plan], Latency] | None = None,
@@ -356,7 +356,9 @@ class Space:
 
     def _floor_of(self, shape: Shape, sharing: Sharing) -> _Floor:
         """The floor of `shape` where all stages share in one way."""
-        settings = dataclasses.replace(shape.settings, sharing=sharing)
+        settings = shape.settings
+        if sharing != settings.sharing:
+            settings = settings.changed(sharing=sharing)
         key = f"{settings} {shape.keep_static}"
         if key not in self._floors:
             self._floors[key] = self._count_floor(Shape(settings, shape.keep_static))
@@ -581,6 +583,12 @@ def _choices(own: Shape, section: SpaceSection) -> dict[str, list[Any]]:
         listed["sharing"] = section.sharing
     for name in ("reduction", "basis_ratio", "spatial_partition", "keep_static"):
         listed[name] = getattr(section, name)
+    has = {*own.settings.names, "keep_static"}
+    for name, values in list(listed.items()):
+        if name not in has and not name.startswith("sharing/"):
+            if values:
+                raise PlanError(f"search.space.{name}: {own.settings.method} has no {name}")
+            del listed[name]
     return {
         name: [_value(own, name), *(value for value in values if value != _value(own, name))]
         for name, values in listed.items()
@@ -601,9 +609,9 @@ def _changed(shape: Shape, values: Mapping[str, Any]) -> Shape:
         for name, rule in values.items()
         if name.startswith("sharing/stage")
     }
-    fields = {f.name for f in dataclasses.fields(Settings)}
+    fields = shape.settings.names
     return Shape(
-        dataclasses.replace(shape.settings, **{k: v for k, v in values.items() if k in fields}),
+        shape.settings.changed(**{k: v for k, v in values.items() if k in fields}),
         values.get("keep_static", shape.keep_static),
         tuple((stage, by_stage.get(stage, rule)) for stage, rule in shape.stage_sharing),
     )

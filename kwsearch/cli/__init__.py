@@ -15,6 +15,7 @@ from kwsearch.cli.passwords import hide_password
 COMMANDS = {
     "bench": "Time ours against the published form and the static network.",
     "budget": "Exact parameters and MACs of a model under a budget.",
+    "compare": "What a budget buys by each dynamic convolution.",
     "export": "A recipe as a training script, ONNX, or a config of other code.",
     "inspect": "The layers of a model, what they become and why.",
     "lut": "Show, merge or check latency tables.",
@@ -98,5 +99,10 @@ def _exit_code(error: ValueError) -> int | None:
     """The exit code of an error of ours that the user can mend; None for a bug."""
     if type(error).__module__.split(".")[0] not in ("kwlayers", "kwsearch"):
         return None
-    codes = {"BudgetError": NO_PLAN, "DoesNotFit": NO_PLAN, "StudyFailed": FAILED}
+    codes = {
+        "BudgetError": NO_PLAN,
+        "DoesNotFit": NO_PLAN,
+        "StudyFailed": FAILED,
+        "Unreachable": NO_PLAN,
+    }
     return codes.get(type(error).__name__, USAGE)

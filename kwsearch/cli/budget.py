@@ -89,7 +89,7 @@ def command(
         _check_output(output)
     network = request.network()
     latency = step.plan_latency(request, network.input_size)
-    if not request.target and not request.has_plan:
+    if not request.target and not request.has_plan and not request.sized:
         if output or check or step.of_memory or step.latency is not None:
             raise click.UsageError(
                 "-o, --check, --batch, --memory and --latency need a target: --ratio, --params, "
@@ -148,11 +148,20 @@ def _how(request: Request, outcome: Outcome) -> str:
         return f"published setting {entry.name}{accuracy}"
     if request.has_plan:
         return f"the recipe's plan, b = {outcome.ratio:.4g} overall"
+    from kwlayers.methods import find
+
+    method = find(outcome.settings.method)
+    if outcome.settings.sized and outcome.target.params is outcome.target.total_ratio is None:
+        sizes = sorted({group.describe() for group in outcome.plan.groups})
+        return f"{method.title}, {', '.join(sizes) if len(sizes) < 4 else 'sizes as published'}"
     if outcome.target.ratio is not None:
         return f"KernelWarehouse at b = {outcome.ratio:.4g}"
     allowed = outcome.target.params_of(outcome.plan.network)
     unused = allowed - outcome.plan.cost().params.total
-    return f"at most {allowed:,} parameters: b = {outcome.ratio:.4g} overall, {unused:,} unused"
+    reached = f"b = {outcome.ratio:.4g} overall"
+    if outcome.settings.sized:
+        reached = f"{method.title}, {outcome.ratio:.4g} of the usual size overall"
+    return f"at most {allowed:,} parameters: {reached}, {unused:,} unused"
 
 
 def _note_published(request: Request) -> None:
@@ -160,6 +169,8 @@ def _note_published(request: Request) -> None:
     from kwsearch import published
 
     if request.settings is None or request.target.ratio is None or request.source is not None:
+        return
+    if request.settings.sized:
         return
     entry = published.find(request.model, request.target.ratio)
     if entry is not None:

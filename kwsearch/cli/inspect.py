@@ -43,7 +43,8 @@ def command(
     kwsearch inspect recipe.yaml --json
     """
     from kwlayers.plan import Plan
-    from kwlayers.sharing import NothingToConvert, Settings
+    from kwlayers.rules import NothingToConvert
+    from kwlayers.sharing import Settings
     from kwsearch import inspection
     from kwsearch.budget import Target
     from kwsearch.cli.request import Request
@@ -83,7 +84,7 @@ def _print_json(model: str, plan: Plan, layers: Sequence[Layer]) -> None:
 
 def _print(model: str, plan: Plan, layers: Sequence[Layer], scale: int) -> None:
     from kwlayers.plan import counted
-    from kwlayers.sharing import static_others
+    from kwlayers.rules import static_others
     from kwsearch import inspection, report, terminal
 
     out = terminal.console()

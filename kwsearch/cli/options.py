@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from kwlayers.methods import NAMES
 from kwsearch.passwords import STORAGE, whole
 
 
@@ -115,8 +116,15 @@ def target_options(command: Command) -> Command:
 
 
 def plan_options(command: Command) -> Command:
-    """What changes the plan, whatever its size."""
+    """The method and what changes its plan, whatever its size."""
     for option in (
+        click.option(
+            "--set",
+            "own",
+            metavar="KEY=VALUE",
+            multiple=True,
+            help="Any setting of the method, e.g. num_kernels=4.  [repeatable]",
+        ),
         click.option(
             "--spatial-partition/--no-spatial-partition",
             default=None,
@@ -135,18 +143,18 @@ def plan_options(command: Command) -> Command:
         ),
         click.option(
             "--sharing",
-            type=click.Choice(["stage", "position", "layer"]),
-            help="Which layers share a warehouse.  [default: stage]",
+            type=click.Choice(["stage", "position", "layer", "block"]),
+            help="Which layers share a warehouse (a router by condconv).  [default: stage]",
         ),
         click.option("--cell-ratio", type=Pair(), help="Cell over common channels.  [default: 1]"),
+        click.option(
+            "--method",
+            type=click.Choice(NAMES),
+            help="What makes layers dynamic.  [default: kernel_warehouse]",
+        ),
     ):
         command = option(command)
     return command
-
-
-PLAN_OPTIONS = (
-    "cell_ratio", "sharing", "reduction", "basis_ratio", "norm", "spatial_partition",
-)  # fmt: skip
 
 
 RECIPE_ENDINGS = (".yaml", ".yml")

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kwlayers.plan import Network
+from kwlayers.layout import MethodSettings
+from kwlayers.methods import find
+from kwlayers.plan import Network, PlanError
 from kwlayers.sharing import Settings
 from kwsearch import networks
 from kwsearch.budget import Outcome, Target, meet
-from kwsearch.cli.options import PLAN_OPTIONS, is_recipe
+from kwsearch.cli.options import is_recipe
 
 if TYPE_CHECKING:
     from kwsearch.recipe import Recipe
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value as in a recipe."""
+    import yaml
+
+    key, sign, value = text.partition("=")
+    if not (key and sign and value):
+        raise click.UsageError(f"--set {text}: expected KEY=VALUE, e.g. num_kernels=4")
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError:
+        found = value
+    return key, tuple(found) if isinstance(found, list) else found
 
 
 class Request:
@@ -29,7 +44,7 @@ class Request:
         self.source: Recipe | None = None
         self.model, self.input_size, self.classes, self.target = model, input_size, classes, target
         self.trust = trust
-        self.settings: Settings | None = None
+        self.settings: MethodSettings | None = None
         if is_recipe(model):
             self._read(model)
 
@@ -49,23 +64,41 @@ class Request:
             self.target = target_of(self.recipe)
 
     def apply(self, options: dict[str, Any]) -> None:
-        """Options that change the plan."""
+        """Options that change the plan: of `plan_options`, those that were given."""
+        options = {name: value for name, value in options.items() if value not in (None, ())}
         if not options:
             return
         if self.has_plan:
-            shown = ", ".join("--" + name.replace("_", "-") for name in options)
+            names = ("set" if name == "own" else name for name in options)
+            shown = ", ".join("--" + name.replace("_", "-") for name in names)
             raise click.UsageError(
                 f"{shown}: the recipe has a plan, which is counted as it stands; give a target "
                 "(--ratio, --params or --total-ratio) to plan anew"
             )
-        assert set(options) <= set(PLAN_OPTIONS)
-        self.settings = replace(self.settings or Settings(), **options)
+        settings = self.settings or Settings()
+        method = find(options.pop("method", settings.method))
+        if method.name != settings.method:
+            settings = method.settings()
+        for one in options.pop("own", ()):
+            key, value = _setting(one)
+            options[key] = value
+        if unknown := sorted(set(options) - set(settings.names)):
+            raise PlanError(
+                f"{method.name} has no {' and no '.join(unknown)}; its settings are "
+                f"{', '.join(settings.names)}"
+            )
+        self.settings = settings.changed(**options)
 
     @property
     def as_published(self) -> bool:
         """Whether a published accuracy speaks of this network."""
         default = networks.source(self.model).size()
         return self.classes is None and tuple(self.input_size or default) == default
+
+    @property
+    def sized(self) -> bool:
+        """Whether there is a plan without a target."""
+        return self.settings is not None and self.settings.sized
 
     @property
     def has_plan(self) -> bool:

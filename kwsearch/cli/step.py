@@ -12,10 +12,13 @@ import click
 from kwsearch.cli.options import BYTES, MS
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from kwlayers.plan import Plan
     from kwsearch.cli.request import Request
     from kwsearch.latency.plans import PlanLatency
     from kwsearch.latency_report import Latencies
+    from kwsearch.memory import Memory, Step
     from kwsearch.step_report import Takes
 
 STEP_OPTIONS = (
@@ -50,6 +53,8 @@ def step_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--lut",
+            "--latency-table",
+            "lut",
             type=click.Path(dir_okay=False, path_type=Path),
             help="Latency table of a device, by `kwsearch profile`.",
         ),
@@ -138,18 +143,28 @@ class StepRequest:
             force=self.force,
         )
 
-    def _takes(self, request: Request, plan: Plan) -> Takes:
-        from kwsearch import networks
+    def memory_of(self, request: Request, input_size: Sequence[int], plan: Plan | None) -> Memory:
+        """Of a step of the plan, or of the static network."""
+        from kwsearch.memory import memory_of
+
+        return memory_of(_maker(request), plan, input_size, self._step())
+
+    def _step(self) -> Step:
         from kwsearch.memory import Step
-        from kwsearch.step_report import Takes
 
         options = {name: value for name, value in self.given.items() if name != "inference"}
-        step = Step(self.batch or 1, training="inference" not in self.given, **options)
-        make_model = partial(
-            networks.planning_model,
-            request.model,
-            request.input_size,
-            request.classes,
-            request.trust,
-        )
-        return Takes.of(make_model, plan, step, self.batch, self.limit)
+        return Step(self.batch or 1, training="inference" not in self.given, **options)
+
+    def _takes(self, request: Request, plan: Plan) -> Takes:
+        from kwsearch.step_report import Takes
+
+        return Takes.of(_maker(request), plan, self._step(), self.batch, self.limit)
+
+
+def _maker(request: Request) -> Callable[[], nn.Module]:
+    """What makes the model without weights."""
+    from kwsearch import networks
+
+    return partial(
+        networks.planning_model, request.model, request.input_size, request.classes, request.trust
+    )

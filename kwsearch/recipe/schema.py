@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -45,6 +46,7 @@ from kwsearch.recipe.fields import (
     Size,
     Text,
 )
+from kwsearch.recipe.methods import OfMethod, group_section, method_section
 from kwsearch.recipe.tree import Origin
 
 if TYPE_CHECKING:
@@ -98,6 +100,10 @@ class MethodRule(_Section):
 
     layers: Patterns = Field(description="glob patterns over layer names")
     static: Bool = Field(default=False, description="the layers stay static")
+    dynamic: Bool = Field(
+        default=False,
+        description="each of the layers becomes dynamic by itself, also if static by default",
+    )
     share: Name | None = Field(
         default=None,
         description="the warehouse that the layers share, also if they are static by default; "
@@ -142,6 +148,14 @@ class Method(_Section):
         description="exceptions from the sharing, in order: layers that stay static, that share "
         "a warehouse of their own, or whose warehouses have other settings",
     )
+
+
+@functools.cache
+def _other_method(name: str) -> type[BaseModel]:
+    return method_section(name, _Section, MethodRule)
+
+
+AnyMethod = Annotated[Any, OfMethod("name", Method, _other_method)]
 
 
 class Budget(_Section):
@@ -209,14 +223,24 @@ class RecipeGroup(_Section):
     layers: Patterns = Field(description="names of its layers, or glob patterns over names")
 
 
+@functools.cache
+def _other_group(name: str) -> type[BaseModel]:
+    return group_section(name, _Section)
+
+
+AnyGroup = Annotated[Any, OfMethod("method", RecipeGroup, _other_group)]
+
+
 class RecipePlan(_Section):
     """The resolved plan. Layers in no group stay as they are."""
 
-    groups: tuple[RecipeGroup, ...] = Field(description="the warehouses")
+    groups: tuple[AnyGroup, ...] = Field(
+        description="the warehouses, or what else becomes dynamic together"
+    )
 
     @field_validator("groups")
     @classmethod
-    def _own_names(cls, groups: tuple[RecipeGroup, ...]) -> tuple[RecipeGroup, ...]:
+    def _own_names(cls, groups: tuple[Any, ...]) -> tuple[Any, ...]:
         names = [group.name for group in groups]
         error = PydanticCustomError("taken", "the name of another group")
         taken = [
@@ -502,7 +526,7 @@ class Recipe(_Section):
         description="one input: channels and sizes, e.g. [3, 224, 224] or 3x224x224, 1x16000 for "
         "sound, 3x16x112x112 for videos",
     )
-    method: Method = Field(default=Method(), description="how layers become dynamic")
+    method: AnyMethod = Field(default=Method(), description="how layers become dynamic")
     budget: Budget | None = Field(default=None, description="what the network may spend")
     plan: RecipePlan | None = Field(
         default=None, validate_default=True, description="the resolved plan"

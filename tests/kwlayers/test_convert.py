@@ -330,8 +330,8 @@ def test_a_converted_model_is_refused() -> None:
     model = Net()
     plan = net_plan(model)
     convert_(model, plan)
-    refuse(model, plan, "the model is already converted: it holds warehouses")
-    with pytest.raises(PlanError, match="the model is already converted: it holds warehouses"):
+    refuse(model, plan, "the model is already converted: it has dynamic layers")
+    with pytest.raises(PlanError, match="the model is already converted: it has dynamic layers"):
         net_plan(model)
 
 
@@ -352,7 +352,7 @@ def test_a_model_with_one_hand_made_layer_counts_as_converted() -> None:
     model = Net()
     plan = net_plan(model)
     model.blocks[0].cells = Warehouse(4, (8, 8, 1, 1))
-    refuse(model, plan, "the model is already converted: it holds warehouses")
+    refuse(model, plan, "the model is already converted: it has dynamic layers")
 
 
 @pytest.mark.usefixtures("process_group")

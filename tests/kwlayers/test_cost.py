@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import kwlayers
-from kwlayers import Group, Network, Plan, Share, Site
-from kwlayers.cost import MacParts, ParamParts, attention_cost
+from kwlayers import Network, Plan, Share, Site, WarehouseGroup
+from kwlayers.cost import MacParts, ParamParts
+from kwlayers.warehouses import attention_cost
 from kwsearch import zoo
 
 # Counted by running the official implementation of KernelWarehouse on its 20 configurations.
@@ -100,7 +101,7 @@ def test_a_published_setting_has_the_reference_parameters_by_part(config: str) -
     params = published_plan(config).cost().params
     assert vars(params) == {
         "total": expected["params"],
-        "warehouses": expected["warehouse_params"],
+        "kernels": expected["warehouse_params"],
         "attention": expected["attention_params"],
         "unchanged": expected["other_params"],
     }
@@ -135,13 +136,13 @@ def test_a_published_setting_builds_a_network_with_the_reference_parameters(conf
     built: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if name.startswith("kw_warehouses."):
-            built["warehouses"] += parameter.numel()
+            built["kernels"] += parameter.numel()
         elif ".attention." in f".{name}":
             built["attention"] += parameter.numel()
         else:
             built["rest"] += parameter.numel()
     assert built == {
-        "warehouses": expected["warehouse_params"],
+        "kernels": expected["warehouse_params"],
         "attention": expected["attention_params"],
         "rest": expected["other_params"],
     }
@@ -158,8 +159,8 @@ def small_network(samples: int = 1) -> Network:
     return Network((conv, linear), params, macs, (32, 10, 10))
 
 
-def conv_group(**changes: Any) -> Group:
-    return Group("w", (32, 16, 1, 1), 12, ("conv",), **changes)
+def conv_group(**changes: Any) -> WarehouseGroup:
+    return WarehouseGroup("w", ("conv",), (32, 16, 1, 1), 12, **changes)
 
 
 def test_an_attention_branch_is_counted_layer_by_layer() -> None:
@@ -219,7 +220,7 @@ def test_layers_of_one_warehouse_share_its_cells_and_have_attention_of_their_own
     sites = tuple(Site(name, "conv2d", 32, 32, (1, 1), positions=4) for name in "ab")
     plan = Plan(
         Network(sites, 2 * 1024, 2 * 4 * 1024, (32, 2, 2)),
-        (Group("w", (32, 32, 1, 1), 2, ("a", "b")),),
+        (WarehouseGroup("w", ("a", "b"), (32, 32, 1, 1), 2),),
     )
     # Each: m = 1, h = 16: 512 + 32 + 16*3 + 3.
     assert plan.cost().params.attention == 2 * 595
@@ -229,7 +230,9 @@ def test_layers_of_one_warehouse_share_its_cells_and_have_attention_of_their_own
 
 def test_costs_by_layer_list_static_and_converted_layers_in_module_order() -> None:
     conv, linear = Plan(small_network(), (conv_group(),)).cost_by_layer()
+    nothing = {"kernel_params": 0, "modulation_macs": 0}
     assert vars(conv) == {
+        **nothing,
         "name": "conv",
         "group": "w",
         "mixtures": 36,
@@ -240,6 +243,7 @@ def test_costs_by_layer_list_static_and_converted_layers_in_module_order() -> No
         "attention_macs": 8000,
     }
     assert vars(linear) == {
+        **nothing,
         "name": "fc",
         "group": None,
         "mixtures": 0,
@@ -264,6 +268,6 @@ def test_the_layers_of_a_published_setting_add_up_to_its_totals(config: str) -> 
 
 def test_parts_that_do_not_add_up_are_refused() -> None:
     with pytest.raises(AssertionError, match="do not add up to 7"):
-        ParamParts(total=7, warehouses=1, attention=2, unchanged=3)
+        ParamParts(total=7, kernels=1, attention=2, unchanged=3)
     with pytest.raises(AssertionError, match="negative part"):
         MacParts(total=1, conv=2, mixing=-1, attention=0, unchanged=0)

@@ -212,7 +212,7 @@ def shapes(found: Network, sharing: str) -> list[tuple[Any, ...]]:
     """What a plan's warehouses are, without their names; a linear layer as a 1x1 convolution."""
     plan: Plan = plan_network(found, Settings(sharing=sharing), ratio=1)
     return [
-        ((*group.cell, 1)[:4], group.num_cells, len(group.layers), plan.mixtures(group))
+        ((*group.cell, 1)[:4], group.num_cells, len(group.layers), group.mixtures(plan.of(group)))
         for group in plan.groups
     ]
 

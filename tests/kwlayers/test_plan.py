@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kwlayers import Group, Network, Plan, PlanError, Site
+from kwlayers import Network, Plan, PlanError, Site, WarehouseGroup, methods
 from kwlayers.plan import Other, counted, match_layers
 
 SITES = (
@@ -23,12 +23,12 @@ NETWORK = Network(SITES, 20_000, 2_000_000, (3, 8, 8))
 LAYERS = ("layer1.0.conv1", "layer1.0.conv2")
 
 
-def group(**changes: Any) -> Group:
+def group(**changes: Any) -> WarehouseGroup:
     fields = {"name": "w", "cell": (16, 16, 1, 1), "num_cells": 5, "layers": LAYERS, **changes}
-    return Group(**fields)
+    return WarehouseGroup(**fields)
 
 
-def refusal(*groups: Group) -> str:
+def refusal(*groups: WarehouseGroup) -> str:
     with pytest.raises(PlanError) as error:
         Plan(NETWORK, groups)
     return str(error.value)
@@ -42,7 +42,7 @@ def test_a_plan_survives_json() -> None:
         dataclasses.replace(NETWORK, others=(Other("up", "ConvTranspose2d", 64),)),
         (
             group(ratio=0.5, reduction=1 / 32, basis_ratio=1 / 16, norm="layer"),
-            Group("head", (10, 8, 1), 2, ("fc",)),
+            WarehouseGroup("head", ("fc",), (10, 8, 1), 2),
         ),
     )
     read = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
@@ -104,8 +104,8 @@ def test_a_pattern_is_matched_case_sensitively_against_whole_names() -> None:
 def test_warehouses_and_mixtures_are_listed_in_order() -> None:
     plan = Plan(NETWORK, (group(), group(name="v", layers=("layer1.1.conv1",))))
     assert [g.name for g in plan.warehouses] == ["w", "v"]
-    assert plan.mixtures(plan.groups[0]) == (9, 18)
-    assert plan.mixtures(plan.groups[1]) == (4,)
+    assert plan.groups[0].mixtures(plan.of(plan.groups[0])) == (9, 18)
+    assert plan.groups[1].mixtures(plan.of(plan.groups[1])) == (4,)
 
 
 # Refused
@@ -138,7 +138,6 @@ def test_an_unknown_layer_of_a_network_is_an_error_with_the_closest_name() -> No
         ({"name": "__"}, "group '__': a name is made of letters, digits and underscores"),
         ({"name": ""}, "group '': a name is made of letters, digits and underscores"),
         ({"name": "é"}, "group 'é': a name is made of letters, digits and underscores"),
-        ({"method": "odconv"}, "group 'w': unknown method 'odconv'; there is 'kernel_warehouse'"),
         ({"num_cells": 0}, "group 'w': num_cells is 0; an integer >= 1 is needed"),
         ({"num_cells": 1.5}, "group 'w': num_cells is 1.5; an integer >= 1 is needed"),
         ({"norm": "group"}, "group 'w': norm 'group'; allowed are batch, layer"),
@@ -209,9 +208,14 @@ def test_a_layer_is_in_one_group() -> None:
             "group 'w': layers: expected a list, got str",
         ),
         (
+            {"network": NETWORK, "groups": [{"method": "kernel_warehouses"}]},
+            "unknown method 'kernel_warehouses': did you mean 'kernel_warehouse'? allowed are "
+            + ", ".join(methods.NAMES),
+        ),
+        (
             {"network": NETWORK, "groups": [{"num_cell": 3}]},
-            "groups: unknown keys ['num_cell']; allowed are ['name', 'cell', 'num_cells', "
-            "'layers', 'ratio', 'reduction', 'basis_ratio', 'norm', 'method']",
+            "groups: unknown keys ['num_cell']; allowed are ['name', 'layers', 'cell', "
+            "'num_cells', 'ratio', 'reduction', 'basis_ratio', 'norm']",
         ),
     ],
 )
@@ -222,7 +226,7 @@ def test_data_that_is_no_plan_is_refused_with_where_and_what(data: Any, message:
 
 
 def test_a_group_without_its_required_fields_is_refused_with_their_names() -> None:
-    with pytest.raises(PlanError, match=r"groups: .*'cell', 'num_cells', and 'layers'"):
+    with pytest.raises(PlanError, match=r"groups: .*'layers', 'cell', and 'num_cells'"):
         Plan.from_groups(NETWORK, [{"name": "w"}])
 
 

@@ -27,7 +27,8 @@ from kwlayers import (
 from kwlayers.families import recognise
 from kwlayers.plan import Other
 from kwlayers.planner import lay_out
-from kwlayers.sharing import NothingToConvert, why_static
+from kwlayers.rules import NothingToConvert
+from kwlayers.sharing import why_static
 from kwsearch import zoo
 
 MODELS = list(zoo.MODELS)
@@ -170,7 +171,7 @@ def test_a_ratio_sizes_every_warehouse_alike(ratio: float) -> None:
     plan = plan_network(network("mobilenetv2_100"), Settings(), ratio=ratio)
     assert len(plan.groups) == 13
     for group in plan.groups:
-        assert group.num_cells == max(int(sum(plan.mixtures(group)) * ratio), 1)
+        assert group.num_cells == max(int(sum(group.mixtures(plan.of(group))) * ratio), 1)
         assert group.ratio == ratio
 
 
@@ -190,7 +191,7 @@ def test_a_share_may_have_settings_of_its_own() -> None:
 def test_ratios_of_shares_are_proportions_under_a_parameter_target() -> None:
     sharing = {"a": Share(["body.a"], ratio=2, cell_ratio=(0.5, 0.5)), "b": ["body.b"]}
     plan = plan_network(unknown_network(), Settings(sharing=sharing), params=1_000_000)
-    a, b = (group.num_cells / sum(plan.mixtures(group)) for group in plan.groups)
+    a, b = (group.num_cells / sum(group.mixtures(plan.of(group))) for group in plan.groups)
     assert a / b == pytest.approx(2, rel=0.01)
     assert plan.cost().params.total <= 1_000_000
 
@@ -663,7 +664,11 @@ def test_a_rule_gives_layers_a_warehouse_of_their_own_with_its_settings() -> Non
     assert "layer2.0.downsample.0" not in found["stage0_conv"]
     (short,) = (group for group in plan.groups if group.name == "short")
     # 128 x 64, 256 x 128, 512 x 256 in cells of 64 x 64: 2 + 8 + 32 mixtures, two cells each.
-    assert (short.cell, plan.mixtures(short), short.num_cells) == ((64, 64, 1, 1), (2, 8, 32), 84)
+    assert (short.cell, short.mixtures(plan.of(short)), short.num_cells) == (
+        (64, 64, 1, 1),
+        (2, 8, 32),
+        84,
+    )
 
 
 def test_a_rule_converts_what_is_static_by_default_and_a_later_rule_wins() -> None:
@@ -690,11 +695,28 @@ def test_a_rule_without_a_share_sets_what_whole_warehouses_have() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"static": True, "ratio": 1}, {"static": True, "share": "a"}]
+    "given",
+    [
+        {},
+        {"static": True, "ratio": 1},
+        {"static": True, "share": "a"},
+        {"static": True, "dynamic": True},
+    ],
 )
 def test_a_rule_is_either_static_or_a_share_or_settings(given: dict[str, Any]) -> None:
-    with pytest.raises(PlanError, match=r"rule for layer1\.\*: either static, or a share or set"):
+    with pytest.raises(
+        PlanError, match=r"rule for layer1\.\*: either static, or dynamic, or a share or set"
+    ):
         Rule("layer1.*", **given)
+
+
+def test_a_dynamic_rule_gives_each_layer_a_warehouse_of_its_own() -> None:
+    found = layers(resnet([Rule(["conv1", "layer4.1.*"], dynamic=True, reduction=1 / 8)]))
+    assert found["conv1"] == ("conv1",)
+    assert found["layer4_1_conv1"] == ("layer4.1.conv1",)
+    assert all(not name.startswith("layer4.1") for name in found["stage3_conv"])
+    with pytest.raises(PlanError, match="either dynamic, each layer by itself, or a share"):
+        Rule("conv1", dynamic=True, share="a")
 
 
 def test_rules_hold_for_explicit_groups_too() -> None:

@@ -106,7 +106,7 @@ def test_a_schedule_that_cannot_be_is_refused(warmup: float, steps: int) -> None
 
 
 def test_a_model_without_our_layers_is_refused() -> None:
-    message = "the model has no KernelWarehouse layer: convert_ it first"
+    message = "the model has no dynamic layer: convert_ it first"
     with pytest.raises(ValueError, match=message):
         TemperatureSchedule(nn.Linear(2, 2), 20, 10)
 

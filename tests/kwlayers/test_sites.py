@@ -590,7 +590,7 @@ def test_wrapped_models_are_refused_with_what_to_do() -> None:
 def test_a_converted_model_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1))
     kwlayers.convert_(model, kwlayers.plan_model(model, (4, 3, 3), ratio=1, sharing=[["0"]]))
-    with pytest.raises(PlanError, match="already converted: it holds warehouses"):
+    with pytest.raises(PlanError, match="already converted: it has dynamic layers"):
         trace(model, (4, 3, 3))
     with pytest.raises(PlanError, match="already converted"):
         refuse_wrapped(model)

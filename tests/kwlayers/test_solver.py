@@ -80,8 +80,8 @@ def evenness(variables: Sequence[Variable], target: int) -> tuple[float, float]:
     ratio = common_ratio(variables, target)
     plans = full_search(variables, target)
     best = solve(variables, target)[0]
-    assert best.num_cells in plans
-    found = spread(variables, best.num_cells, ratio)
+    assert best.sizes in plans
+    found = spread(variables, best.sizes, ratio)
     assert found == pytest.approx(best.spread, abs=1e-6)
     return found, min(spread(variables, cells, ratio) for cells in plans)
 
@@ -111,7 +111,7 @@ tiny_problems = st.tuples(st.lists(tiny | curved, min_size=2, max_size=3), st.in
 def test_equal_warehouses_get_equal_cells() -> None:
     # 3 * (10 + 5n) <= 99 -> n = 4, 90 used, 9 left: one more cell of 5.
     solution = solve([linear(8, 10, 5)] * 3, 99)[0]
-    assert sorted(solution.num_cells) == [4, 4, 5]
+    assert sorted(solution.sizes) == [4, 4, 5]
     assert solution.params == 95
 
 
@@ -119,7 +119,7 @@ def test_a_target_that_a_common_ratio_meets_exactly_is_met_exactly() -> None:
     # n = M / 2 everywhere: 100 + 7 * 6 + 50 + 11 * 10 + 3 * 30.
     variables = [linear(12, 100, 7), linear(20, 50, 11), linear(60, 0, 3)]
     (best, *_) = solve(variables, 392)
-    assert best.num_cells == (6, 10, 30)
+    assert best.sizes == (6, 10, 30)
     assert best.params == 392
     assert best.ratio == pytest.approx(0.5)
     assert best.spread == pytest.approx(0, abs=1e-9)
@@ -128,7 +128,7 @@ def test_a_target_that_a_common_ratio_meets_exactly_is_met_exactly() -> None:
 def test_a_relative_ratio_scales_the_ratio_of_its_warehouse() -> None:
     # Ratios 2 and 1/2 of 10 mixtures each: 20 and 5 cells.
     variables = [linear(10, 0, 1, relative=2.0), linear(10, 0, 1, relative=0.5)]
-    assert solve(variables, 25)[0].num_cells == (20, 5)
+    assert solve(variables, 25)[0].sizes == (20, 5)
 
 
 def test_mixing_is_summed_over_cells() -> None:
@@ -139,19 +139,19 @@ def test_mixing_is_summed_over_cells() -> None:
 def test_a_warehouse_keeps_one_cell_where_its_share_is_less() -> None:
     # A ratio of 1/100 of 3 mixtures is no cell at all.
     variables = [linear(3, 0, 1), linear(1000, 0, 1)]
-    assert solve(variables, 11)[0].num_cells == (1, 10)
+    assert solve(variables, 11)[0].sizes == (1, 10)
 
 
 def test_the_floor_is_one_cell_per_warehouse_and_below_it_there_is_no_plan() -> None:
     variables = [linear(8, 10, 5), linear(4, 20, 7)]
     assert floor_params(variables) == 15 + 27
     assert solve(variables, 41) == ()
-    assert solve(variables, 42)[0].num_cells == (1, 1)
+    assert solve(variables, 42)[0].sizes == (1, 1)
     assert solve([], 1000) == ()
 
 
 def test_far_more_parameters_than_mixtures_ask_for_are_used() -> None:
-    assert solve([linear(1, 0, 1)], 10**9)[0].num_cells == (10**9,)
+    assert solve([linear(1, 0, 1)], 10**9)[0].sizes == (10**9,)
 
 
 # Against the full search
@@ -166,8 +166,8 @@ def test_every_plan_fits_the_target_and_is_maximal(problem: tuple[list[Variable]
     solutions = solve(variables, target)
     assert solutions
     for solution in solutions:
-        assert solution.num_cells in plans
-        assert solution.params == total(variables, solution.num_cells)
+        assert solution.sizes in plans
+        assert solution.params == total(variables, solution.sizes)
 
 
 def random_problem(random: Random) -> tuple[list[Variable], int]:
@@ -216,12 +216,12 @@ def test_any_target_above_the_floor_has_maximal_plans_the_most_even_first(
     solutions = solve(variables, target)
     assert solutions
     for solution in solutions:
-        assert min(solution.num_cells) >= 1
-        assert solution.params == total(variables, solution.num_cells) <= target
-        assert is_maximal(variables, solution.num_cells, target)
+        assert min(solution.sizes) >= 1
+        assert solution.params == total(variables, solution.sizes) <= target
+        assert is_maximal(variables, solution.sizes, target)
     spreads = [solution.spread for solution in solutions]
     assert spreads == pytest.approx(sorted(spreads), abs=1e-9)
-    assert len({solution.num_cells for solution in solutions}) == len(solutions)
+    assert len({solution.sizes for solution in solutions}) == len(solutions)
 
 
 @few
@@ -243,4 +243,4 @@ def test_58_warehouses_are_sized_within_a_second() -> None:
         began = time.perf_counter()
         solution = solve(variables, target)[0]
         assert time.perf_counter() - began < 1
-        assert is_maximal(variables, solution.num_cells, target)
+        assert is_maximal(variables, solution.sizes, target)

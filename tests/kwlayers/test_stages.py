@@ -256,7 +256,7 @@ def test_layers_whose_attention_would_outweigh_their_kernels_are_set_apart() -> 
     for group in plan.groups:
         kernels = [found[name].kernel[:2] for name in group.layers]
         if len(group.layers) > 1 and len(set(kernels)) > 1:
-            cost = sum(16 * m * (group.num_cells + 1) for m in plan.mixtures(group))
+            cost = sum(16 * m * (group.num_cells + 1) for m in group.mixtures(plan.of(group)))
             assert cost <= sum(24 * 8 * 9 for _ in group.layers)
     one_warehouse = plan_network(found, Settings(sharing={"all": ["1.*"]}), ratio=1)
     assert plan.cost().params.attention < one_warehouse.cost().params.attention / 10

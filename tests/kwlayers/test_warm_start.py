@@ -164,7 +164,7 @@ def test_with_a_cell_for_every_mixture_the_function_is_the_static_one(name: str,
     build, size, settings = ENOUGH[name]
     model = lively(build(), size)
     plan = plan_model(model, size, **settings)
-    assert all(group.num_cells >= sum(plan.mixtures(group)) for group in plan.groups)
+    assert all(group.num_cells >= sum(group.mixtures(plan.of(group))) for group in plan.groups)
     converted = warm(model, plan, mode)
     assert difference(converted, model, size) < 1e-5
     report = converted.kw_warehouses.warm_start
@@ -314,7 +314,11 @@ def test_cells_of_few_numbers_give_every_kernel_exactly() -> None:
     model = lively(nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 2, 3)), (4, 7, 7))
     plan = plan_model(model, (4, 7, 7), ratio=0.0625, sharing=[["0", "2"]], cell_ratio=(1, 0.5))
     (group,) = plan.groups
-    assert (group.cell, group.num_cells, sum(plan.mixtures(group))) == ((2, 2, 1, 1), 13, 216)
+    assert (group.cell, group.num_cells, sum(group.mixtures(plan.of(group)))) == (
+        (2, 2, 1, 1),
+        13,
+        216,
+    )
     converted = warm(model, plan)
     assert difference(converted, model, (4, 7, 7)) < 1e-5
     assert max(converted.kw_warehouses.warm_start.errors.values()) < 1e-6

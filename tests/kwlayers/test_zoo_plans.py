@@ -65,11 +65,11 @@ def plan_of(name: str, options: Settings, budget: Budget) -> Plan:
 
 
 def built_parts(model: nn.Module) -> dict[str, int]:
-    parts = Counter({"total": 0, "warehouses": 0, "attention": 0, "unchanged": 0})
+    parts = Counter({"total": 0, "kernels": 0, "attention": 0, "unchanged": 0})
     for name, parameter in model.named_parameters():
         parts["total"] += parameter.numel()
         if name.startswith("kw_warehouses."):
-            parts["warehouses"] += parameter.numel()
+            parts["kernels"] += parameter.numel()
         elif ".attention." in f".{name}":
             parts["attention"] += parameter.numel()
         else:

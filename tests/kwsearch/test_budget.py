@@ -20,7 +20,7 @@ def test_half_of_resnet50_is_the_published_setting() -> None:
     # Counted in the official code.
     assert vars(cost.params) == {
         "total": 17_638_264,
-        "warehouses": 11_712_512,
+        "kernels": 11_712_512,
         "attention": 3_793_744,
         "unchanged": 2_132_008,
     }

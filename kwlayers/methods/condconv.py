@@ -1,0 +1,245 @@
+"""CondConv: E expert kernels, weighted by a sigmoid router.
+
+Yang et al., "CondConv: Conditionally Parameterized Convolutions for Efficient Inference", NeurIPS
+2019, arXiv 1904.04971. For a router that sees C channels and E kernels:
+
+    r = sigmoid(fc(mean of its input over positions))       (B, E), each in (0, 1)
+    W = sum_e r_e W_e                                        biases alike
+
+    parameters  E * |W| (+ E * C_out), and E * (C + 1) for each router
+    MACs        conv + E * |W| to mix, and E * C for each router
+
+Published: E = 8, one router for each block, which sees the block's input; every convolution of the
+blocks. Here E is called K (`num_kernels`), as in the other methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kwlayers.attention import pooled
+from kwlayers.cost import LayerCost
+from kwlayers.dynamic import DynamicConvNd, DynamicLinear
+from kwlayers.fields import allow
+from kwlayers.methods import Conversion, Converted, Method
+from kwlayers.mixed import KernelGroup, MixedLayer, convert_mixed, mixed_cost
+from kwlayers.placement import AloneSettings
+from kwlayers.plan import KINDS, Network, Plan, PlanError, Site
+from kwlayers.rules import Share
+
+SHARING = ("block", "layer")
+
+
+@dataclass(frozen=True)
+class CondConvGroup(KernelGroup):
+    """Layers of K kernels and one router.
+
+    num_kernels: K. router_channels: of what the router sees: the input of the module called
+    `block`, or if that is empty of the only layer. dropout: of kernels, in training.
+    """
+
+    num_kernels: int = allow("kernels of each layer, K", int, least=1)
+    router_channels: int = allow("channels of what the router sees", int, least=1)
+    block: str = allow("the module whose input the router sees; empty for the layer", str, "")
+    dropout: float = allow("part of the kernels that training drops", float, 0.0, least=0, most=1)
+
+    method: ClassVar[str] = "condconv"
+
+    def check(self, sites: Sequence[Site]) -> None:
+        if not self.block and len(sites) > 1:
+            raise ValueError(f"{len(sites)} layers share a router, but no block says what it sees")
+        if not self.block and self.router_channels != sites[0].in_channels:
+            raise ValueError(
+                f"router_channels {self.router_channels}: the layer has {sites[0].in_channels}"
+            )
+
+    def costs(self, sites: Sequence[Site]) -> tuple[LayerCost, ...]:
+        """The first layer has the router."""
+        kernels, channels = self.num_kernels, self.router_channels
+        router = (kernels * (channels + 1), kernels * channels)
+        first, *others = (
+            mixed_cost(self.name, site, kernels, router if number == 0 else (0, 0))
+            for number, site in enumerate(sites)
+        )
+        return (first, *others)
+
+
+@dataclass(frozen=True)
+class CondConvSettings(AloneSettings):
+    """CondConv with num_kernels experts in each layer, or as many as a budget allows.
+
+    sharing: a router for each "block", which sees the block's input, or for each "layer".
+    """
+
+    num_kernels: int = allow("kernels of each layer, K", int, 8, least=1)
+    sharing: str = allow("what has a router: a block or a layer", str, "block", *SHARING)
+    dropout: float = allow("part of the kernels that training drops", float, 0.0, least=0, most=1)
+    rules: tuple[Any, ...] = ()
+
+    method: ClassVar[str] = "condconv"
+    kinds: ClassVar[tuple[str, ...]] = KINDS
+    static_roles: ClassVar[tuple[str, ...]] = (
+        "stem", "head", "patch embedding", "shortcut", "last convolution",
+    )  # fmt: skip
+    own: ClassVar[tuple[str, ...]] = ("ratio",)
+
+    def gathered(self, network: Network, layers: Mapping[str, Share]) -> list[list[str]]:
+        if self.sharing == "layer":
+            return super().gathered(network, layers)
+        found: dict[str, list[str]] = {}
+        for name in layers:
+            found.setdefault(network[name].block or name, []).append(name)
+        for names in found.values():
+            ratios = {layers[name].ratio for name in names}
+            if len(ratios) > 1:
+                raise PlanError(
+                    f"{', '.join(names)}: one router for all of a block needs one ratio for all; "
+                    "give the rule all of its layers, or sharing='layer'"
+                )
+        return list(found.values())
+
+    def group(self, network: Network, name: str, sites: Sequence[Site], own: Any) -> CondConvGroup:
+        block = sites[0].block if self.sharing == "block" else ""
+        first = sites[0]
+        if block:
+            first = min(
+                (site for site in network.sites if site.block == block), key=lambda s: s.order
+            )
+        layers = tuple(site.name for site in sites)
+        return CondConvGroup(name, layers, own.num_kernels, first.in_channels, block, own.dropout)
+
+
+class Router(nn.Module):
+    """r (B, K) for an input (B, C, *S). Of a block: `routing`, while the block runs."""
+
+    def __init__(self, in_channels: int, num_kernels: int, dropout: float = 0.0, **to: Any) -> None:
+        super().__init__()
+        self.fc = nn.Linear(in_channels, num_kernels, **to)
+        self.dropout = dropout
+        self.routing: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(torch.sigmoid(self.fc(pooled(x))), self.dropout, self.training)
+
+    def saw(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the block's forward: its input."""
+        self.routing = self(args[0] if args else next(iter(kwargs.values())))
+
+    def forget(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        """After the block's forward: nothing is kept alive, or copied with the model."""
+        self.routing = None
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}" if self.dropout else ""
+
+
+class _CondLayer(MixedLayer):
+    """Settings beside torch.nn's: num_kernels, dropout, backend, workspace_mb; or `router`, of a
+    block, instead of its own, which somebody else registers and lets see the input.
+    """
+
+    def _build(  # not any settings, but these
+        self,
+        in_channels: int,
+        bias: bool,
+        *,
+        num_kernels: int = 8,
+        dropout: float = 0.0,
+        router: Router | None = None,
+        backend: str | None = None,
+        workspace_mb: float | None = None,
+        **to: Any,
+    ) -> None:
+        self._own_kernels(num_kernels, bias, backend, workspace_mb, **to)
+        self.router = Router(in_channels, num_kernels, dropout, **to) if router is None else None
+        # In a tuple, so that it is not registered again.
+        self._shared: tuple[Router, ...] = () if router is None else (router,)
+        self.reset_parameters()
+
+    def convolve(self, x: Tensor) -> Tensor:
+        if self.router is not None:
+            return self.mixed(x, self.router(x))
+        routing = self._shared[0].routing
+        if routing is None:
+            raise RuntimeError("the router belongs to the block: call the block, not its layers")
+        return self.mixed(x, routing)
+
+
+class CondConv1d(_CondLayer, DynamicConvNd):
+    """`nn.Conv1d` of K kernels, weighted by a router."""
+
+    rank = 1
+
+
+class CondConv2d(_CondLayer, DynamicConvNd):
+    """`nn.Conv2d` of K kernels, weighted by a router."""
+
+    rank = 2
+
+
+class CondConv3d(_CondLayer, DynamicConvNd):
+    """`nn.Conv3d` of K kernels, weighted by a router."""
+
+    rank = 3
+
+
+class CondLinear(_CondLayer, DynamicLinear):
+    """`nn.Linear` of K weights, weighted by a router."""
+
+
+_LAYERS = {
+    nn.Conv1d: CondConv1d,
+    nn.Conv2d: CondConv2d,
+    nn.Conv3d: CondConv3d,
+    nn.Linear: CondLinear,
+}
+
+
+def _convert(
+    plan: Plan, group: CondConvGroup, layers: Mapping[str, Any], how: Conversion
+) -> Converted:
+    """A warm start computes what the static layers do: at routers of zero, all r are 1/2."""
+    settings = {"num_kernels": group.num_kernels}
+    if not group.block:
+        return convert_mixed(_LAYERS, layers, how, _start, {**settings, "dropout": group.dropout})
+    weight = next(iter(layers.values())).weight
+    router = Router(
+        group.router_channels,
+        group.num_kernels,
+        group.dropout,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    found = convert_mixed(_LAYERS, layers, how, _start, {**settings, "router": router})
+    if how.warm_start:
+        _silence(router)
+    router.train(next(iter(layers.values())).training)
+    hooks = {group.block: (router.saw, router.forget)}
+    return Converted(found.swaps, router, found.errors, hooks)
+
+
+def _start(layer: _CondLayer, weight: Tensor) -> None:
+    layer.start_from(weight, 2 / layer.num_kernels, alike=False)
+    if layer.router is not None:
+        _silence(layer.router)
+
+
+def _silence(router: Router) -> None:
+    nn.init.zeros_(router.fc.weight)
+    nn.init.zeros_(router.fc.bias)
+
+
+METHOD = Method(
+    name="condconv",
+    title="CondConv",
+    paper="Yang et al., NeurIPS 2019, arXiv 1904.04971",
+    group=CondConvGroup,
+    settings=CondConvSettings,
+    convert=_convert,
+)

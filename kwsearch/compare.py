@@ -1,0 +1,193 @@
+"""What a budget buys by each method, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kwlayers.layout import MethodSettings
+from kwlayers.methods import Method, find
+from kwlayers.plan import Network, Plan, PlanError, counted
+from kwsearch import published
+from kwsearch.budget import Target, meet
+from kwsearch.resolve import method_dict
+from kwsearch.terminal import new_table, plain
+from kwsearch.units import short_count
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kwsearch.latency.plans import PlanLatency
+    from kwsearch.memory import Memory
+
+
+class Unreachable(ValueError):
+    """No method meets the target."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method. plan: None if it cannot meet the target, which `reason` explains.
+
+    memory: of a training step. ms: of a forward pass by a table; None where it does not say.
+    """
+
+    method: Method
+    settings: MethodSettings
+    plan: Plan | None
+    reason: str = ""
+    memory: Memory | None = None
+    ms: float | None = None
+
+    @property
+    def sizes(self) -> str:
+        """Of its groups, in words: `K = 1 to 4`, or how many cells over how many mixtures."""
+        assert self.plan is not None
+        found = sorted({group.size for group in self.plan.groups})
+        if self.plan.warehouses:
+            units = sum(group.unit(self.plan.of(group)) for group in self.plan.groups)
+            return f"{sum(group.size for group in self.plan.groups):,} / {units:,} cells"
+        shown = {group.describe() for group in self.plan.groups}
+        if len(shown) == 1:
+            return shown.pop()
+        letter = self.plan.groups[0].describe().partition(" = ")[0]
+        return f"{letter} = {found[0]} to {found[-1]}" if found[1:] else f"{letter} = {found[0]}"
+
+
+def compare(
+    network: Network,
+    target: Target,
+    methods: Sequence[str],
+    model: str | None = None,
+    memory: Callable[[Plan], Memory] | None = None,
+    latency: PlanLatency | None = None,
+) -> list[Entry]:
+    """Each method at the target, or without one at its published settings.
+
+    model: its name, for KernelWarehouse's published settings. Raises PlanError for a target that
+    none can meet, whatever it is.
+    """
+    return [_entry(network, target, find(name), model, memory, latency) for name in methods]
+
+
+def _entry(
+    network: Network,
+    target: Target,
+    method: Method,
+    model: str | None,
+    memory: Callable[[Plan], Memory] | None,
+    latency: PlanLatency | None,
+) -> Entry:
+    settings = method.settings()
+    wanted = target if target or settings.sized else Target(ratio=1.0)
+    if not settings.sized and wanted.ratio is not None and model is not None:
+        entry = published.find(model, wanted.ratio)
+        settings = settings if entry is None else entry.settings
+    try:
+        plan = meet(network, wanted, settings).plan
+    except PlanError as error:
+        return Entry(method, settings, None, str(error))
+    took = None if memory is None else memory(plan)
+    ms = None
+    if latency is not None:
+        try:
+            ms = latency(plan).ms
+        except PlanError as error:
+            return Entry(method, settings, plan, f"no latency: {error}", took)
+    return Entry(method, settings, plan, "", took, ms)
+
+
+def table(
+    entries: Sequence[Entry],
+    network: Network,
+    static_memory: Memory | None = None,
+    static_ms: float | None = None,
+) -> tuple[Table, list[str]]:
+    """A line for each method that meets the target, after the static network; and why the others
+    do not.
+    """
+    reached = [entry for entry in entries if entry.plan is not None]
+    modulated = any(e.plan.cost().macs.modulation for e in reached if e.plan is not None)
+    parts = ("conv", "mixing", "attention", *(("modulation",) if modulated else ()))
+    work = [f"{part}\nMACs" for part in parts]
+    columns = [
+        "parameters", "x static", "kernels", "attention\nparams", "MACs", "x static",
+        *work,
+    ]  # fmt: skip
+    further = [
+        *(["training\nmemory"] if static_memory is not None else []),
+        *(["ms"] if static_ms is not None else []),
+    ]
+    shown = new_table(
+        ("method", "size"),
+        (*columns, *further),
+        spare=(*reversed(work), "attention\nparams", "kernels"),
+    )
+    shown.add_row(
+        "static",
+        "",
+        f"{network.params:,}",
+        "1.00",
+        "",
+        "",
+        f"{network.macs:,}",
+        "1.00",
+        short_count(network.macs),
+        *("" for _ in parts[1:]),
+        *([f"{short_count(static_memory.total)}B"] if static_memory is not None else []),
+        *([f"{static_ms:.3g}"] if static_ms is not None else []),
+    )
+    for entry in reached:
+        assert entry.plan is not None
+        cost = entry.plan.cost()
+        macs = vars(cost.macs) | {"conv": cost.macs.conv + cost.macs.unchanged}
+        shown.add_row(
+            entry.method.title,
+            entry.sizes,
+            f"{cost.params.total:,}",
+            f"{cost.params.total / network.params:.2f}",
+            short_count(cost.params.kernels),
+            short_count(cost.params.attention),
+            f"{cost.macs.total:,}",
+            f"{cost.macs.total / network.macs:.2f}",
+            *(short_count(macs[part]) if macs[part] else "" for part in parts),
+            *([f"{short_count(entry.memory.total)}B"] if entry.memory is not None else []),
+            *(["" if entry.ms is None else f"{entry.ms:.3g}"] if static_ms is not None else []),
+        )
+    return shown, [plain(line) for line in reasons(entries)]
+
+
+def reasons(entries: Sequence[Entry]) -> list[str]:
+    """Of each method that does not meet the target, or whose latency nobody knows."""
+    return [f"{entry.method.title}: {entry.reason}" for entry in entries if entry.reason]
+
+
+def to_json(entries: Sequence[Entry]) -> dict[str, list[dict[str, Any]]]:
+    """`methods`, those that meet the target, and `unreachable`, the others with the reason."""
+    found: dict[str, list[dict[str, Any]]] = {"methods": [], "unreachable": []}
+    for entry in entries:
+        if entry.plan is None:
+            found["unreachable"].append({"method": entry.method.name, "reason": entry.reason})
+            continue
+        cost = entry.plan.cost()
+        found["methods"].append(
+            {
+                "method": entry.method.name,
+                "title": entry.method.title,
+                "paper": entry.method.paper,
+                "settings": _settings(entry.settings),
+                "size": entry.sizes,
+                "params": vars(cost.params),
+                "macs": vars(cost.macs),
+                "train_memory": None if entry.memory is None else entry.memory.total,
+                "latency_ms": entry.ms,
+                "layers": counted(sum(len(g.layers) for g in entry.plan.groups), "layer"),
+                "notes": list(entry.plan.notes),
+            }
+        )
+    return found
+
+
+def _settings(settings: MethodSettings) -> Mapping[str, Any]:
+    return {k: v for k, v in method_dict(settings).items() if k not in ("name", "rules")}

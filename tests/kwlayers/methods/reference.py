@@ -1,0 +1,133 @@
+"""What the tests of all methods compare with: counted integers, small networks, a plain loop."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kwlayers import Plan, convert_, methods, trace
+from kwlayers.layout import MethodSettings
+from kwsearch.zoo.mobilenetv2 import MobileNetV2
+from kwsearch.zoo.resnet import BasicBlock, Bottleneck, ResNet
+
+# Counted by building the published implementations: parameters, and MACs of convolutions, linear
+# layers and matrix products of one image at 224 px.
+_ENTRIES = json.loads((Path(__file__).parents[2] / "data" / "dynamic_convs.json").read_text())
+
+
+def oracle(method: str, constructor: str) -> tuple[int, int]:
+    """Parameters and MACs of a published construction."""
+    (found,) = {
+        (entry["params"], entry["macs_conv_linear_matmul_224"])
+        for entry in _ENTRIES["entries"]
+        if (entry["method"], entry["constructor"]) == (method, constructor)
+    }
+    return found
+
+
+_BACKBONES: dict[str, Any] = {
+    "resnet10": lambda: ResNet(BasicBlock, (1, 1, 1, 1)),
+    "resnet18": lambda: ResNet(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": lambda: ResNet(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": lambda: ResNet(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": lambda: ResNet(Bottleneck, (3, 4, 23, 3)),
+    **{
+        f"mobilenetv2_{width}": functools.partial(MobileNetV2, width)
+        for width in (0.35, 0.5, 0.75, 1.0)
+    },
+}
+
+
+def backbone(name: str) -> nn.Module:
+    """On `meta`."""
+    with torch.device("meta"):
+        model: nn.Module = _BACKBONES[name]()
+    return model
+
+
+@functools.cache
+def network(name: str) -> Any:
+    return trace(backbone(name), (3, 224, 224))
+
+
+def published(name: str, settings: MethodSettings) -> Plan:
+    """The plan of settings at their own sizes."""
+    layout = settings.lay_out(network(name))
+    return Plan(layout.network, layout.groups, layout.notes)
+
+
+def settings(method: str, **changes: Any) -> Any:
+    return methods.find(method).settings(**changes)
+
+
+def built_counts(name: str, plan: Plan) -> tuple[int, int]:
+    """Parameters of the converted backbone, and the MACs that torch counts in one forward."""
+    model = convert_(backbone(name), plan).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+class Small(nn.Module):
+    """A stem, two residual blocks with a shortcut, a depthwise and a grouped layer, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.blocks = nn.Sequential(_Block(16, 16, 1), _Block(16, 32, 2))
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        return out
+
+
+class _Block(nn.Module):
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=2, dilation=2, groups=out, bias=False)
+        self.conv3 = nn.Conv2d(out, out, 1, groups=4)
+        self.bn3 = nn.BatchNorm2d(out)
+        self.shortcut = nn.Conv2d(channels, out, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn3(self.conv3(self.conv2(y))) + self.shortcut(x))
+
+
+def small(double: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    model = Small()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # no norm that is the identity
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+    return model.double() if double else model
+
+
+def plan_of(model: nn.Module, settings: MethodSettings, size: Sequence[int] = (3, 12, 12)) -> Plan:
+    layout = settings.lay_out(trace(model, size))
+    return Plan(layout.network, layout.groups, layout.notes)
+
+
+def converted(model: nn.Module, settings: MethodSettings, **how: Any) -> nn.Module:
+    """A converted copy."""
+    torch.manual_seed(1)
+    return convert_(copy.deepcopy(model), plan_of(model, settings), **how)
+
+
+def images(count: int = 4, double: bool = True) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(count, 3, 12, 12, generator=generator, dtype=torch.float64)
+    return x if double else x.float()

@@ -1,0 +1,164 @@
+"""CondConv: the published counts, its routers, and what it reduces to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kwlayers import PlanError, Rule, convert_
+from kwlayers.methods.condconv import CondConv2d, Router
+from tests.kwlayers.methods.reference import (
+    backbone,
+    built_counts,
+    converted,
+    images,
+    oracle,
+    plan_of,
+    published,
+    settings,
+    small,
+)
+
+_STATIC = (Rule(["blocks.*.conv_dw", "blocks.[1-6].*.conv_pw"], static=True),)
+_FINAL = (Rule(["conv_head", "classifier"], dynamic=True),)
+_MIXED = "combine_kernel=True"
+PUBLISHED = [
+    ("resnet18", f"resnet18_condconv_shared(num_experts=4, {_MIXED})", {"num_kernels": 4}),
+    (
+        "resnet18",
+        f"resnet18_condconv_independent(num_experts=8, {_MIXED})",
+        {"sharing": "layer"},
+    ),
+    ("resnet50", f"resnet50_condconv_shared(num_experts=8, {_MIXED})", {}),
+    (
+        "resnet50",
+        f"resnet50_condconv_independent(num_experts=8, {_MIXED})",
+        {"sharing": "layer"},
+    ),
+    (
+        "mobilenetv2_1.0",
+        f"mobilenetv2_condconv_pointwise(scale=1.0, num_experts=4, {_MIXED})",
+        {"num_kernels": 4, "rules": _STATIC},
+    ),
+    (
+        "mobilenetv2_0.5",
+        f"mobilenetv2_condconv_shared(scale=0.5, num_experts=8, {_MIXED})",
+        {},
+    ),
+]
+# From the specification's digest, which the published code was run for, too.
+DIGEST = [
+    ("resnet18", {}, 88_599_656, 1_901_968_896),
+    ("mobilenetv2_1.0", {}, 15_969_808, 315_018_368),
+]
+CASES = [(name, own, *oracle("CondConv", made)) for name, made, own in PUBLISHED] + DIGEST
+
+
+@pytest.mark.parametrize(("name", "own", "params", "macs"), CASES)
+def test_counts_are_those_of_the_published_code(
+    name: str, own: dict[str, object], params: int, macs: int
+) -> None:
+    plan = published(name, settings("condconv", **own))
+    cost = plan.cost()
+    assert (cost.params.total, cost.macs.total) == (params, macs)
+    assert built_counts(name, plan) == (params, macs)
+
+
+@pytest.mark.parametrize(("width", "scale"), [(1.0, "1.0"), (0.5, "0.5")])
+def test_the_last_layers_may_be_dynamic_too(width: float, scale: str) -> None:
+    params, macs = oracle(
+        "CondConv",
+        f"mobilenetv2_condconv_shared(scale={scale}, num_experts=8, {_MIXED}, "
+        "final_condconv=True, fc_condconv=True)",
+    )
+    plan = published(f"mobilenetv2_{width}", settings("condconv", rules=_FINAL))
+    cost = plan.cost()
+    # The published classifier has no bias; ours mixes those of 8 kernels.
+    assert cost.params.total == params + 8 * 1000
+    assert cost.macs.total == macs
+
+
+def test_convolving_with_every_expert_costs_so_many_times_more() -> None:
+    """The published code's other way, which mixes features: the same result, E times the MACs."""
+    plan = published("resnet18", settings("condconv", sharing="layer"))
+    _, macs = oracle(
+        "CondConv", "resnet18_condconv_independent(num_experts=8, combine_kernel=False)"
+    )
+    layers = [plan.network[name] for group in plan.groups for name in group.layers]
+    apart = 7 * sum(site.macs for site in layers)
+    cost = plan.cost().macs
+    assert cost.total - cost.mixing + apart == macs
+
+
+def test_it_is_the_definition_sample_by_sample() -> None:
+    torch.manual_seed(0)
+    layer = CondConv2d(8, 6, 3, 2, groups=2, num_kernels=3, dtype=torch.float64)
+    nn.init.normal_(layer.biases)
+    x = torch.randn(3, 8, 7, 7, dtype=torch.float64)
+    routing = torch.sigmoid(x.mean((2, 3)) @ layer.router.fc.weight.T + layer.router.fc.bias)
+    for b in range(3):
+        weight = (routing[b].view(3, 1, 1, 1, 1) * layer.kernels).sum(0)
+        bias = (routing[b].view(3, 1) * layer.biases).sum(0)
+        expected = F.conv2d(x[b : b + 1], weight, bias, 2, groups=2)
+        torch.testing.assert_close(layer(x)[b : b + 1], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_router_of_a_block_sees_the_block_s_input() -> None:
+    model = converted(small(), settings("condconv")).eval()
+    block = model.blocks[1]
+    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    router = model.kw_warehouses["blocks_1"]
+    expected = torch.sigmoid(x.mean((2, 3)) @ router.fc.weight.T + router.fc.bias)
+    # All layers of the block mix by it.
+    seen: dict[str, torch.Tensor] = {}
+    block.conv3.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
+    block(x)
+    weight = (expected[0].view(8, 1, 1, 1, 1) * block.conv3.kernels).sum(0)
+    bias = expected[0] @ block.conv3.biases
+    torch.testing.assert_close(seen["out"][:1], F.conv2d(seen["x"][:1], weight, bias, groups=4))
+    block(x=x)  # by keyword, too
+    assert router.routing is None
+    with pytest.raises(RuntimeError, match="call the block"):
+        block.conv3(seen["x"])
+
+
+def test_a_part_of_a_block_still_has_the_block_s_router() -> None:
+    rules = Rule(["*.conv1", "*.conv2"], static=True)
+    plan = plan_of(small(), settings("condconv", rules=rules))
+    group = plan.groups[1]
+    assert (group.name, group.layers) == ("blocks_1_conv3", ("blocks.1.conv3",))
+    assert (group.block, group.router_channels) == ("blocks.1", 16)
+
+
+def test_experts_are_dropped_in_training_only() -> None:
+    torch.manual_seed(0)
+    router = Router(4, 1000, dropout=0.3)
+    x = torch.ones(1, 4)
+    assert (router.eval()(x) > 0).all()
+    dropped = router.train()(x)
+    assert 0.2 < (dropped == 0).double().mean() < 0.4
+    kept = dropped > 0
+    torch.testing.assert_close(dropped[kept], (router.eval()(x) / 0.7)[kept])
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(PlanError, match="sharing 'stage': allowed is 'block' or 'layer'"):
+        settings("condconv", sharing="stage")
+    with pytest.raises(PlanError, match="num_kernels 0"):
+        settings("condconv", num_kernels=0)
+    with pytest.raises(PlanError, match=r"dropout 1\.5"):
+        settings("condconv", dropout=1.5)
+    with pytest.raises(PlanError, match="one ratio for all"):
+        plan_of(small(), settings("condconv", rules=Rule(["*.conv1"], ratio=2)))
+
+
+def test_two_models_do_not_share_their_routing() -> None:
+    first = converted(small(), settings("condconv")).eval()
+    x, y = images(2), images(4)[2:]
+    expected = first(x)
+    other = convert_(small(), plan_of(small(), settings("condconv"))).eval()
+    other(y)
+    assert torch.equal(first(x), expected)
+    assert backbone("resnet10") is not None
