@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from kwlayers import methods
 from kwlayers.ops import check_settings
-from kwlayers.plan import Plan, PlanError, Site, counted, shown
+from kwlayers.plan import Plan, PlanError, Site, counted, shown, template_of
 from kwlayers.schedule import WAREHOUSES
 from kwlayers.sites import CONVERTIBLE, candidates, refuse_wrapped
 from kwlayers.warm_start import WarmStart, check
@@ -83,11 +84,14 @@ def convert_(
     if hasattr(model, WAREHOUSES):
         raise PlanError(f"the model has an attribute {WAREHOUSES!r} already")
     modules = dict(model.named_modules())
+    added = _added_blocks(modules, plan, bool(warm_start))
+    for name, block in added.items():
+        modules |= dict(block.named_modules(prefix=name))
     fixed = {name: reason for name, _, reason in candidates(model) if reason}
     layers = {}
     for group in plan.groups:
         for name in group.layers:
-            layers[name] = _fitting(modules.get(name), plan.network[name])
+            layers[name] = _fitting(modules.get(name), plan.extended[name])
             if name in fixed:
                 raise PlanError(f"{shown(name)} cannot be converted: {fixed[name]}")
         if hasattr(Warehouses, group.name) or group.name in vars(Warehouses({})):
@@ -117,6 +121,9 @@ def convert_(
         for name, (before, after) in made.hooks.items():
             modules[name].register_forward_pre_hook(before, with_kwargs=True)
             modules[name].register_forward_hook(after)
+    for name, block in added.items():
+        container: Any = modules[name.rpartition(".")[0]]
+        container.append(block)
     if warm_start:
         warehouses.warm_start = WarmStart(errors, 1.0 if warm_start == "cells" else 0.0)
     replace_(model, swaps)
@@ -124,6 +131,32 @@ def convert_(
     expected, built = plan.cost().params.total, sum(p.numel() for p in model.parameters())
     assert built == expected, f"built {built} parameters, planned {expected}"
     return model
+
+
+def _added_blocks(
+    modules: Mapping[str, nn.Module], plan: Plan, keep_weights: bool
+) -> dict[str, nn.Module]:
+    """The blocks that groups add, by name: each like the one before, with weights of its own."""
+    found: dict[str, nn.Module] = {}
+    for name in [name for group in plan.groups for name in group.added]:
+        parent, _, index = name.rpartition(".")
+        container = modules.get(parent)
+        before = found.get(template_of(name), modules.get(template_of(name)))
+        if before is None or not isinstance(container, (nn.Sequential, nn.ModuleList)):
+            raise PlanError(f"block {name!r} cannot be added: {shown(parent)} is no list of blocks")
+        length = len(container) + sum(one.rpartition(".")[0] == parent for one in found)
+        if int(index) != length:
+            raise PlanError(
+                f"block {name!r} cannot be added: {shown(parent)} has {length} modules, and what "
+                "follows its last block would come before"
+            )
+        found[name] = copy.deepcopy(before)
+        for module in found[name].modules():
+            reset = getattr(module, "reset_parameters", None)
+            on_meta = any(parameter.is_meta for parameter in module.parameters())
+            if reset is not None and not keep_weights and not on_meta:
+                reset()
+    return found
 
 
 def replace_(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:

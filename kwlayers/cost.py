@@ -58,10 +58,14 @@ class MacParts:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs under a plan."""
+    """What a network costs under a plan.
+
+    deployed: parameters in all, without what is only there for training; what budgets are about.
+    """
 
     params: ParamParts
     macs: MacParts
+    deployed: int
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,8 @@ class LayerCost:
 
 def layer_costs(plan: Plan) -> tuple[LayerCost, ...]:
     """One entry per convolution and linear layer, in module order."""
-    found = {
-        cost.name: cost for group in plan.groups for cost in group.costs(plan.network.of(group))
-    }
-    return tuple(found.get(site.name) or static_cost(site) for site in plan.network.sites)
+    found = {cost.name: cost for group in plan.groups for cost in group.costs(plan.of(group))}
+    return tuple(found.get(site.name) or static_cost(site) for site in plan.extended.sites)
 
 
 def static_cost(site: Site) -> LayerCost:
@@ -101,7 +103,8 @@ def static_cost(site: Site) -> LayerCost:
 def total_cost(plan: Plan) -> Cost:
     """The sum over layers and groups, and what the plan leaves alone."""
     layers = [layer for layer in layer_costs(plan) if layer.group is not None]
-    sites = [plan.network[layer.name] for layer in layers]
+    network = plan.extended
+    sites = [network[layer.name] for layer in layers]
     own = sum(layer.kernel_params for layer in layers)
     kernels = own + sum(group.shared_params() for group in plan.groups)
     attention = sum(layer.attention_params for layer in layers)
@@ -110,13 +113,15 @@ def total_cost(plan: Plan) -> Cost:
     mixing = sum(layer.mixing_macs for layer in layers)
     attention_macs = sum(layer.attention_macs for layer in layers)
     modulation = sum(layer.modulation_macs for layer in layers)
-    macs = plan.network.macs - sum(site.macs for site in sites)
+    macs = network.macs - sum(site.macs for site in sites)
+    spared = sum(g.params(plan.of(g)) - g.deployed_params(plan.of(g)) for g in plan.groups)
+    total = network.params + sum(added_params(plan).values())
     return Cost(
         ParamParts(
-            total=plan.network.params + sum(added_params(plan).values()),
+            total=total,
             kernels=kernels,
             attention=attention,
-            unchanged=plan.network.params - replaced,
+            unchanged=network.params - replaced,
         ),
         MacParts(
             total=macs + conv + mixing + attention_macs + modulation,
@@ -126,6 +131,7 @@ def total_cost(plan: Plan) -> Cost:
             unchanged=macs,
             modulation=modulation,
         ),
+        total - spared,
     )
 
 
@@ -133,5 +139,5 @@ def added_params(plan: Plan) -> dict[str, int]:
     """Parameters that each group adds to (or takes from) the static network, by name."""
     return {
         group.name: group.params(sites) - group.replaced(sites)
-        for group, sites in ((group, plan.network.of(group)) for group in plan.groups)
+        for group, sites in ((group, plan.of(group)) for group in plan.groups)
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
-from kwlayers.plan import Group, Network, Plan, PlanError
+from kwlayers.plan import Group, Network, Plan, PlanError, Site
 from kwlayers.rules import MAX_RATIO, Rule
 from kwlayers.solver import Solution, Variable, solve
 
@@ -66,7 +67,10 @@ SettingsT = TypeVar("SettingsT", bound=MethodSettings)
 
 @dataclass(frozen=True)
 class Layout:
-    """Groups with their layers and settings. Where a size is not decided, it is the smallest."""
+    """Groups with their layers and settings. Where a size is not decided, it is the smallest.
+
+    network: as traced; groups may add blocks to it.
+    """
 
     network: Network
     groups: tuple[Group, ...]
@@ -76,8 +80,16 @@ class Layout:
     @property
     def static_params(self) -> int:
         """Parameters outside the groups."""
-        replaced = (group.replaced(self.network.of(group)) for group in self.groups)
-        return self.network.params - sum(replaced)
+        replaced = (group.replaced(self._extended.of(group)) for group in self.groups)
+        return self._extended.params - sum(replaced)
+
+    @functools.cached_property
+    def _extended(self) -> Network:
+        return self.network.extended([name for group in self.groups for name in group.added])
+
+    def of(self, group: Group) -> tuple[Site, ...]:
+        """The sites of a group's layers."""
+        return self._extended.of(group)
 
     def variables(self, relative: Sequence[float] | None = None) -> list[Variable]:
         """What the solver sizes. relative: ratios over the common one (default equal)."""
@@ -96,7 +108,7 @@ class Layout:
         return solve(self.variables(relative), params - self.static_params)
 
     def _variable(self, group: Group, relative: float) -> Variable:
-        sites = self.network.of(group)
+        sites = self._extended.of(group)
         one, two = (
             sum(cost.mixing_macs for cost in group.resized(size).costs(sites)) for size in (1, 2)
         )
@@ -105,6 +117,13 @@ class Layout:
     def plan(self, solution: Solution) -> Plan:
         """The plan of a solution."""
         return self.sized(solution.sizes)
+
+    def enough(self, params: int) -> Plan | None:
+        """The plan as laid out, where it has at most `params` parameters and more would be idle."""
+        if any(group.grows for group in self.groups):
+            return None
+        plan = self.as_laid_out()
+        return plan if plan.cost().deployed <= params else None
 
     def as_laid_out(self) -> Plan:
         """The plan with the sizes that groups have."""

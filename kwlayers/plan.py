@@ -101,12 +101,26 @@ class Other:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A repeated block: residual, inverted, of a transformer.
+
+    params, macs: of all in it, on one image. even: whether its output has its input's shape, so
+    that another like it may follow.
+    """
+
+    name: str
+    params: int
+    macs: int
+    even: bool
+
+
+@dataclass(frozen=True)
 class Network:
     """What tracing finds: sites in module order, and totals of the static model.
 
     params: all parameters, a shared tensor once. macs: multiply-adds of one forward on one
     image of `input_size` = (C, ...), in convolutions and matrix products. others: what has
-    weights and stays static whatever the plan.
+    weights and stays static whatever the plan. blocks: those that hold sites.
     """
 
     sites: tuple[Site, ...]
@@ -115,6 +129,39 @@ class Network:
     input_size: tuple[int, ...]
     batch_norm: bool = True
     others: tuple[Other, ...] = ()
+    blocks: tuple[Block, ...] = ()
+
+    def extended(self, added: Sequence[str]) -> Network:
+        """With blocks that follow the last of a run, each like the one before: `layer3.2` after
+        `layer3.1`. Raises PlanError where none can.
+        """
+        return functools.reduce(Network._with_block, added, self)
+
+    def _with_block(self, name: str) -> Network:
+        before = template_of(name)
+        block = next((block for block in self.blocks if block.name == before), None)
+        if any(other.name == name for other in self.blocks):
+            raise PlanError(f"block {name!r} cannot be added: it is there already")
+        if block is None:
+            raise PlanError(f"block {name!r} cannot be added: there is no {before!r} to follow")
+        if not block.even:
+            raise PlanError(f"block {name!r} cannot be added: {before} changes its input's shape")
+        own = [site for site in self.sites if site.name.startswith(f"{before}.")]
+        late = max(site.order for site in own)
+        sites = []
+        for site in self.sites:
+            moved = len(own) if site.order > late else 0
+            sites.append(dataclasses.replace(site, order=site.order + moved))
+            if site is own[-1]:
+                sites += [_followed(one, before, name, len(own)) for one in own]
+        blocks = [*self.blocks, dataclasses.replace(block, name=name)]
+        return dataclasses.replace(
+            self,
+            sites=tuple(sites),
+            blocks=tuple(blocks),
+            params=self.params + block.params,
+            macs=self.macs + block.macs,
+        )
 
     @functools.cached_property
     def _by_name(self) -> dict[str, Site]:
@@ -144,6 +191,8 @@ class Group(ABC):
 
     method: ClassVar[str]
     size_name: ClassVar[str]
+    # Whether more than the published size is worth having, where the budget allows it.
+    grows: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -173,9 +222,18 @@ class Group(ABC):
         """Parameters of kernels that are no layer's alone."""
         return 0
 
+    def deployed_params(self, sites: Sequence[Site]) -> int:
+        """`params`, less what is only there for training: what a budget is about."""
+        return self.params(sites)
+
     def params_by_size(self, sites: Sequence[Site]) -> Callable[[int], int]:
-        """`params` of the group at any size."""
-        return lambda size: self.resized(size).params(sites)
+        """`deployed_params` of the group at any size."""
+        return lambda size: self.resized(size).deployed_params(sites)
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Blocks that the group adds to the network (`Network.extended`)."""
+        return ()
 
     @staticmethod
     @abstractmethod
@@ -223,9 +281,14 @@ class Plan:
         """The groups whose method is KernelWarehouse, in the order of their first layers."""
         return tuple(group for group in self.groups if group.method == "kernel_warehouse")
 
+    @functools.cached_property
+    def extended(self) -> Network:
+        """The network with the blocks that groups add."""
+        return self.network.extended([name for group in self.groups for name in group.added])
+
     def of(self, group: Group) -> tuple[Site, ...]:
         """The sites of a group's layers."""
-        return self.network.of(group)
+        return self.extended.of(group)
 
     def cost(self) -> Cost:
         """Exact parameters and MACs (of one image), by part."""
@@ -254,7 +317,7 @@ class Plan:
                 _from_plain(part, one, f"network.{name}")
                 for one in _listed(getattr(network, name), f"network.{name}")
             )
-            for name, part in (("sites", Site), ("others", Other))
+            for name, part in (("sites", Site), ("others", Other), ("blocks", Block))
         }
         return cls.from_groups(dataclasses.replace(network, **parts), data.get("groups", ()))
 
@@ -265,10 +328,11 @@ class Plan:
         `layers` may be glob patterns over module names (`layer1.*.conv2`).
         """
         built = []
-        for data in _listed(groups, "groups"):
-            group = _group(data)
+        found = [group_from(data) for data in _listed(groups, "groups")]
+        extended = network.extended([name for group in found for name in group.added])
+        for group in found:
             patterns = _listed(group.layers, f"group {group.name!r}: layers")
-            layers = match_layers(network, patterns, f"group {group.name!r}")
+            layers = match_layers(extended, patterns, f"group {group.name!r}")
             built.append(dataclasses.replace(group, layers=layers))
         return cls(network, tuple(built))
 
@@ -290,6 +354,31 @@ def match_layers(network: Network, patterns: Sequence[str], where: str) -> tuple
 def shown(name: str) -> str:
     """A module's name in a message; the root has none."""
     return name or "the model itself"
+
+
+def template_of(name: str) -> str:
+    """The block that an added one follows and is like: `layer3.1` for `layer3.2`."""
+    parent, _, index = name.rpartition(".")
+    if not (parent and index.isdigit() and int(index) > 0):
+        raise PlanError(
+            f"block {name!r} cannot be added: expected a name that ends in a number, e.g. layer3.2"
+        )
+    return f"{parent}.{int(index) - 1}"
+
+
+def _followed(site: Site, before: str, name: str, later: int) -> Site:
+    """The site of an added block that is like one of the block before."""
+
+    def renamed(old: str) -> str:
+        return f"{name}{old[len(before) :]}" if old.startswith(f"{before}.") else old
+
+    return dataclasses.replace(
+        site,
+        name=renamed(site.name),
+        block=name if site.block == before else renamed(site.block),
+        beside=renamed(site.beside),
+        order=site.order + later,
+    )
 
 
 def plain_name(name: str) -> str:
@@ -320,7 +409,7 @@ def unknown_layer(pattern: str, network: Network) -> str:
 
 
 def _check(plan: Plan) -> None:
-    order = {site.name: index for index, site in enumerate(plan.network.sites)}
+    order = {site.name: index for index, site in enumerate(plan.extended.sites)}
     owner: dict[str, str] = {}
     for group in plan.groups:
         where = f"group {group.name!r}"
@@ -334,7 +423,7 @@ def _check(plan: Plan) -> None:
             raise PlanError(f"{where}: {said}; an integer >= 1 is needed")
         if not group.layers:
             raise PlanError(f"{where}: it has no layers")
-        sites = plan.network.of(group)
+        sites = plan.of(group)
         if [order[s.name] for s in sites] != sorted({order[s.name] for s in sites}):
             raise PlanError(f"{where}: layers must be listed once each, in module order")
         for site in sites:
@@ -350,8 +439,8 @@ def _check(plan: Plan) -> None:
             raise PlanError(f"{where}: {error}") from None
 
 
-def _group(data: Any) -> Group:
-    """A group of the method that its data names."""
+def group_from(data: Any) -> Group:
+    """The group of plain data, of the method that it names. Raises PlanError for what is none."""
     from kwlayers.methods import find
 
     if isinstance(data, Group):

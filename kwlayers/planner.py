@@ -103,6 +103,8 @@ def plan_network(
     if not isinstance(params, int) or isinstance(params, bool):
         raise PlanError(f"params {short(params)}: a whole number such as 12_000_000")
     layout = lay_out(network, settings)
+    if (enough := layout.enough(params)) is not None:
+        return enough
     candidates = layout.solutions(params)
     if not candidates:
         raise out_of_reach(layout, params)
@@ -116,7 +118,7 @@ def plan_ratio(network: Network, settings: MethodSettings, ratio: float) -> Plan
     groups, asked, units = [], 0.0, 0
     for group, own in zip(layout.groups, layout.own_ratios, strict=True):
         b = own if own is not None else ratio
-        unit = group.unit(network.of(group))
+        unit = group.unit(layout.of(group))
         groups.append(group.at_ratio(b, unit))
         asked, units = asked + b * unit, units + unit
     sizes = sum(group.size for group in groups)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kwlayers.blocks import blocks_of
 from kwlayers.counter import MacCounter
-from kwlayers.plan import Network, Other, PlanError, Site, short, shown
+from kwlayers.plan import Block, Network, Other, PlanError, Site, short, shown
 
 # Exact types only: a subclass may compute something else.
 CONVERTIBLE: dict[type[nn.Module], str] = {
@@ -55,8 +55,11 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
     twin = _meta_copy(model).eval()
     params = sum(parameter.numel() for parameter in model.parameters())
     counter = MacCounter()
+    found = candidates(model)
+    blocks = blocks_of(model, [name for name, _, _ in found])
+    watched = _Blocks(twin, {name for name in blocks.values() if name}, counter)
     try:
-        with counter:
+        with counter, watched:
             calls = _Calls.of(twin, 1, size)
     except Exception as error:
         raise PlanError(
@@ -64,8 +67,6 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
             f"data, on meta): {_explained(error)}{error}"
         ) from error
     constant = _constant(twin, size, calls)
-    found = candidates(model)
-    blocks = blocks_of(model, [name for name, _, _ in found])
     sites = tuple(
         replace(_site(name, module, calls, reason), block=blocks[name], constant=name in constant)
         for name, module, reason in found
@@ -74,7 +75,7 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
     assert counter.macs >= macs_of_sites, (counter.macs, macs_of_sites)
     has_batch_norm = any(isinstance(module, _BATCH_NORMS) for module in model.modules())
     others = tuple(_others(model, {name for name, _, _ in found}))
-    return Network(sites, params, counter.macs, size, has_batch_norm, others)
+    return Network(sites, params, counter.macs, size, has_batch_norm, others, watched.found())
 
 
 def _explained(error: Exception) -> str:
@@ -230,6 +231,51 @@ def _site(name: str, module: nn.Module, calls: _Calls, reason: str) -> Site:
         groups=module.groups,
         **work,
     )
+
+
+class _Blocks:
+    """Blocks of a model on `meta`, watched while it runs: their MACs, and shapes in and out."""
+
+    def __init__(self, twin: nn.Module, names: set[str], counter: MacCounter) -> None:
+        self.modules = {name: module for name, module in twin.named_modules() if name in names}
+        self.counter = counter
+        self.macs: Counter[str] = Counter()
+        self.even: dict[str, bool] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for name, module in self.modules.items():
+            begun: list[int] = []
+
+            def before(module: nn.Module, args: Any, begun: list[int] = begun) -> None:
+                begun.append(self.counter.macs)
+
+            def after(
+                module: nn.Module, args: Any, out: Any, name: str = name, begun: list[int] = begun
+            ) -> None:
+                self.macs[name] += self.counter.macs - begun.pop()
+                shapes = [x.shape for x in (*args[:1], out) if isinstance(x, Tensor)]
+                same = len(shapes) == 2 and shapes[0] == shapes[1]
+                self.even[name] = self.even.get(name, True) and same
+
+            self._handles += [
+                module.register_forward_pre_hook(before), module.register_forward_hook(after)
+            ]  # fmt: skip
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def found(self) -> tuple[Block, ...]:
+        return tuple(
+            Block(
+                name,
+                sum(parameter.numel() for parameter in module.parameters()),
+                self.macs[name],
+                self.even.get(name, False),
+            )
+            for name, module in self.modules.items()
+        )
 
 
 class _Calls:

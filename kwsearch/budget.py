@@ -98,6 +98,8 @@ def meet(
         return Outcome(plan_network(network, chosen), target, chosen)
     layout = lay_out(network, chosen)
     allowed = target.params_of(network)
+    if (enough := layout.enough(allowed)) is not None:
+        return Outcome(enough, target, chosen)
     solutions = layout.solutions(allowed)
     if not solutions:
         error = out_of_reach(layout, allowed)
@@ -143,12 +145,14 @@ def nearest(network: Network, settings: MethodSettings, allowed: int) -> list[st
 
 
 def _total(plan: Plan) -> int:
-    return plan.cost().params.total
+    return plan.cost().deployed
 
 
 def _flag(change: tuple[str, Any]) -> str:
     """The option that asks for a setting."""
     name, value = change
+    if name not in ("cell_ratio", "sharing", "reduction"):
+        return f"--set {name}={value}"
     shown = value if isinstance(value, str) else ",".join(f"{v:g}" for v in _several(value))
     return f"--{name.replace('_', '-')} {shown}"
 

@@ -43,10 +43,10 @@ class Layer:
 def layers_of(plan: Plan, settings: MethodSettings | None = None) -> tuple[Layer, ...]:
     """All layers in module order. settings: those that the plan was made with."""
     groups = {group.name: group for group in plan.groups}
-    placed, stages = place(plan.network.sites), stages_of(plan)
-    reasons = (settings or Settings()).why_static(plan.network)
+    placed, stages = place(plan.extended.sites), stages_of(plan)
+    reasons = (settings or Settings()).why_static(plan.extended)
     found = []
-    for site, cost in zip(plan.network.sites, plan.cost_by_layer(), strict=True):
+    for site, cost in zip(plan.extended.sites, plan.cost_by_layer(), strict=True):
         label = placed.labels[site.name]
         group = groups.get(cost.group or "")
         why = "" if group else reasons[site.name] or "no warehouse takes it"

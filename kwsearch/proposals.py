@@ -169,7 +169,7 @@ class Proposer:
         facts = {
             FINGERPRINT: name,
             "groups": plan.groups_to_list(),
-            "params": cost.params.total,
+            "params": cost.deployed,
             "macs": cost.macs.total,
         }
         if space.latency is not None:

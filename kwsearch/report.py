@@ -103,7 +103,7 @@ def stages_of(plan: Plan) -> dict[str, int | None]:
     dynamic = {name for group in plan.groups for name in group.layers}
     return {
         name: None if label.static or label.alone or name not in dynamic else label.stage
-        for name, label in place(plan.network.sites).labels.items()
+        for name, label in place(plan.extended.sites).labels.items()
     }
 
 
@@ -178,10 +178,10 @@ def layer_tables(plan: Plan, scale: int = 1, ms: Mapping[str, float] | None = No
         spare=("kernel", "m", "n"),
     )
     macs, work = _macs_table(plan, scale, ms)
-    times = _added_up(ms, {site.name: [site.name] for site in plan.network.sites}, "others")
+    times = _added_up(ms, {site.name: [site.name] for site in plan.extended.sites}, "others")
     groups = {group.name: group for group in plan.groups}
     rows = []
-    for site, layer in zip(plan.network.sites, plan.cost_by_layer(), strict=True):
+    for site, layer in zip(plan.extended.sites, plan.cost_by_layer(), strict=True):
         row = layer_row(layer)
         rows.append(row)
         shape = "x".join(map(str, site.kernel))
@@ -252,8 +252,9 @@ def summary_lines(plan: Plan, scale: int = 1) -> list[str]:
 
 def trade_table(candidates: Sequence[Candidate]) -> Table:
     """What the solver compared: parameters against mixing MACs."""
+    sizes = "cells n" if candidates[0].plan.warehouses else "sizes"
     table = new_table(
-        ("candidate",), ("parameters", "MACs", "mixing MACs", "spread of b"), ("cells n",)
+        ("candidate",), ("parameters", "MACs", "mixing MACs", "spread of b"), (sizes,)
     )
     for candidate in candidates:
         cost = candidate.plan.cost()

@@ -154,7 +154,7 @@ def outcome_of(recipe: Recipe, network: Network) -> Outcome:
             raise PlanError("plan: it has no groups; delete the section to plan by the budget")
         plan = Plan.from_groups(network, [group.model_dump() for group in recipe.plan.groups])
         if target and target.ratio is None:
-            total, allowed = plan.cost().params.total, target.params_of(network)
+            total, allowed = plan.cost().deployed, target.params_of(network)
             if total > allowed:
                 raise PlanError(
                     f"plan: {total:,} parameters, over the budget of {allowed:,}: raise the "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kwlayers.plan import Network, Plan, counted
 from kwsearch import verdict
 from kwsearch.finals import Finals
-from kwsearch.recipe import Recipe, RecipePlan, write_recipe
+from kwsearch.recipe import Recipe, RecipePlan, section_of, write_recipe
 from kwsearch.resolve import KINDS, target_of
 from kwsearch.run_directory import SearchError
 from kwsearch.rungs import Rung
@@ -77,8 +77,16 @@ def recipe_of_trial(recipe: Recipe, trial: FrozenTrial) -> Recipe:
     """The recipe with a trial's plan. Raises SearchError for a trial that has none."""
     if "groups" not in trial.user_attrs:
         raise SearchError(f"trial {trial.number} has no plan: {baseline(trial) or 'not begun'}")
-    plan = RecipePlan.model_validate({"groups": trial.user_attrs["groups"]})
-    return recipe.model_copy(update={"plan": plan})
+    return recipe.model_copy(update=_with_plan(recipe, trial.user_attrs["groups"]))
+
+
+def _with_plan(recipe: Recipe, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sections that say a plan; its method, too, if that is not the recipe's."""
+    name = groups[0]["method"]
+    said: dict[str, Any] = {"plan": RecipePlan.model_validate({"groups": groups})}
+    if name != recipe.method.name:
+        said["method"] = section_of(name)
+    return said
 
 
 def write_best(
@@ -111,7 +119,7 @@ def write_best(
         said += [f"    {part}" for part in provenance["verdict"].split("; ")]
     filled = recipe.model_copy(
         update={
-            "plan": RecipePlan.model_validate({"groups": plan.groups_to_list()}),
+            **_with_plan(recipe, plan.groups_to_list()),
             "provenance": {
                 **provenance,
                 "trial": best.number,

@@ -1,8 +1,9 @@
 """The search space: shapes of warehouses and a split of the budget, always on the budget.
 
-A sample is a shape (how the network is cut into warehouses) and for each warehouse its ratio
-relative to the common one. Projection solves for the common ratio, so that every sample is a
-plan that spends the budget, less at most the tolerance, and keeps the limits.
+A sample is a shape (the method, and how the network is cut into warehouses or what else its groups
+are) and for each warehouse its ratio relative to the common one. Projection solves for the common
+ratio, so that every sample is a plan that spends the budget, less at most the tolerance, and keeps
+the limits. (A method whose groups do not grow spends what it needs.)
 
 That is by construction: a shape counts only with an anchor, a split for which its plan does
 all this; a sample whose own plan does not is moved towards the anchor until it does.
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kwlayers.layout import Layout, MethodSettings
+from kwlayers.methods import find
 from kwlayers.plan import Group, Network, Plan, PlanError
 from kwlayers.planner import BudgetError, lay_out
 from kwlayers.sharing import Sharing, stage_of
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from kwsearch.latency.predict import Latency
     from kwsearch.recipe import Space as SpaceSection
 
+METHOD, OWN = "method", "kernel_warehouse"
 _STEPS = 8  # from a sample to its shape's anchor
 _TILTS = 8  # how many splits for the fewest MACs are tried for a shape
 _PASSES = 32  # exchanges of cells
@@ -41,7 +44,7 @@ _DRAWS = 1000  # random neighbours, over all shapes
 
 @dataclass(frozen=True)
 class Shape:
-    """How the network is cut into warehouses.
+    """How the network is cut into warehouses, or by another method made dynamic.
 
     keep_static: glob patterns of layers left out. stage_sharing: (stage, sharing rule) of
     each stage; empty if `settings.sharing` holds for all.
@@ -120,7 +123,7 @@ class Space:
             below = error
         if uniform is not None and target.ratio is not None:
             # A ratio is met by its uniform plan; others may spend as many parameters.
-            self.allowed = uniform.cost().params.total
+            self.allowed = uniform.cost().deployed
         else:
             self.allowed = target.params_of(network)
         self.least = math.ceil(self.allowed * (1 - section.tolerance))
@@ -135,23 +138,38 @@ class Space:
 
     def size(self) -> int:
         """Combinations of choices. The split over the warehouses, which is continuous, aside."""
-        return math.prod(map(len, self.choices.values())) * len(self.temperatures)
+        rest = [name for name in self.choices if name != METHOD]
+        shapes = sum(
+            math.prod(len(self._values(start, name)) for name in rest) for start in self._starts()
+        )
+        return shapes * len(self.temperatures)
 
     def warehouses(self) -> tuple[int, int]:
         """The fewest and the most warehouses of a shape: the dimensions of the split."""
-        cutting = {
-            name: values
-            for name, values in self.choices.items()
-            if name in ("spatial_partition", "keep_static")
-        }
         counts = []
-        rules = next((v for k, v in self.choices.items() if k.startswith("sharing")), ())
-        sharing = [name for name in self.choices if name.startswith("sharing")]
-        for values in itertools.product(*cutting.values(), rules):
-            changes = dict(zip(cutting, values, strict=False))
-            changes.update(dict.fromkeys(sharing, values[-1]))
-            counts.append(len(self._layout(_changed(self._start, changes)).groups))
+        for start in self._starts():
+            cutting = {
+                name: self._values(start, name)
+                for name in self.choices
+                if name in ("spatial_partition", "keep_static")
+            }
+            sharing = [name for name in self.choices if name.startswith("sharing")]
+            rules = self._values(start, sharing[0]) if sharing else (None,)
+            for values in itertools.product(*cutting.values(), rules):
+                changes = dict(zip(cutting, values, strict=False))
+                changes.update(dict.fromkeys(sharing, values[-1]))
+                counts.append(len(self._layout(_changed(start, changes)).groups))
         return min(counts), max(counts)
+
+    def _starts(self) -> list[Shape]:
+        """The start by each method."""
+        return [_changed(self._start, {METHOD: m}) for m in self.choices.get(METHOD, [])] or [
+            self._start
+        ]
+
+    def _values(self, shape: Shape, name: str) -> Sequence[Any]:
+        """What a dimension may be in a shape, whose method may not have it: then what it is."""
+        return self.choices[name] if _applies(shape, name) else (_value(shape, name),)
 
     def valid_share(self, samples: int, seed: int) -> float:
         """The share of random samples whose plans are on the budget and under the limits."""
@@ -164,7 +182,7 @@ class Space:
         start: dict[str, Any] = {
             name: _label(_value(self._start, name))
             for name, values in self.choices.items()
-            if len(values) > 1
+            if len(values) > 1 and _applies(self._start, name)
         }
         if len(self.temperatures) > 1:
             start["temperature_epochs"] = _label(None)
@@ -250,13 +268,14 @@ class Space:
     def _draw(
         self, choose: Callable[[str, Sequence[Any]], Any], ratio: Callable[[str], float]
     ) -> Sample:
-        chosen = {
-            name: choose(name, values) for name, values in self.choices.items() if len(values) > 1
-        }
+        shape = self._start
+        for name, values in self.choices.items():  # the method first
+            if len(values) > 1 and _applies(shape, name):
+                shape = _changed(shape, {name: choose(name, values)})
         temperature = None
         if len(self.temperatures) > 1:
             temperature = choose("temperature_epochs", self.temperatures)
-        shape = self._reachable(_changed(self._start, chosen))
+        shape = self._reachable(shape)
         relative = self._even(shape)
         if self.split > 1:
             relative = {name: ratio(self._ratio_name(shape, name)) for name in relative}
@@ -269,6 +288,8 @@ class Space:
         sharing = shape.settings.sharing if isinstance(shape.settings.sharing, str) else "groups"
         if shape.stage_sharing:
             sharing = "by_stage"
+        if shape.settings.method != OWN:
+            sharing = shape.settings.method
         return f"relative_ratio/{sharing}/{warehouse}"
 
     def _layout(self, shape: Shape) -> Layout:
@@ -285,6 +306,8 @@ class Space:
 
     def _plan(self, layout: Layout, relative: Sequence[float]) -> Plan:
         """The plan of a split, which may still miss the band or a limit."""
+        if (enough := layout.enough(self.allowed)) is not None:
+            return enough
         spend = self.allowed - layout.static_params
         warehouses = self._warehouses(layout)
         cells = _spread(warehouses, relative, spend)
@@ -303,7 +326,9 @@ class Space:
     def _is_valid(self, plan: Plan) -> bool:
         """In the band and under the limits, all of them exact."""
         cost = plan.cost()
-        if not self.least <= cost.params.total <= self.allowed:
+        # More would be idle where groups do not grow.
+        least = self.least if all(group.grows for group in plan.groups) else 0
+        if not least <= cost.deployed <= self.allowed:
             return False
         if self.max_macs is not None and cost.macs.total > self.max_macs:
             return False
@@ -340,7 +365,7 @@ class Space:
             if self._is_valid(plan):
                 return _Outlook(relative)
             cost = plan.cost()
-            missed = max(self.least - cost.params.total, 0)
+            missed = max(self.least - cost.deployed, 0)
             over = 0 if self.max_macs is None else max(cost.macs.total - self.max_macs, 0)
             misses.append((missed, over, self._ms(plan)))
         return _Outlook(None, min(misses))
@@ -442,7 +467,7 @@ class Space:
         others = {
             name: [value for value in values if value != _value(shape, name)]
             for name, values in self.choices.items()
-            if len(values) > 1
+            if len(values) > 1 and _applies(shape, name)
         }
         for count in range(len(others) + 1 if most is None else most + 1):
             for names in itertools.combinations(others, count):
@@ -576,42 +601,89 @@ def _exchange(
 
 def _choices(own: Shape, section: SpaceSection) -> dict[str, list[Any]]:
     """What each dimension may be: `own`'s value first, then the section's others."""
-    listed: dict[str, Sequence[Any]] = {"cell_ratio": section.cell_ratio}
+    listed: dict[str, Sequence[Any]] = {
+        METHOD: section.method,
+        "cell_ratio": section.cell_ratio,
+    }
     if own.stage_sharing:
         listed.update({f"sharing/stage{stage}": section.sharing for stage, _ in own.stage_sharing})
     else:
         listed["sharing"] = section.sharing
     for name in ("reduction", "basis_ratio", "spatial_partition", "keep_static"):
         listed[name] = getattr(section, name)
-    has = {*own.settings.names, "keep_static"}
+    for method in (own.settings.method, *section.method):
+        settings = own.settings if method == own.settings.method else find(method).settings()
+        for key, wanted in section.methods.get(method, {}).items():
+            _check_values(settings, method, key, wanted)
+            listed[f"{method}/{key}"] = wanted
+    if strangers := sorted(set(section.methods) - {own.settings.method, *section.method}):
+        raise PlanError(f"search.space.methods.{strangers[0]}: list it in search.space.method, too")
+    starts = [_changed(own, {METHOD: name}) for name in (own.settings.method, *section.method)]
     for name, values in list(listed.items()):
-        if name not in has and not name.startswith("sharing/"):
+        if not any(_applies(start, name) for start in starts):
             if values:
                 raise PlanError(f"search.space.{name}: {own.settings.method} has no {name}")
             del listed[name]
-    return {
-        name: [_value(own, name), *(value for value in values if value != _value(own, name))]
-        for name, values in listed.items()
-    }
+    found: dict[str, list[Any]] = {}
+    for name, values in listed.items():
+        first = _value(next(start for start in starts if _applies(start, name)), name)
+        found[name] = [first, *(value for value in values if value != first)]
+    return found
 
 
 def _value(shape: Shape, name: str) -> Any:
-    """What a shape has in a dimension."""
+    """What a shape has in a dimension; None where its method has none."""
+    if name == METHOD:
+        return shape.settings.method
     if name.startswith("sharing/stage"):
         return dict(shape.stage_sharing)[int(name.removeprefix("sharing/stage"))]
-    return shape.keep_static if name == "keep_static" else getattr(shape.settings, name)
+    if name == "keep_static":
+        return shape.keep_static
+    method, _, key = name.rpartition("/")
+    if method and method != shape.settings.method:
+        return None
+    return getattr(shape.settings, key, None)
+
+
+def _applies(shape: Shape, name: str) -> bool:
+    """Whether a dimension says anything about a shape, by its method."""
+    if name in (METHOD, "keep_static"):
+        return True
+    if name.startswith("sharing/stage"):
+        return bool(shape.stage_sharing)
+    method, _, key = name.rpartition("/")
+    return key in shape.settings.names and method in ("", shape.settings.method)
+
+
+def _check_values(settings: MethodSettings, method: str, key: str, values: Sequence[Any]) -> None:
+    """Raise PlanError for values that a setting cannot have."""
+    if key not in settings.names:
+        raise PlanError(
+            f"search.space.methods.{method}: there is no {key}; its settings are "
+            f"{', '.join(settings.names)}"
+        )
+    for value in values:
+        try:
+            settings.changed(**{key: value})
+        except PlanError as error:
+            raise PlanError(f"search.space.methods.{method}: {error}") from None
 
 
 def _changed(shape: Shape, values: Mapping[str, Any]) -> Shape:
-    """`shape` with other values in some dimensions."""
+    """`shape` with other values in some dimensions. By another method settings are its own, as
+    published, besides what the values say.
+    """
+    if (method := values.get(METHOD, shape.settings.method)) != shape.settings.method:
+        shape = Shape(find(method).settings(), shape.keep_static)
     by_stage = {
         int(name.removeprefix("sharing/stage")): rule
         for name, rule in values.items()
         if name.startswith("sharing/stage")
     }
-    fields = shape.settings.names
+    own = {name.removeprefix(f"{method}/"): value for name, value in values.items()}
+    fields = [name for name in shape.settings.names if name in own]
     return Shape(
-        shape.settings.changed(**{k: v for k, v in values.items() if k in fields}),
+        shape.settings.changed(**{name: own[name] for name in fields}),
         values.get("keep_static", shape.keep_static),
         tuple((stage, by_stage.get(stage, rule)) for stage, rule in shape.stage_sharing),
     )

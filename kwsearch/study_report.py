@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kwlayers.plan import counted, group_from
 from kwsearch import verdict
 from kwsearch.terminal import new_table
 from kwsearch.trials import (
@@ -32,19 +33,24 @@ def trials_table(trials: Sequence[FrozenTrial]) -> Table:
     """One line per trial, by budget, the best first."""
     sweep = len(by_budget(trials)) > 1
     timed = any(LATENCY in trial.user_attrs for trial in trials)
+    groups = {t.number: [group_from(g) for g in t.user_attrs.get("groups", ())] for t in trials}
+    methods = {group.method for own in groups.values() for group in own}
+    apart = len(methods) > 1
     table = new_table(
-        (*(["budget"] if sweep else []), "trial", "result"),
+        (*(["budget"] if sweep else []), "trial", "result", *(["method"] if apart else [])),
         ("held-out accuracy", "parameters", "MACs", *(["ms"] if timed else []), "seconds"),
-        ("n of warehouses",),
+        ("n of warehouses" if methods <= {"kernel_warehouse"} else "sizes",),
     )
     for trial in sorted(trials, key=_by_result):
         attrs = trial.user_attrs
-        cells = [str(group["num_cells"]) for group in attrs.get("groups", ())]
+        own = groups[trial.number]
+        cells = [str(group.size) for group in own]
         shown = " ".join(cells) if len(cells) <= 8 else f"{' '.join(cells[:6])} … {cells[-1]}"
         table.add_row(
             *([f"{budget_of(trial):.12g}" if budget_of(trial) else ""] if sweep else []),
             str(trial.number) if (name := baseline(trial)) is None else f"{trial.number} ({name})",
             result_of(trial),
+            *([own[0].method if own else ""] if apart else []),
             "" if (accuracy := accuracy_of(trial)) is None else f"{accuracy:.2%}",
             f"{attrs['params']:,}" if "params" in attrs else "",
             f"{attrs['macs']:,}" if "macs" in attrs else "",
@@ -247,12 +253,16 @@ def trial_lines(trial: FrozenTrial) -> list[str]:
         shown = f"{value:.4g}" if isinstance(value, float) else value
         lines.append(f"    {key} = {shown}")
     for group in attrs.get("groups", ()):
-        cell = "x".join(map(str, group["cell"]))
-        layers = len(group["layers"])
-        lines.append(
-            f"    {group['name']}: n = {group['num_cells']} cells of {cell}, {layers} layers"
-        )
+        lines.append(f"    {_group_line(group)}")
     return lines
+
+
+def _group_line(data: Mapping[str, Any]) -> str:
+    layers = counted(len(data["layers"]), "layer")
+    if data["method"] == "kernel_warehouse":
+        cell = "x".join(map(str, data["cell"]))
+        return f"{data['name']}: n = {data['num_cells']} cells of {cell}, {layers}"
+    return f"{data['name']}: {data['method']}, {group_from(data).describe()}, {layers}"
 
 
 def result_of(trial: FrozenTrial) -> str:

@@ -23,6 +23,8 @@ NAMES = (
     "condconv",
     "dyconv",
     "odconv",
+    "dcd",
+    "fdconv",
 )
 
 

@@ -34,6 +34,7 @@ from kwlayers.dynamic import DynamicConvNd
 from kwlayers.fields import allow
 from kwlayers.methods import Conversion, Converted, Method
 from kwlayers.mixed import KernelGroup, MixedLayer, convert_mixed
+from kwlayers.ops import workspace_bytes
 from kwlayers.ops.reference import CONV
 from kwlayers.ops.remade import conv_remade
 from kwlayers.placement import AloneSettings
@@ -233,17 +234,19 @@ class _ODLayer(MixedLayer):
                 return self.mixed(x, seen.kernel)
             conv = CONV[x.dim() - 2]
             return conv(self.padded(x), self.kernels[0], None, *self.geometry[1:])
-        parts = (seen.position, self.kernels, *([] if seen.kernel is None else [seen.kernel]))
-        return conv_remade(_kernels, self.padded(x), self.geometry, *parts)
+        each = [seen.position] if seen.kernel is None else [seen.position, seen.kernel]
+        nbytes = workspace_bytes(x, self.workspace_mb)
+        return conv_remade(_kernels, self.padded(x), self.geometry, each, [self.kernels], nbytes)
 
 
-def _kernels(position: Tensor, kernels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """position: (B, k)  kernels: (K, C_out, C_in / groups, *k)  weights: (B, K)."""
+def _kernels(position: Tensor, *others: Tensor) -> Tensor:
+    """position: (B, k), then weights (B, K) if K > 1, and kernels (K, C_out, C_in / groups, *k)."""
+    *given, kernels = others
     batch = position.shape[0]
     place = position.view(batch, 1, 1, *kernels.shape[3:]).to(kernels.dtype)
-    if weights is None:
+    if not given:
         return kernels * place
-    mixed = weights.to(kernels.dtype) @ kernels.flatten(1)
+    mixed = given[0].to(kernels.dtype) @ kernels.flatten(1)
     return mixed.view(batch, *kernels.shape[1:]) * place
 
 

@@ -21,7 +21,15 @@ from kwlayers.ops.published import kw_conv_published
 from kwlayers.ops.reference import kw_conv_ref
 from kwlayers.ops.workspace import MEBIBYTE
 
-__all__ = ["BACKENDS", "Choice", "ConvGeometry", "check_settings", "choose", "kw_conv"]
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "ConvGeometry",
+    "check_settings",
+    "choose",
+    "kw_conv",
+    "workspace_bytes",
+]
 
 # (x, attention, cells, geometry, workspace in bytes)
 Backend = Callable[[Tensor, Tensor, Tensor, ConvGeometry, int], Tensor]
@@ -72,8 +80,7 @@ def _run(
     backend: str | None,
     workspace_mb: float | None,
 ) -> Tensor:
-    mebibytes = WORKSPACE_MB.get(device_type(x), 16) if workspace_mb is None else workspace_mb
-    nbytes = int(mebibytes * MEBIBYTE)
+    nbytes = workspace_bytes(x, workspace_mb)
     if x.shape[0] == 0 or (backend is None and _needs_plain(x)):
         backend = "reference" if backend == "reference" else "published"
     compiled = torch.compiler.is_compiling() or (is_fake(x) and not stands())
@@ -86,6 +93,12 @@ def _run(
             return kw_conv_lean(x, attention, cells, geometry, paths, nbytes)
         backend = choice.forward
     return BACKENDS[backend](x, attention, cells, geometry, nbytes)
+
+
+def workspace_bytes(x: Tensor, workspace_mb: float | None) -> int:
+    """For kernels at a time: as asked, else as x's device has it by default."""
+    mebibytes = WORKSPACE_MB.get(device_type(x), 16) if workspace_mb is None else workspace_mb
+    return int(mebibytes * MEBIBYTE)
 
 
 def check_settings(backend: str | None, workspace_mb: float | None) -> None:

@@ -157,7 +157,7 @@ def _how(request: Request, outcome: Outcome) -> str:
     if outcome.target.ratio is not None:
         return f"KernelWarehouse at b = {outcome.ratio:.4g}"
     allowed = outcome.target.params_of(outcome.plan.network)
-    unused = allowed - outcome.plan.cost().params.total
+    unused = allowed - outcome.plan.cost().deployed
     reached = f"b = {outcome.ratio:.4g} overall"
     if outcome.settings.sized:
         reached = f"{method.title}, {outcome.ratio:.4g} of the usual size overall"
@@ -268,7 +268,7 @@ def _floor(request: Request, network: Network) -> str:
     from kwlayers.planner import lay_out
     from kwlayers.sharing import Settings
 
-    floor = lay_out(network, request.settings or Settings()).floor().cost().params.total
+    floor = lay_out(network, request.settings or Settings()).floor().cost().deployed
     return f"smallest reachable with these options: {floor:,} parameters (one cell per warehouse)"
 
 

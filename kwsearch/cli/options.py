@@ -143,8 +143,8 @@ def plan_options(command: Command) -> Command:
         ),
         click.option(
             "--sharing",
-            type=click.Choice(["stage", "position", "layer", "block"]),
-            help="Which layers share a warehouse (a router by condconv).  [default: stage]",
+            type=click.Choice(["stage", "position", "layer"]),
+            help="Which layers share a warehouse.  [default: stage]",
         ),
         click.option("--cell-ratio", type=Pair(), help="Cell over common channels.  [default: 1]"),
         click.option(

@@ -15,6 +15,7 @@ from kwsearch.recipe.schema import (
     Space,
     Training,
     json_schema,
+    section_of,
 )
 from kwsearch.recipe.writing import dump_recipe, write_recipe
 
@@ -34,5 +35,6 @@ __all__ = [
     "json_schema",
     "load_recipe",
     "parse_recipe",
+    "section_of",
     "write_recipe",
 ]

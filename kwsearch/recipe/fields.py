@@ -130,6 +130,13 @@ Sharing = Annotated[
     _Rule | _Mapping,
     Discriminator(lambda value: "<mapping>" if isinstance(value, dict) else "<rule>"),
 ]
+Scalar = Annotated[
+    Annotated[bool, Field(strict=True)]
+    | Annotated[int, Field(strict=True)]
+    | Annotated[float, Field(strict=True, allow_inf_nan=False)]
+    | Annotated[str, Field(strict=True)],
+    Field(union_mode="left_to_right"),
+]
 Json = Annotated[JsonValue, AfterValidator(_finite)]
 UNIQUE = Field(json_schema_extra={"uniqueItems": True})
 DISTINCT = AfterValidator(_distinct)

@@ -67,7 +67,7 @@ def _to_problem(error: ErrorDetails, root: Located) -> Problem | None:
     # What is wrong with a list or a mapping as a whole is due to the override of an entry.
     place = node.place if kind == "missing" else node.override or node.place
     if kind == "missing":
-        needed = f"{_description(path)}; allowed {_in_words(_schemas(path))}"
+        needed = f"{_description(path, root)}; allowed {_in_words(_schemas(path, root))}"
         return problem(place, path, f"missing ({needed})")
     if kind == "value_error":
         return problem(place, path, str(context["error"]))
@@ -75,15 +75,15 @@ def _to_problem(error: ErrorDetails, root: Located) -> Problem | None:
         place = parent.keys.get(path[-1], place)
         given = path[-1]
     if kind == "extra_forbidden":
-        names = list(_properties(_schemas(path[:-1])))
+        names = list(_properties(_schemas(path[:-1], root)))
         message = f"unknown key{_did_you_mean(given, names)} (allowed {', '.join(names)})"
         return problem(place, path, message)
     if kind == "too_short" and len(given) >= context["min_length"]:
         return None  # only short of the entries that have problems of their own
     reason = _REASONS.get(kind, error["msg"])
-    schemas = [{"pattern": NAME_PATTERN}] if about_key else _schemas(path)
+    schemas = [{"pattern": NAME_PATTERN}] if about_key else _schemas(path, root)
     if kind == "literal_error":
-        values = [value for option in schemas for value in option.get("enum", ())]
+        values = [v for option in schemas for v in (*option.get("enum", ()), option.get("const"))]
         reason += _did_you_mean(given, values)
     if kind == "string_type" and not isinstance(given, (list, dict)):
         reason += ", put it in quotes"
@@ -138,10 +138,15 @@ def _options(found: Schema) -> list[Schema]:
     return [found]
 
 
-def _schemas(path: Sequence[str]) -> list[Schema]:
-    """What the JSON Schema says about the value at `path`."""
+def _schemas(path: Sequence[str], root: Located | None = None) -> list[Schema]:
+    """What the JSON Schema says about the value at `path`; of a method's section, for the method
+    that is named there.
+    """
     options = _options(_root())
+    node = root
     for part in path:
+        if not any("const" in option.get("properties", {}).get(part, {}) for option in options):
+            options = _of_named(options, node)
         inner: list[Schema] = []
         for option in options:
             if part in option.get("properties", {}):
@@ -152,8 +157,38 @@ def _schemas(path: Sequence[str]) -> list[Schema]:
                 inner += _options(option["items"])
             for named in _of_any_name(option):
                 inner += _options(named)
-        options = inner
-    return options
+        options, node = inner, _child(node, part)
+    return _of_named(options, node)
+
+
+def _child(node: Located | None, part: str) -> Located | None:
+    value = None if node is None else node.value
+    if isinstance(value, dict):
+        return value.get(part)
+    index = int(part) if part.isdigit() else -1
+    return value[index] if isinstance(value, list) and 0 <= index < len(value) else None
+
+
+def _of_named(options: list[Schema], node: Located | None) -> list[Schema]:
+    """Those of the name that a mapping gives, where some are for one name only; without a known
+    name those that need none.
+    """
+    names = {
+        (key, found["const"]): "default" in found
+        for option in options
+        for key, found in option.get("properties", {}).items()
+        if "const" in found
+    }
+    if len(names) < 2:
+        return options
+    given = node.value if node is not None and isinstance(node.value, dict) else {}
+    chosen = {one for one in names if one[0] in given and given[one[0]].value == one[1]}
+    chosen = chosen or {one for one, by_default in names.items() if by_default}
+    return [
+        option
+        for option in options
+        if any(option.get("properties", {}).get(k, {}).get("const") == v for k, v in chosen)
+    ]
 
 
 def _of_any_name(option: Schema) -> list[Schema]:
@@ -165,8 +200,8 @@ def _properties(options: Sequence[Schema]) -> Schema:
     return {key: value for option in options for key, value in option.get("properties", {}).items()}
 
 
-def _description(path: Sequence[str]) -> str:
-    return str(_properties(_schemas(path[:-1]))[path[-1]]["description"])
+def _description(path: Sequence[str], root: Located) -> str:
+    return str(_properties(_schemas(path[:-1], root))[path[-1]]["description"])
 
 
 def _in_words(options: Sequence[Schema]) -> str:
@@ -192,7 +227,8 @@ def _option_in_words(option: Schema) -> str:
         least, most = option.get("minItems", 0), option.get("maxItems")
         size = "" if most is None else f"{least} " if least == most else f"{least} to {most} "
         size = size or ("1 or more " if least else "")
-        of = _in_words(_options(option["items"])).replace("a whole number", "whole numbers", 1)
+        items = _of_named(_options(option["items"]), None)
+        of = _in_words(items).replace("a whole number", "whole numbers", 1)
         return f"a list of {size}{of.replace('a number', 'numbers', 1)}"
     if kind == "object" and "properties" in option:
         return f"a mapping with keys {', '.join(option['properties'])}"

@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
+from kwlayers.methods import NAMES
 from kwsearch.recipe.fields import (
     DISTINCT,
     UNIQUE,
@@ -41,6 +42,7 @@ from kwsearch.recipe.fields import (
     Portion,
     Positive,
     Ratio,
+    Scalar,
     Sharing,
     SharingRule,
     Size,
@@ -158,6 +160,12 @@ def _other_method(name: str) -> type[BaseModel]:
 AnyMethod = Annotated[Any, OfMethod("name", Method, _other_method)]
 
 
+def section_of(method: str) -> BaseModel:
+    """The section of a method as published."""
+    kind = Method if method == Method().name else _other_method(method)
+    return kind.model_validate({"name": method})
+
+
 class Budget(_Section):
     """What the network may spend: exactly one of the three."""
 
@@ -253,6 +261,9 @@ class RecipePlan(_Section):
         return groups
 
 
+MethodName = Literal[NAMES]  # type: ignore[valid-type]
+
+
 class Limits(_Section):
     """What no plan of the search may exceed, besides the budget."""
 
@@ -320,6 +331,17 @@ class Space(_Section):
     )
     spatial_partition: Annotated[tuple[Bool, ...], UNIQUE, DISTINCT] = Field(
         default=(), description="ways to cut kernels to try: into 1x1 cells (true) or not"
+    )
+    method: Annotated[tuple[MethodName, ...], UNIQUE, DISTINCT] = Field(
+        default=(),
+        description="methods to try, by their published settings; the recipe's own by its own",
+    )
+    methods: dict[MethodName, dict[Name, Annotated[tuple[Scalar, ...], Field(min_length=1)]]] = (
+        Field(
+            default_factory=dict,
+            description="settings of single methods to try, as lists, e.g. "
+            "{odconv: {reduction: [0.0625, 0.125]}}",
+        )
     )
     keep_static: Annotated[tuple[tuple[Text, ...], ...], UNIQUE, DISTINCT] = Field(
         default=(),

@@ -95,7 +95,7 @@ ROWS = [
     ("layer4.1.*", "nothing.*", 2, "7:7: rule 2 (nothing.*): no convolution or linear layer is"),
     ("late: [layer4.*]", "late: [layer1.0.*]", 2, "4:13: layer1.0.conv1 matches group 'early'"),
     ("early: [layer1.*]", "early: [layer9.*]", 2, "4:13: group 'early': no convolution or"),
-    ("], static: true}\nb", "]}\nb", 2, "7:7: rule for layer4.1.*: either static, or a share"),
+    ("], static: true}\nb", "]}\nb", 2, "7:7: rule for layer4.1.*: either static, or dynamic"),
     ("18", "19", 2, "2:1: unknown model 'resnet19': did you mean resnet18"),
     ("ratio: 0.5", "ratio: 5000", 2, "8:1: ratio 5000.0: it must be a number above 0, at most"),
     ("ratio: 0.5", "params: 1000", 3, "8:1: params 1,000: below the floor of "),

@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from kwlayers.fields import allowed_of
+from kwlayers.methods import NAMES, find
 from kwsearch.recipe import (
     Budget,
     Method,
@@ -353,7 +355,8 @@ WRONG_VALUES = [
     ),
     (
         "plan: {}",
-        "r.yaml:4:7: plan.groups: missing (the warehouses; allowed a list of a mapping with keys "
+        "r.yaml:4:7: plan.groups: missing (the warehouses, "
+     "or what else becomes dynamic together; allowed a list of a mapping with keys "
         "method, name, cell, num_cells, ratio, reduction, basis_ratio, norm, layers)",
     ),
     (
@@ -419,8 +422,12 @@ WRONG_VALUES = [
      "allowed halving, median or none)"),
     ("proxy: {device: gpu}", "r.yaml:4:17: proxy.device: unknown value, did you mean 'cpu'? "
      "(got 'gpu'; allowed auto, cpu or cuda)"),
-    ("method: {name: condconv}", "r.yaml:4:16: method.name: unknown value (got 'condconv'; "
-     "allowed kernel_warehouse)"),
+    ("method: {name: condcov}", "r.yaml:4:16: method.name: unknown value, did you mean 'condconv'? "
+     f"(got 'condcov'; allowed {', or '.join(NAMES)})"),
+    ("method: {name: dyconv, num_kernels: 0}", "r.yaml:4:37: method.num_kernels: too small "
+     "(got 0; allowed a whole number >= 1)"),
+    ("method: {name: dyconv, cell_ratio: 1}", "r.yaml:4:24: method.cell_ratio: unknown key "
+     "(allowed name, num_kernels, reduction, max_temperature, rules)"),
     ("proxy: {data: ''}", "r.yaml:4:15: proxy.data: empty (got ''; "
      "allowed text that is not empty)"),
     # cell ratios
@@ -1258,13 +1265,22 @@ def test_the_schema_is_valid_and_describes_every_key() -> None:
     schema = json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    seen = 0
-    for name, section in [("recipe", schema), *schema["$defs"].items()]:
-        for one in section.get("anyOf", [section]) if "properties" not in section else [section]:
-            for key, field in one.get("properties", {}).items():
-                assert field.get("description"), f"{name}.{key}"
-                seen += 1
-    assert seen == 10 + 2 + 8 + 8 + 3 + 1 + 9 + 21 + 2 + 3 + 11 + 2 + 4 + 16 + 7
+    seen, pending = 0, [schema]
+    while pending:
+        section = pending.pop()
+        if isinstance(section, list):
+            pending += section
+        elif isinstance(section, dict):
+            pending += [v for k, v in section.items() if k != "json_schema_extra"]
+            if section.get("type") == "object":
+                for key, field in section.get("properties", {}).items():
+                    assert field.get("description"), f"{section['title']}.{key}"
+                    seen += 1
+    others = [find(name) for name in NAMES if name != "kernel_warehouse"]
+    by_method = sum(len(allowed_of(m.settings)) + len(allowed_of(m.group)) for m in others)
+    named = len(others) * (2 + 3)  # name and rules; method, name and layers
+    own = 10 + 2 + 9 + 8 + 3 + 1 + 9 + 21 + 2 + 3 + 11 + 2 + 4 + 16 + 7
+    assert seen == own + by_method + named
 
 
 def test_recipes_need_no_torch() -> None:

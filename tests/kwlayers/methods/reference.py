@@ -68,6 +68,12 @@ def settings(method: str, **changes: Any) -> Any:
     return methods.find(method).settings(**changes)
 
 
+def for_small(method: str, **changes: Any) -> Any:
+    """Settings by which the small network has dynamic layers, narrow as they are."""
+    narrow = {"min_channels": 16} if "min_channels" in methods.find(method).settings().names else {}
+    return settings(method, **narrow, **changes)
+
+
 def built_counts(name: str, plan: Plan) -> tuple[int, int]:
     """Parameters of the converted backbone, and the MACs that torch counts in one forward."""
     model = convert_(backbone(name), plan).eval()
