@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kwlayers.convert import convert_
     from kwlayers.cost import Cost
     from kwlayers.optim import parameter_groups
+    from kwlayers.partition import deploy_, partition_
     from kwlayers.plan import Group, Network, Plan, PlanError, Site
     from kwlayers.planner import BudgetError, plan_model, plan_network
     from kwlayers.rules import Rule, Share
@@ -42,7 +43,9 @@ _HOME = {
     "Warehouse": "warehouse",
     "WarehouseGroup": "warehouses",
     "convert_": "convert",
+    "deploy_": "partition",
     "parameter_groups": "optim",
+    "partition_": "partition",
     "plan_model": "planner",
     "plan_network": "planner",
     "set_temperature_": "schedule",
@@ -70,7 +73,9 @@ __all__ = [
     "Warehouse",
     "WarehouseGroup",
     "convert_",
+    "deploy_",
     "parameter_groups",
+    "partition_",
     "plan_model",
     "plan_network",
     "set_temperature_",

@@ -13,6 +13,7 @@ from kwlayers.ops import check_settings
 from kwlayers.plan import Plan, PlanError, Site, counted, shown, template_of
 from kwlayers.schedule import WAREHOUSES
 from kwlayers.sites import CONVERTIBLE, candidates, refuse_wrapped
+from kwlayers.warehouse import Warehouse
 from kwlayers.warm_start import WarmStart, check
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Warehouses(nn.ModuleDict):
         said = [f"{counted(alone, 'layer')} on {'its' if alone == 1 else 'their'} own"]
         verb = "shares" if total == 1 else "share"
         if total:
-            said = [f"{counted(total, 'layer')} {verb} {counted(len(self), 'warehouse')}"]
+            noun = "warehouse" if all(isinstance(m, Warehouse) for m in self.values()) else "module"
+            said = [f"{counted(total, 'layer')} {verb} {counted(len(self), noun)}"]
             said += [f"{alone} on their own"] if alone else []
         return ", ".join(said)
 

@@ -131,7 +131,8 @@ def plan_ratio(network: Network, settings: MethodSettings, ratio: float) -> Plan
 def out_of_reach(layout: Layout, target: int) -> BudgetError:
     """The error for a target under the floor, which it explains."""
     floor = layout.floor()
-    parts = floor.cost().params
+    cost = floor.cost()
+    parts, spared = cost.params, cost.params.total - cost.deployed
     layers = sum(len(group.layers) for group in layout.groups)
     static = [row for row in floor.cost_by_layer() if row.group is None]
     largest = sorted(static, key=lambda row: -row.static_params)[:3]
@@ -139,9 +140,9 @@ def out_of_reach(layout: Layout, target: int) -> BudgetError:
     rest = parts.unchanged - sum(row.static_params for row in largest)
     unchanged = " + ".join([*named, f"norms and others {rest:,}"])
     return BudgetError(
-        f"params {target:,}: below the floor of {parts.total:,} (unchanged {parts.unchanged:,} "
+        f"params {target:,}: below the floor of {cost.deployed:,} (unchanged {parts.unchanged:,} "
         f"[{unchanged}] + attention of {counted(layers, 'layer')} {parts.attention:,} + "
-        f"{layout.groups[0].smallest(len(layout.groups))} {parts.kernels:,})",
+        f"{layout.groups[0].smallest(len(layout.groups))} {parts.kernels - spared:,})",
         target,
         floor,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kwlayers.layout import MethodSettings
 from kwlayers.methods import Method, find
-from kwlayers.plan import Network, Plan, PlanError, counted
+from kwlayers.plan import Network, Plan, PlanError
 from kwsearch import published
 from kwsearch.budget import Target, meet
 from kwsearch.resolve import method_dict
@@ -145,9 +145,9 @@ def table(
         shown.add_row(
             entry.method.title,
             entry.sizes,
-            f"{cost.params.total:,}",
-            f"{cost.params.total / network.params:.2f}",
-            short_count(cost.params.kernels),
+            f"{cost.deployed:,}",
+            f"{cost.deployed / network.params:.2f}",
+            short_count(cost.params.kernels - (cost.params.total - cost.deployed)),
             short_count(cost.params.attention),
             f"{cost.macs.total:,}",
             f"{cost.macs.total / network.macs:.2f}",
@@ -159,8 +159,17 @@ def table(
 
 
 def reasons(entries: Sequence[Entry]) -> list[str]:
-    """Of each method that does not meet the target, or whose latency nobody knows."""
-    return [f"{entry.method.title}: {entry.reason}" for entry in entries if entry.reason]
+    """Of each method that does not meet the target, or whose latency nobody knows; and what is
+    trained, if that is more than is deployed.
+    """
+    found = [f"{entry.method.title}: {entry.reason}" for entry in entries if entry.reason]
+    for entry in entries:
+        cost = None if entry.plan is None else entry.plan.cost()
+        if cost is not None and cost.deployed != cost.params.total:
+            found.append(
+                f"{entry.method.title}: {cost.params.total:,} parameters while it is trained"
+            )
+    return found
 
 
 def to_json(entries: Sequence[Entry]) -> dict[str, list[dict[str, Any]]]:
@@ -179,10 +188,11 @@ def to_json(entries: Sequence[Entry]) -> dict[str, list[dict[str, Any]]]:
                 "settings": _settings(entry.settings),
                 "size": entry.sizes,
                 "params": vars(cost.params),
+                "deployed": cost.deployed,
                 "macs": vars(cost.macs),
                 "train_memory": None if entry.memory is None else entry.memory.total,
                 "latency_ms": entry.ms,
-                "layers": counted(sum(len(g.layers) for g in entry.plan.groups), "layer"),
+                "layers": sum(len(group.layers) for group in entry.plan.groups),
                 "notes": list(entry.plan.notes),
             }
         )

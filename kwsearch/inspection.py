@@ -44,12 +44,12 @@ def layers_of(plan: Plan, settings: MethodSettings | None = None) -> tuple[Layer
     """All layers in module order. settings: those that the plan was made with."""
     groups = {group.name: group for group in plan.groups}
     placed, stages = place(plan.extended.sites), stages_of(plan)
-    reasons = (settings or Settings()).why_static(plan.extended)
+    reasons = (settings or Settings()).why_static(plan.network)
     found = []
     for site, cost in zip(plan.extended.sites, plan.cost_by_layer(), strict=True):
         label = placed.labels[site.name]
         group = groups.get(cost.group or "")
-        why = "" if group else reasons[site.name] or "no warehouse takes it"
+        why = "" if group else reasons.get(site.name) or "no warehouse takes it"
         found.append(
             Layer(
                 name=site.name,

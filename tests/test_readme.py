@@ -42,7 +42,7 @@ def test_the_budget_commands_run_as_they_stand(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     commands = re.findall(
-        r"^kwsearch (budget [\w.-]+(?![\w.:-])(?: --?[\w-]+(?: [\w.]+)?)*)", README, re.M
+        r"^kwsearch (budget [\w.-]+(?![\w.:-])(?: --?[\w-]+(?: [\w.=]+)?)*)", README, re.M
     )
     assert len(commands) >= 5
     for command in commands:
@@ -113,13 +113,46 @@ def test_the_planning_lines_run_as_they_stand(capsys: pytest.CaptureFixture[str]
     import kwlayers
     from kwsearch import zoo
 
-    code = next(block for block in blocks("python") if "plan_model" in block)
+    code = next(block for block in blocks("python") if "'early'" in block or '"early"' in block)
     with torch.device("meta"):
         model = zoo.create("resnet50")
     variables: dict[str, Any] = {"model": model, "kwlayers": kwlayers}
     exec(compile(code, "README.md", "exec"), variables)
     assert 11_900_000 < variables["plan"].cost().params.total <= 12_000_000
     assert "('early', (64, 64, 1, 1), " in capsys.readouterr().out
+
+
+def test_the_lines_of_other_methods_run_as_they_stand() -> None:
+    from kwlayers import convert_, plan_model
+    from kwsearch import zoo
+
+    code = next(block for block in blocks("python") if 'methods.find("odconv")' in block)
+    with torch.device("meta"):
+        variables: dict[str, Any] = {"model": zoo.create("resnet18")}
+    exec(compile(code, "README.md", "exec"), variables)
+    # ODConv 4x, as published.
+    assert sum(p.numel() for p in variables["model"].parameters()) == 44_901_640
+
+    code = next(block for block in blocks("python") if "partition_" in block)
+    model = zoo.create("resnet20", width=0.5)
+    plan = plan_model(model, (3, 16, 16), method="pad_net")
+    convert_(model, plan)
+    images, targets = torch.randn(4, 3, 16, 16), torch.arange(4)
+    variables = {"torch": torch, "model": model, "images": images, "targets": targets}
+    exec(compile(code, "README.md", "exec"), variables)
+    assert sum(p.numel() for p in model.parameters()) == plan.cost().deployed
+
+
+def test_the_comparison_shown_is_what_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "118")
+    shown = next(block for block in blocks("") if "at most 12,000,000 parameters" in block)
+    assert cli.run(["compare", "resnet18", "--params", "12M"]) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    for line in shown.splitlines():
+        start = line.partition(" (…)")[0]
+        assert any(other.startswith(start) for other in printed), line
 
 
 def test_the_standalone_lines_run_as_they_stand() -> None:

@@ -25,6 +25,8 @@ NAMES = (
     "odconv",
     "dcd",
     "fdconv",
+    "kernel_dna",
+    "pad_net",
 )
 
 

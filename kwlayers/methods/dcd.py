@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -193,6 +193,12 @@ class DCDSettings(AloneSettings):
         if site.kind == "linear":
             return "by dcd linear layers but the head stay static"
         return "by dcd convolutions outside the blocks stay static" if label.alone else ""
+
+    def lower(self) -> Iterator[dict[str, Any]]:
+        yield {"fc_squeeze": 2 * self.fc_squeeze}
+        yield {"fc_squeeze": 4 * self.fc_squeeze}
+        if self.classifier:
+            yield {"classifier": False}
 
     def _by_default(self, network: Network) -> dict[str, str]:
         reasons = super()._by_default(network)

@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -279,6 +279,12 @@ class FDConvSettings(AloneSettings):
                 "only_kernel with num_kernels 1 and param_ratio 1: no attention is left; more "
                 "kernels, or only_kernel=False"
             )
+
+    def lower(self) -> Iterator[dict[str, Any]]:
+        if self.local:
+            yield {"local": False}
+        if not self.only_kernel:
+            yield {"only_kernel": True}
 
     def refuses(self, site: Site) -> str:
         if reason := super().refuses(site) or _impossible(site):

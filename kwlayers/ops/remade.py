@@ -7,6 +7,7 @@ and again in the backward.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -166,7 +167,10 @@ def _grads(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, dict[int, Tensor]]:
     """Of x, and of the parts that need one, by index."""
-    with torch.enable_grad():
+    # Also where the whole backward runs under autocast: as the forward made them.
+    kind = x.device.type
+    cast = contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+    with torch.enable_grad(), cast:
         leaves = [p.detach().requires_grad_(n) for p, n in zip(parts, needs, strict=True)]
         kernels = ctx.make(*leaves)
     wide, joined = _joined(x, kernels.detach().to(x.dtype))

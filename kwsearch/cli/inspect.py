@@ -36,7 +36,7 @@ def command(
     **plan_settings: Any,
 ) -> None:
     """The layers of MODEL as a tree: stage, warehouse, m and n, parameters and MACs by part, and
-    why the static ones stay static. Without a target at b = 1.
+    why the static ones stay static. Without a target at b = 1, by other methods as published.
 
     \b
     kwsearch inspect timm:resnext50_32x4d
@@ -51,9 +51,9 @@ def command(
 
     target = Target(ratio, params, total_ratio)
     request = Request(model, input_size, classes, target, trust)
-    if not request.target and not request.has_plan:
-        request.target = Target(ratio=1.0)
     request.apply({k: v for k, v in plan_settings.items() if v is not None})
+    if not request.target and not request.has_plan and not request.sized:
+        request.target = Target(ratio=1.0)
     network = request.network()
     try:
         outcome = request.outcome(network)
@@ -90,9 +90,10 @@ def _print(model: str, plan: Plan, layers: Sequence[Layer], scale: int) -> None:
     out = terminal.console()
     size = "x".join(map(str, plan.network.input_size))
     static = sum(layer.warehouse is None for layer in layers)
+    noun = "warehouse" if len(plan.warehouses) == len(plan.groups) else "group"
     out.print(
         f"[bold]{terminal.plain(model)}[/bold] at {size}: "
-        f"{counted(len(layers) - static, 'layer')} in {counted(len(plan.groups), 'warehouse')}, "
+        f"{counted(len(layers) - static, 'layer')} in {counted(len(plan.groups), noun)}, "
         f"{static} static"
     )
     for line in report.summary_lines(plan, scale):

@@ -48,7 +48,7 @@ from kwsearch.recipe.fields import (
     Size,
     Text,
 )
-from kwsearch.recipe.methods import OfMethod, group_section, method_section
+from kwsearch.recipe.methods import OWN, OfMethod, group_section, method_section
 from kwsearch.recipe.tree import Origin
 
 if TYPE_CHECKING:
@@ -527,14 +527,23 @@ class Training(_Section):
     note: str | None = Field(default=None, description="anything else, for people")
 
 
+_GIVEN: dict[str, Any] = {"not": {"type": "null"}}
+# Methods that have sizes without a budget.
+_OF_OTHERS: dict[str, Any] = {"required": ["name"], "properties": {"name": {"not": {"const": OWN}}}}
+
+
 class Recipe(_Section):
-    """A recipe: a network, a budget or a resolved plan, and how to search and train it."""
+    """A recipe: a network, a budget or a resolved plan, and how to search and train it.
+
+    Of a method with published sizes it needs neither.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
             "anyOf": [
-                {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
-                for key in ("budget", "plan")
+                {"required": ["budget"], "properties": {"budget": _GIVEN}},
+                {"required": ["plan"], "properties": {"plan": _GIVEN}},
+                {"required": ["method"], "properties": {"method": _OF_OTHERS}},
             ]
         }
     )
@@ -564,7 +573,8 @@ class Recipe(_Section):
     @field_validator("plan")
     @classmethod
     def _budget_or_plan(cls, plan: RecipePlan | None, info: ValidationInfo) -> RecipePlan | None:
-        if plan is None and info.data.get("budget", 0) is None:
+        sized = getattr(info.data.get("method"), "name", OWN) != OWN
+        if plan is None and info.data.get("budget", 0) is None and not sized:
             raise _section_error(
                 "no budget and no plan (allowed either or both, e.g. budget: {ratio: 0.5})"
             )

