@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kwlayers.attention import Attention
     from kwlayers.conv import KWConv1d, KWConv2d, KWConv3d, KWLinear
-    from kwlayers.convert import convert_
+    from kwlayers.convert import convert_, prepare_
     from kwlayers.cost import Cost
     from kwlayers.optim import parameter_groups
     from kwlayers.partition import deploy_, partition_
@@ -48,6 +48,7 @@ _HOME = {
     "partition_": "partition",
     "plan_model": "planner",
     "plan_network": "planner",
+    "prepare_": "convert",
     "set_temperature_": "schedule",
     "to_static_": "static",
     "trace": "sites",
@@ -78,6 +79,7 @@ __all__ = [
     "partition_",
     "plan_model",
     "plan_network",
+    "prepare_",
     "set_temperature_",
     "to_static_",
     "trace",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -24,14 +24,17 @@ class Warehouses(nn.ModuleDict):
     """What the layers of a converted model share, by group, and which layers are in which.
 
     layers: {group name: module names}; a group whose layers share nothing (no warehouse) has no
-    module here. warm_start: what it kept, None without one.
+    module here. methods: of the groups. warm_start: what it kept, None without one.
     """
 
     warm_start: WarmStart | None = None
 
-    def __init__(self, layers: dict[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self, layers: dict[str, tuple[str, ...]], methods: tuple[str, ...] = ("kernel_warehouse",)
+    ) -> None:
         super().__init__()
         self.layers = layers
+        self.methods = methods
 
     def forward(self, x: Tensor) -> Tensor:
         """The identity: a converted nn.Sequential runs over this container, too."""
@@ -109,7 +112,10 @@ def convert_(
             f"the plan was made for a model of {plan.network.params:,} parameters, this one has "
             f"{params:,}: plan again for this model"
         )
-    warehouses = Warehouses({group.name: group.layers for group in plan.groups})
+    warehouses = Warehouses(
+        {group.name: group.layers for group in plan.groups},
+        tuple(sorted({group.method for group in plan.groups})),
+    )
     how = methods.Conversion(warm_start, backend, workspace_mb)
     swaps: dict[nn.Module, nn.Module] = {}
     errors: dict[str, float] = {}
@@ -132,6 +138,25 @@ def convert_(
     setattr(model, WAREHOUSES, warehouses)
     expected, built = plan.cost().params.total, sum(p.numel() for p in model.parameters())
     assert built == expected, f"built {built} parameters, planned {expected}"
+    return model
+
+
+def prepare_(
+    model: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]
+) -> nn.Module:
+    """What a method does with data before training, once after `convert_`; most do nothing.
+
+    batches: (inputs, targets), on the model's device. loss: of model(inputs) and targets, a number.
+    PAD-Net decides which weights are dynamic (`kwlayers.partition_`). The random numbers stay as
+    they are. Raises PlanError for a model that is not converted.
+    """
+    held = getattr(model, WAREHOUSES, None)
+    if not isinstance(held, Warehouses):
+        raise PlanError("the model is not converted: convert_ it first")
+    for name in held.methods:
+        prepare = methods.find(name).prepare
+        if prepare is not None:
+            prepare(model, batches, loss)
     return model
 
 

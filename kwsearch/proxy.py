@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kwlayers.convert import convert_
+from kwlayers.convert import convert_, prepare_
 from kwlayers.optim import parameter_groups
 from kwlayers.plan import Plan
 from kwlayers.schedule import TemperatureSchedule
@@ -71,6 +71,9 @@ def load(proxy: Proxy, input_size: tuple[int, ...]) -> ProxyData:
     mean = x.mean(dim=(0, 2, 3), keepdim=True)
     std = x.std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-3)
     return ProxyData(train, valid, channels, mean, std)
+
+
+_LOOKED_AT = 10  # batches, before training
 
 
 def load_test(proxy: Proxy, images: ProxyData) -> ProxyData:
@@ -133,6 +136,8 @@ def train(
     key = _key(model, plan, proxy, seed)
     if checkpoint is not None and (state := checkpoints.load(checkpoint, key)) is not None:
         run.load_state_dict(state)
+    elif plan is not None:
+        prepare_(model, run.first_batches(), F.cross_entropy)
     for epoch in range(len(run.accuracies) + 1, last + 1):
         run.train_epoch(splits)
         run.accuracies.append(evaluate(model, images, proxy.batch_size))
@@ -163,6 +168,13 @@ class _Run:
         )
         self.order = torch.Generator().manual_seed(seed)
         self.accuracies: list[float] = []
+
+    def first_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some to look at before training, the same for every plan."""
+        start, train = 0, self.images.train
+        for size in _batch_sizes(self.images, self.proxy)[:_LOOKED_AT]:
+            yield self.images.batch(train.x[start : start + size]), train.y[start : start + size]
+            start += size
 
     def train_epoch(self, splits: int) -> None:
         """Raises Diverged."""

@@ -42,7 +42,7 @@ def test_the_budget_commands_run_as_they_stand(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     commands = re.findall(
-        r"^kwsearch (budget [\w.-]+(?![\w.:-])(?: --?[\w-]+(?: [\w.=]+)?)*)", README, re.M
+        r"^kwsearch (budget [\w.-]+(?![\w.:/-])(?: --?[\w-]+(?: [\w.=]+)?)*)", README, re.M
     )
     assert len(commands) >= 5
     for command in commands:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,7 +59,8 @@ class Method:
     """One method.
 
     title: as its paper writes it. paper: where it is from. convert: layers by name to dynamic
-    ones, which take over their bias parameters, device, dtype and mode.
+    ones, which take over their bias parameters, device, dtype and mode. prepare: what it does with
+    data before training, as `kwlayers.prepare_` is given it.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Method:
     group: type[Group]
     settings: type[MethodSettings]
     convert: Callable[[Plan, Any, Mapping[str, nn.Module], Conversion], Converted]
+    prepare: Callable[[nn.Module, Iterable[Any], Callable[..., Any]], object] | None = None
 
 
 def find(name: str) -> Method:

@@ -34,7 +34,7 @@ published code:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -52,6 +52,7 @@ from kwlayers.ops.remade import conv_remade
 from kwlayers.placement import AloneSettings
 from kwlayers.plan import KINDS, Group, Network, Plan, PlanError, Site
 from kwlayers.rules import Share
+from kwlayers.schedule import WAREHOUSES
 from kwlayers.warehouses import NORMS
 
 BASES = ("dyconv", "odconv")
@@ -418,6 +419,16 @@ def _convert(
     return replace(made, shared=Partition(group.dynamic))
 
 
+def _prepare(model: nn.Module, batches: Iterable[Any], loss: Callable[..., Any]) -> object:
+    """The partition by sensitivity; after a warm start, which gives snip nothing to tell weights
+    apart by, by magnitude.
+    """
+    from kwlayers.partition import partition_
+
+    warm = getattr(getattr(model, WAREHOUSES, None), "warm_start", None) is not None
+    return partition_(model, batches, loss, scores="magnitude" if warm else "snip")
+
+
 METHOD = Method(
     name="pad_net",
     title="PAD-Net",
@@ -425,4 +436,5 @@ METHOD = Method(
     group=PADNetGroup,
     settings=PADNetSettings,
     convert=_convert,
+    prepare=_prepare,
 )

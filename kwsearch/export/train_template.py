@@ -534,6 +534,11 @@ class Run:
         torch.manual_seed(args.seed)
         model: Any = make_network(args, data.size)
         self.model: nn.Module = model.to(data.device, memory_format=memory_format(args))
+        self.steps_per_epoch = len(data.train.y) // args.batch_size
+        self.rows: list[dict[str, float | None]] = []  # of the log, one per epoch
+        if hasattr(model, "kw_warehouses") and not args.weights:  # which have it behind them
+            seen = data.batches(data.train, self.order()[:10], training=False)
+            kwlayers.prepare_(model, seen, nn.functional.cross_entropy)
         self.net: Any = torch.compile(self.model) if args.compile else self.model
         self.parallel: Any = (
             nn.parallel.DistributedDataParallel(self.net) if world > 1 else self.net
@@ -547,16 +552,14 @@ class Run:
         else:
             self.optimizer = torch.optim.AdamW(groups, lr=args.lr)
         self.ema = averaged(self.model, args.ema) if args.ema else None
-        self.steps_per_epoch = len(data.train.y) // args.batch_size
         self.steps = args.epochs * self.steps_per_epoch
         self.temperature = None
-        converted = any(isinstance(module, kwlayers.Attention) for module in self.model.modules())
+        converted = hasattr(self.model, "kw_warehouses")
         if converted and not args.weights and args.start == "published":  # others have theirs
             self.temperature = kwlayers.TemperatureSchedule(
                 self.model, args.temperature_epochs, self.steps_per_epoch
             )
         self.step = 0
-        self.rows: list[dict[str, float | None]] = []  # of the log, one per epoch
 
     @property
     def epoch(self) -> int:

@@ -17,6 +17,8 @@ from kwlayers import (
     TemperatureSchedule,
     convert_,
     methods,
+    plan_network,
+    prepare_,
     set_temperature_,
     trace,
 )
@@ -293,3 +295,25 @@ def test_a_converted_model_is_not_planned_again(name: str) -> None:
         trace(made, (3, 12, 12))
     with pytest.raises(PlanError):
         convert_(made, plan_of(small(name), for_small(name)))
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_model_is_prepared_for_training_whatever_its_method(name: str, warm: bool) -> None:
+    own: dict[str, Any] = {"ratio": 1.0} if name == "kernel_warehouse" else {}
+    model = small(name, double=False)
+    plan = plan_network(trace(model, (3, 12, 12)), for_small(name), **own)
+    convert_(model, plan, warm_start=warm)
+    state = torch.get_rng_state()
+    batches = [(images(4, double=False), torch.arange(4))]
+    assert prepare_(model, batches, nn.functional.cross_entropy) is model
+    assert torch.equal(torch.get_rng_state(), state)
+    masks = [mask for key, mask in model.named_buffers() if key.endswith("mask")]
+    if masks:
+        (group,) = plan.groups
+        assert sum(int(mask.sum()) for mask in masks) == group.size
+
+
+def test_an_unconverted_model_is_not_prepared() -> None:
+    with pytest.raises(PlanError, match="not converted"):
+        prepare_(small(), [], nn.functional.cross_entropy)
