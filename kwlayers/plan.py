@@ -244,6 +244,11 @@ class Group(ABC):
     def describe(self) -> str:
         """Size and settings, for a line of a table: `104 of 128x128`."""
 
+    def counted_otherwise(self, sites: Sequence[Site]) -> dict[str, int]:
+        """Why counters of operators find other MACs in the built layers, and how many more."""
+        modulation = sum(cost.modulation_macs for cost in self.costs(sites))
+        return {"products with attention, which it does not see": -modulation}
+
     def params(self, sites: Sequence[Site]) -> int:
         """Parameters in place of the layers' own weights (and of biases that it takes over)."""
         own = sum(cost.kernel_params + cost.attention_params for cost in self.costs(sites))

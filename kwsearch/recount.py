@@ -8,6 +8,7 @@ and pooling, and skips fused attention.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,10 +71,14 @@ def recount_plan(
     if "aten::scaled_dot_product_attention" in unseen:
         seen = sum(count for name, count in static.items() if name in _PRODUCTS)
         reasons.append(("fused attention, which it cannot see", seen - plan.network.macs))
+    otherwise: Counter[str] = Counter()
+    for group in plan.groups:
+        otherwise.update(group.counted_otherwise(plan.of(group)))
+    apart = [(why, more) for why, more in otherwise.items() if more]
     return [
         Recount("parameters of the built network", built, cost.params.total),
-        Recount("FlopCounterMode / 2", flops, cost.macs.total),
-        Recount("fvcore", sum(counted.values()), cost.macs.total, tuple(reasons)),
+        Recount("FlopCounterMode / 2", flops, cost.macs.total, tuple(apart)),
+        Recount("fvcore", sum(counted.values()), cost.macs.total, (*reasons, *apart)),
     ]
 
 

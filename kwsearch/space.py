@@ -662,6 +662,11 @@ def _check_values(settings: MethodSettings, method: str, key: str, values: Seque
             f"search.space.methods.{method}: there is no {key}; its settings are "
             f"{', '.join(settings.names)}"
         )
+    if key == find(method).group.size_name:
+        raise PlanError(
+            f"search.space.methods.{method}: {key} is what the budget decides; search.space.split "
+            "varies it between layers"
+        )
     for value in values:
         try:
             settings.changed(**{key: value})

@@ -10,7 +10,14 @@ Yang et al., "CondConv: Conditionally Parameterized Convolutions for Efficient I
     MACs        conv + E * |W| to mix, and E * C for each router
 
 Published: E = 8, one router for each block, which sees the block's input; every convolution of the
-blocks. Here E is called K (`num_kernels`), as in the other methods.
+blocks. Here E is called K (`num_kernels`), as in the other methods. On purpose different from the
+code in PyTorch that PAD-Net brings:
+
+- Each kernel starts as a layer's own. There all are drawn as one tensor, sqrt(C_out) too small.
+- Kernels are mixed, never features, which takes E times the MACs for the same result.
+- A dynamic classifier keeps its bias, mixed as the others. There it has none.
+- With sharing "layer" every router sees its own layer's input. There those of MobileNetV2's
+  projections see the block's.
 """
 
 from __future__ import annotations

@@ -10,7 +10,11 @@ For an input with C channels, K kernels and h = max(1, int(C * reduction)):
     MACs        conv + K * |W| to mix + h * (C + K)
 
 T falls from 30 to 1 over the warm-up: near-even mixtures train all kernels. Published: K = 4, every
-convolution of the blocks and their shortcuts.
+convolution of the blocks and their shortcuts. On purpose different from PAD-Net's code of it:
+
+- The warm-up ends at T = 1. There its last step is 1 + 29 / steps, and T stays so for ever.
+- The head stays linear. There it is a 1x1 convolution with the same parameters.
+- Nothing of a forward is kept in the layer, and any memory format is taken.
 """
 
 from __future__ import annotations

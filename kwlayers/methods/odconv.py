@@ -13,7 +13,13 @@ channels, K kernels of k positions and A = max(int(C * reduction), 16):
                 modulation C * positions in + C_out * positions out (if there is a_f)
 
 T falls from 30 to 1 over the warm-up. Published: K = 1 or 4, every convolution of the blocks but
-shortcuts. A static layer's bias stays as it is.
+shortcuts. On purpose different from the published code:
+
+- A static layer's bias stays as it is. There layers have none.
+- T is in the state dict. There a checkpoint of the warm-up is evaluated at T = 1, which it was not.
+- The norm of the attention trains on a batch of one, with its running statistics. There it raises.
+- MACs are those of the released code. Its README's of ResNet50 and 101 are of another bottleneck,
+  with the stride on the first 1x1.
 """
 
 from __future__ import annotations
@@ -83,6 +89,14 @@ class ODConvGroup(KernelGroup):
     )
 
     method: ClassVar[str] = "odconv"
+
+    def counted_otherwise(self, sites: Sequence[Site]) -> dict[str, int]:
+        (cost,) = self.costs(sites)
+        product = self.num_kernels * sites[0].weights if self.num_kernels > 1 else 0
+        return {
+            **super().counted_otherwise(sites),
+            "mixing, element by element, which it does not see": product - cost.mixing_macs,
+        }
 
     def costs(self, sites: Sequence[Site]) -> tuple[LayerCost, ...]:
         (site,) = sites

@@ -137,6 +137,16 @@ class PADNetGroup(Group):
 
         return count
 
+    def counted_otherwise(self, sites: Sequence[Site]) -> dict[str, int]:
+        weights = sum(site.samples * site.weights for site in sites)
+        apart = self.of_base(sites[0].name).counted_otherwise(sites[:1])
+        found = dict.fromkeys(apart, 0)
+        for site in sites:
+            for why, more in self.of_base(site.name).counted_otherwise([site]).items():
+                found[why] += more
+        found["static kernels, mixed with the others while it is trained"] = weights
+        return found
+
     @staticmethod
     def smallest(groups: int) -> str:
         return "static kernels and one dynamic weight"

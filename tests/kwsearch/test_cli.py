@@ -414,3 +414,63 @@ def test_the_recipe_of_a_network_for_videos_has_their_size(
     assert (ran.code, data["input"]) == (0, [3, 16, 112, 112])
     assert load_recipe(path).input == (3, 16, 112, 112)
     assert json.loads(run("budget", path, "--json").out)["params"] == data["params"]
+
+
+def test_the_budget_of_another_method(run) -> None:  # type: ignore[no-untyped-def]
+    data = json.loads(run("budget", "resnet18", "--method", "odconv", "--json").out)
+    # ODConv 1x, counted in the published code.
+    assert data["params"]["total"] == 11_943_944
+    assert set(data["params"]) == {"total", "kernels", "attention", "unchanged"}
+    assert data["macs"]["total"] - data["macs"]["mixing"] - data["macs"]["modulation"] == (
+        1_814_319_792
+    )
+    four = json.loads(
+        run("budget", "resnet18", "--method", "odconv", "--set", "num_kernels=4", "--json").out
+    )
+    assert four["params"]["total"] == 44_901_640
+    assert run("budget", "resnet18", "--method", "odconv", "--ratio", "4").out.startswith(
+        "resnet18 at 3x224x224, ODConv, K = 4\nparameters: 44,901,640"
+    )
+
+
+@pytest.mark.parametrize(
+    "method", ["condconv", "dyconv", "odconv", "dcd", "fdconv", "kernel_dna", "pad_net"]
+)
+def test_other_counters_agree_on_every_method_and_its_recipe_is_read_again(
+    method: str,
+    run,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "r.yaml"
+    done = run("budget", "resnet20", "--method", method, "--check", "-o", str(out))
+    assert done.code == 0, done.err
+    assert "UNEXPLAINED" not in done.out
+    again = run("budget", str(out))
+    assert again.code == 0
+    first, second = (ran.out.splitlines()[1:5] for ran in (done, again))
+    assert first == second
+    out.write_text(f"format: 1\nmodel: resnet20\nmethod: {{name: {method}}}\n")
+    assert run("budget", str(out)).out.splitlines()[1:5] == first  # as published
+    assert "layer1.0.conv1" in run("inspect", "resnet20", "--method", method, "--json").out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--method", "odcon"), "is not one of"),
+        (("--method", "odconv", "--set", "num_kernels"), "expected KEY=VALUE"),
+        (("--method", "odconv", "--set", "cells=3"), "odconv has no cells; its settings are"),
+        (("--method", "odconv", "--set", "num_kernels=0"), "num_kernels 0: allowed is a whole"),
+        (("--method", "odconv", "--cell-ratio", "0.5"), "odconv has no cell_ratio"),
+        (("--method", "odconv", "--ratio", "0.5"), "whole kernel or more, ratio 1"),
+        (("--method", "dcd", "--ratio", "2"), "ratio"),
+    ],
+)
+def test_settings_of_methods_that_cannot_be(
+    args: tuple[str, ...],
+    message: str,
+    run,  # type: ignore[no-untyped-def]
+) -> None:
+    ran = run("budget", "resnet20", *args)
+    assert ran.code == 2
+    assert message in ran.err

@@ -300,6 +300,9 @@ def test_idx_files_are_read(tmp_path: Path, files: dict[str, bytes]) -> None:
     assert (train.num_classes, test.num_classes, train.name) == (5, 5, "mine")
 
 
+_GZIP = gzip.compress(bytes(99), mtime=0)  # the same for all who collect the tests
+
+
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
@@ -312,9 +315,9 @@ def test_idx_files_are_read(tmp_path: Path, files: dict[str, bytes]) -> None:
         ("images-idx3", idx(3, 1, 2, content=bytes(7)), "needs 22"),
         ("images-idx3", idx(*[2**32 - 1] * 3, content=b""), "16 bytes, but its header"),
         ("labels-idx1", idx(2, content=bytes(2)), "has 3 images but"),
-        ("labels-idx1", gzip.compress(bytes(99))[:-9], "gzip data is damaged"),
-        ("labels-idx1", gzip.compress(bytes(99))[:3], "gzip data is damaged"),
-        ("labels-idx1", gzip.compress(bytes(99))[:12] + b"?" * 30, "gzip data is damaged"),
+        ("labels-idx1", _GZIP[:-9], "gzip data is damaged"),
+        ("labels-idx1", _GZIP[:3], "gzip data is damaged"),
+        ("labels-idx1", _GZIP[:12] + b"?" * 30, "gzip data is damaged"),
     ],
 )
 def test_damaged_idx_files_are_refused(

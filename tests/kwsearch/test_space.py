@@ -429,3 +429,89 @@ def test_a_plan_of_unknown_latency_does_not_count() -> None:
     known.add(asked[0])
     plans = [plan for _, plan in random_plans(Space(*given, latency), 5)]
     assert {fingerprint(plan) for plan in plans} == known
+
+
+FAMILY = Section(
+    split=2,
+    tolerance=0.02,
+    reduction=[0.0625, 0.03125],
+    method=["kernel_warehouse", "odconv", "dyconv", "kernel_dna", "pad_net"],
+    methods={"odconv": {"reduction": [0.125]}, "pad_net": {"num_kernels": [2, 4]}},
+)
+
+
+def test_samples_of_every_method_are_on_one_budget() -> None:
+    whole = space("resnet18", Target(total_ratio=1.5), FAMILY)
+    allowed = int(1.5 * network("resnet18").params)
+    seen = set()
+    for _, plan in random_plans(whole, 60):
+        (method,) = {group.method for group in plan.groups}
+        seen.add(method)
+        deployed = plan.cost().deployed
+        # KernelDNA shares kernels and has no use for more parameters.
+        assert deployed <= allowed
+        assert deployed >= 0.98 * allowed or method == "kernel_dna"
+        assert_builds(plan, "resnet18")
+    assert seen == set(FAMILY.method)
+    assert whole.valid_share(40, 0) == 1.0
+
+
+def test_a_choice_is_made_only_where_the_method_has_it() -> None:
+    whole = space("resnet18", Target(total_ratio=1.5), FAMILY)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    asked: dict[str, set[str]] = {}
+    for _ in range(60):
+        trial = study.ask()
+        whole.sample(trial)
+        names = {name for name in trial.params if not name.startswith("relative_ratio/")}
+        asked.setdefault(trial.params["method"], set()).update(names - {"method"})
+    assert asked == {
+        "kernel_warehouse": {"reduction"},
+        "odconv": {"reduction", "odconv/reduction"},
+        "dyconv": {"reduction"},
+        "kernel_dna": {"reduction"},
+        "pad_net": {"reduction", "pad_net/num_kernels"},
+    }
+
+
+def test_the_size_is_the_sum_over_methods() -> None:
+    methods = {"odconv": {"norm": ["layer"], "reduction": [0.25]}}
+    whole = space("resnet18", Target(total_ratio=2), Section(method=["odconv"], methods=methods))
+    # KernelWarehouse as it is; ODConv by either norm and with either reduction.
+    assert whole.size() == 1 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"method": ["odconv"], "methods": {"odconv": {"num_kernels": [2]}}},
+            "search.space.methods.odconv: num_kernels is what the budget decides",
+        ),
+        ({"methods": {"odconv": {"reduction": [0.25]}}}, "odconv: list it in search.space.method"),
+        (
+            {"method": ["odconv"], "methods": {"odconv": {"cells": [1]}}},
+            "search.space.methods.odconv: there is no cells; its settings are num_kernels, ",
+        ),
+        (
+            {"method": ["odconv"], "methods": {"odconv": {"reduction": [2]}}},
+            "search.space.methods.odconv: reduction 2: allowed is a number above 0 and at most 1",
+        ),
+    ],
+)
+def test_methods_that_cannot_be_searched_are_refused(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError) as error:
+        space("resnet18", Target(total_ratio=2), Section(**section))
+    assert message in str(error.value)
+
+
+def test_a_choice_of_no_method_is_refused() -> None:
+    from kwlayers.methods import find
+
+    with pytest.raises(PlanError, match=r"search\.space\.cell_ratio: odconv has no cell_ratio"):
+        Space(
+            network("resnet18"),
+            find("odconv").settings(),
+            Target(total_ratio=2),
+            Section(cell_ratio=[0.5]),
+        )

@@ -132,6 +132,12 @@ def test_a_part_of_a_block_still_has_the_block_s_router() -> None:
     assert (group.block, group.router_channels) == ("blocks.1", 16)
 
 
+def test_each_kernel_starts_as_a_layer_s_own() -> None:
+    torch.manual_seed(0)
+    layer = CondConv2d(64, 128, 3, num_kernels=8)
+    assert layer.kernels.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.01)
+
+
 def test_experts_are_dropped_in_training_only() -> None:
     torch.manual_seed(0)
     router = Router(4, 1000, dropout=0.3)
