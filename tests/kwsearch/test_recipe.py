@@ -220,6 +220,8 @@ def test_what_is_left_out_has_the_documented_default() -> None:
                 "reduction": (),
                 "basis_ratio": (),
                 "spatial_partition": (),
+                "method": (),
+                "methods": {},
                 "keep_static": (),
                 "temperature_epochs": (),
                 "limits": {
@@ -351,7 +353,8 @@ WRONG_VALUES = [
         "search: {space: {splitt: 2}}",
         "r.yaml:4:18: search.space.splitt: unknown key, did you mean 'split'? "
         "(allowed split, tolerance, cell_ratio, sharing, sharing_by_stage, reduction, "
-        "basis_ratio, spatial_partition, keep_static, temperature_epochs, limits)",
+        "basis_ratio, spatial_partition, method, methods, keep_static, temperature_epochs, "
+        "limits)",
     ),
     (
         "plan: {}",
@@ -1279,7 +1282,7 @@ def test_the_schema_is_valid_and_describes_every_key() -> None:
     others = [find(name) for name in NAMES if name != "kernel_warehouse"]
     by_method = sum(len(allowed_of(m.settings)) + len(allowed_of(m.group)) for m in others)
     named = len(others) * (2 + 3)  # name and rules; method, name and layers
-    own = 10 + 2 + 9 + 8 + 3 + 1 + 9 + 21 + 2 + 3 + 11 + 2 + 4 + 16 + 7
+    own = 10 + 2 + 9 + 8 + 3 + 1 + 9 + 21 + 2 + 3 + 13 + 2 + 4 + 16 + 7
     assert seen == own + by_method + named
 
 

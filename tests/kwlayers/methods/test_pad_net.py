@@ -574,7 +574,7 @@ def test_batches_that_are_gone_through_once_are_enough_for_one_round() -> None:
 
 def test_after_a_warm_start_snip_says_that_it_sees_nothing() -> None:
     for double in (True, False):
-        model = converted(small(double), settings("pad_net", base="odconv"), warm_start=True)
+        model = converted(small(double=double), settings("pad_net", base="odconv"), warm_start=True)
         x, target = batches_of(1)[0]
         given = [(x if double else x.float(), target)]
         with pytest.raises(ValueError, match="after a warm start static and dynamic weights are"):
@@ -600,7 +600,7 @@ def test_models_that_cannot_be_partitioned_are_refused() -> None:
 
 
 def partitioned(base: str = "dyconv", double: bool = True) -> nn.Module:
-    model = uneven(converted(small(double), settings("pad_net", base=base))).eval()
+    model = uneven(converted(small(double=double), settings("pad_net", base=base))).eval()
     torch.manual_seed(4)
     partition_(model, scores="random")
     return model
