@@ -465,7 +465,10 @@ def make_network(args: argparse.Namespace, size: tuple[int, int, int]) -> nn.Mod
     weights = weights_in(read_file(args.weights), args.weights) if args.weights else {}
     if problem := not_finite(weights):
         raise UserError(f"{args.weights}: {problem}")
-    converted = any(name.startswith("kw_warehouses.") for name in weights)
+    # What only dynamic layers have.
+    dynamic = tuple(f"{layer}." for group in GROUPS for layer in group["layers"])
+    static_names = model.state_dict().keys()
+    converted = any(n.startswith(dynamic) and n not in static_names for n in weights)
     if weights and not converted:
         load_weights(model, weights, args.weights)
     if not args.static:
