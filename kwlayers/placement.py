@@ -177,19 +177,3 @@ class AloneSettings(MethodSettings):
         }
         why = "; ".join([*by_reason(reasons), *static_others(network)]) or "the network has none"
         return NothingToConvert(f"no layer can be converted: {why}")
-
-
-def at_least(settings: object, name: str, least: float, most: float | None = None) -> None:
-    """Raise PlanError for a number that is out of range or none."""
-    value = getattr(settings, name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not value >= least or (most is not None and value > most):
-        upto = "" if most is None else f" and at most {most:g}"
-        raise PlanError(f"{name} {value!r}: a number of at least {least:g}{upto}")
-
-
-def whole(settings: object, name: str) -> None:
-    """Raise PlanError for what is no integer of at least 1."""
-    value = getattr(settings, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PlanError(f"{name} {value!r}: a whole number of at least 1")

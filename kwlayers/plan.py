@@ -131,6 +131,12 @@ class Network:
     others: tuple[Other, ...] = ()
     blocks: tuple[Block, ...] = ()
 
+    def norm(self, asked: str) -> str:
+        """The norm of an attention: as asked, or by "auto" of the kind that the network has."""
+        if asked != "auto":
+            return asked
+        return "batch" if self.batch_norm else "layer"
+
     def extended(self, added: Sequence[str]) -> Network:
         """With blocks that follow the last of a run, each like the one before: `layer3.2` after
         `layer3.1`. Raises PlanError where none can.

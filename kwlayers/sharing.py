@@ -103,9 +103,7 @@ class Settings(MethodSettings):
             )
         except ValueError as error:
             raise PlanError(f"group {name!r}: {error}") from None
-        norm = self.norm
-        if norm == "auto":
-            norm = "batch" if network.batch_norm else "layer"
+        norm = network.norm(self.norm)
         layers = tuple(share.layers)
         return WarehouseGroup(name, layers, cell, num_cells=1, norm=norm, **own), rounded
 

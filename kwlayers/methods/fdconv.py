@@ -302,9 +302,7 @@ class FDConvSettings(AloneSettings):
 
     def group(self, network: Network, name: str, sites: Sequence[Site], own: Any) -> FDConvGroup:
         (site,) = sites
-        norm = self.norm
-        if norm == "auto":
-            norm = "batch" if network.batch_norm else "layer"
+        norm = network.norm(self.norm)
         return FDConvGroup(
             name,
             (site.name,),

@@ -146,9 +146,7 @@ class ODConvSettings(AloneSettings):
     static_roles: ClassVar[tuple[str, ...]] = ("stem", "head", "patch embedding", "shortcut")
 
     def group(self, network: Network, name: str, sites: Sequence[Site], own: Any) -> ODConvGroup:
-        norm = self.norm
-        if norm == "auto":
-            norm = "batch" if network.batch_norm else "layer"
+        norm = network.norm(self.norm)
         layers = tuple(site.name for site in sites)
         return ODConvGroup(name, layers, own.num_kernels, own.reduction, norm, own.max_temperature)
 

@@ -209,9 +209,7 @@ class PADNetSettings(AloneSettings):
         return [list(layers)]
 
     def group(self, network: Network, name: str, sites: Sequence[Site], own: Any) -> PADNetGroup:
-        norm = self.norm
-        if norm == "auto":
-            norm = "batch" if network.batch_norm else "layer"
+        norm = network.norm(self.norm)
         made = PADNetGroup(
             self.method,
             tuple(site.name for site in sites),

@@ -44,7 +44,8 @@ def command(
     """MODEL by every dynamic convolution, exactly counted, under one budget.
 
     Give one target, or none for the settings that each method published. --batch adds the memory
-    of a training step of so many images, --lut the latency by a device's table. Of a recipe only
+    of a training step of so many images, --lut the latency by a device's table, which tells
+    static and KernelWarehouse layers only. Of a recipe only
     the model counts, and its budget if no target is given.
 
     \b
