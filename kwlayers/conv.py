@@ -42,8 +42,7 @@ class _KWLayer(DynamicLayer):
         check_settings(backend, workspace_mb)
         mixtures = geometry.num_mixtures(self.geometry.kernel, warehouse.cell)
         cells = warehouse.next_cells(mixtures) if assignment is None else assignment
-        # In a tuple, so that the module does not register it: it has one home, the model's root.
-        self._warehouse = (warehouse,)
+        self.borrowed = (warehouse,)
         self.attention = Attention(
             in_channels,
             mixtures,
@@ -67,13 +66,14 @@ class _KWLayer(DynamicLayer):
 
     def reset_parameters(self) -> None:
         """A bias of zeros: after `to_empty`. The attention and the warehouse have their own."""
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self._reset_bias()
 
     @property
     def warehouse(self) -> Warehouse:
         """Where the cells are. Not a submodule of the layer."""
-        return self._warehouse[0]
+        (found,) = self.borrowed
+        assert isinstance(found, Warehouse)
+        return found
 
     def convolve(self, x: Tensor) -> Tensor:
         alpha = self.attention(x)

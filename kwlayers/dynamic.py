@@ -23,6 +23,9 @@ class DynamicLayer(nn.Module):
 
     geometry: ConvGeometry
     bias: nn.Parameter | None
+    # Modules that it computes with and somebody else registers: in a tuple, as an attribute of its
+    # own would register them again.
+    borrowed: tuple[nn.Module, ...] = ()
 
     @abstractmethod
     def _build(self, in_channels: int, bias: bool, **settings: Any) -> None:
@@ -43,6 +46,15 @@ class DynamicLayer(nn.Module):
             self.bias = nn.Parameter(zeros)
         else:
             self.register_parameter("bias", None)
+
+    def _reset_bias(self) -> None:
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def alone_(self, batch: int) -> None:
+        """Have what others give it while a network of it runs, for `batch` samples: so it runs by
+        itself, to be timed.
+        """
 
     def take_bias(self, bias: nn.Parameter) -> None:
         """Have the static layer's bias parameter."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -54,6 +54,7 @@ class MixedLayer(DynamicLayer):
         kernel = self.geometry.kernel
         fan_out = kernel[0] // self.geometry.groups * math.prod(kernel[2:])
         self.kernels.normal_(0, math.sqrt(2 / fan_out))
+        self._reset_bias()
         if self.biases is not None:
             self.biases.zero_()
 
@@ -110,14 +111,7 @@ class KernelGroup(Group):
     """Layers of num_kernels kernels each, which the budget decides."""
 
     size_name: ClassVar[str] = "num_kernels"
-
-    @property
-    def size(self) -> int:
-        found: int = self.num_kernels  # type: ignore[attr-defined]
-        return found
-
-    def resized(self: KernelGroupT, size: int) -> KernelGroupT:
-        return replace(self, num_kernels=size)  # type: ignore[call-arg]
+    alone: ClassVar[bool] = True
 
     def unit(self, sites: Sequence[Site]) -> int:
         """One kernel: the ratio is K."""
@@ -137,14 +131,8 @@ class KernelGroup(Group):
     def describe(self) -> str:
         return f"K = {self.size}"
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the layers are made with."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OF_GROUPS}
-
 
 KernelGroupT = TypeVar("KernelGroupT", bound=KernelGroup)
-_OF_GROUPS = ("name", "layers")
 
 
 def mixed_cost(

@@ -30,12 +30,12 @@ from kwlayers.stages import INFERRED, place
 class AloneSettings(MethodSettings):
     """Settings of a method whose layers have kernels of their own.
 
-    kinds: of layers that it takes. static_roles: of layers that stay static by default, as
-    published (see `families.Label`). own: the settings that a rule may change. size_word: what a
-    group's size counts.
+    group_type: of its groups. static_roles: of layers that stay static by default, as published
+    (see `families.Label`). own: the settings that a rule may change. size_word: what a group's size
+    counts.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("conv1d", "conv2d", "conv3d")
+    group_type: ClassVar[type[Group]]
     static_roles: ClassVar[tuple[str, ...]] = ("stem", "head", "patch embedding")
     own: ClassVar[tuple[str, ...]] = ("ratio", "reduction")
     size_word: ClassVar[str] = "kernel"
@@ -66,9 +66,7 @@ class AloneSettings(MethodSettings):
 
     def refuses(self, site: Site) -> str:
         """Why the method cannot take a layer, whatever a rule says; empty if it can."""
-        if site.fixed:
-            return site.fixed
-        return "" if site.kind in self.kinds else f"{self.method} takes no {site.kind} layers"
+        return site.fixed or self.group_type.refuses(site)
 
     def declines(self, site: Site, label: Label) -> str:
         """Why the method leaves a layer static by default, beside its role; empty if not."""

@@ -189,7 +189,9 @@ class Group(ABC):
 
     Each method has its own (see `kwlayers.methods`). name: letters, digits, underscores.
     layers: module names in module order. Where a method takes `sites`, they are those of the
-    layers, in that order. method: the name of the class's method. size_name: what it calls `size`.
+    layers, in that order. method: the name of the class's method. size_name: the field of `size`.
+    kinds: of layers that it takes. alone: whether every layer has a group of its own. no_ratio: why
+    there is no ratio, if there is none.
     """
 
     name: str
@@ -197,17 +199,28 @@ class Group(ABC):
 
     method: ClassVar[str]
     size_name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = KINDS
+    alone: ClassVar[bool] = False
+    no_ratio: ClassVar[str] = ""
     # Whether more than the published size is worth having, where the budget allows it.
     grows: ClassVar[bool] = True
 
     @property
-    @abstractmethod
     def size(self) -> int:
         """What a budget decides, at least 1: cells, kernels. Parameters grow strictly with it."""
+        found: int = getattr(self, self.size_name)
+        return found
 
-    @abstractmethod
     def resized(self: GroupT, size: int) -> GroupT:
         """The same of another size."""
+        changed: dict[str, Any] = {self.size_name: size}
+        return dataclasses.replace(self, **changed)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but name and layers: what most methods make their layers with."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name not in ("name", "layers")}
 
     @abstractmethod
     def unit(self, sites: Sequence[Site]) -> int:
@@ -215,10 +228,25 @@ class Group(ABC):
 
     def at_ratio(self: GroupT, ratio: float, unit: int) -> GroupT:
         """The same at a ratio of its `unit`, truncated in double precision."""
+        if self.no_ratio:
+            raise PlanError(
+                f"ratio {ratio:g}: {self.method} has no ratio, {self.no_ratio}; give params or "
+                "total_ratio"
+            )
         return self.resized(max(int(unit * ratio), 1))
 
-    def check(self, sites: Sequence[Site]) -> None:  # noqa: B027  # most have nothing to add
+    @classmethod
+    def refuses(cls, site: Site) -> str:
+        """Why a layer cannot be in such a group, whatever its settings; empty if it can."""
+        return "" if site.kind in cls.kinds else f"{cls.method} takes no {site.kind} layers"
+
+    def check(self, sites: Sequence[Site]) -> None:
         """Raise ValueError, without the group's name, for what cannot be, fields aside."""
+        if self.alone and len(sites) > 1:
+            raise ValueError(f"{len(sites)} layers: by {self.method} each has a group of its own")
+        for site in sites:
+            if reason := self.refuses(site):
+                raise ValueError(f"{site.name}: {reason}")
 
     @abstractmethod
     def costs(self, sites: Sequence[Site]) -> tuple[LayerCost, ...]:

@@ -44,13 +44,6 @@ class WarehouseGroup(Group):
     method: ClassVar[str] = "kernel_warehouse"
     size_name: ClassVar[str] = "num_cells"
 
-    @property
-    def size(self) -> int:
-        return self.num_cells
-
-    def resized(self, size: int) -> WarehouseGroup:
-        return replace(self, num_cells=size)
-
     def at_ratio(self, ratio: float, unit: int) -> WarehouseGroup:
         return replace(self, num_cells=geometry.cells_for_ratio(unit, ratio), ratio=ratio)
 

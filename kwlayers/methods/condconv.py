@@ -37,7 +37,7 @@ from kwlayers.fields import allow
 from kwlayers.methods import Conversion, Converted, Method
 from kwlayers.mixed import KernelGroup, MixedLayer, convert_mixed, mixed_cost
 from kwlayers.placement import AloneSettings
-from kwlayers.plan import KINDS, Network, Plan, PlanError, Site
+from kwlayers.plan import Group, Network, Plan, PlanError, Site
 from kwlayers.rules import Share
 
 SHARING = ("block", "layer")
@@ -57,8 +57,10 @@ class CondConvGroup(KernelGroup):
     dropout: float = allow("part of the kernels that training drops", float, 0.0, least=0, most=1)
 
     method: ClassVar[str] = "condconv"
+    alone: ClassVar[bool] = False
 
     def check(self, sites: Sequence[Site]) -> None:
+        super().check(sites)
         if not self.block and len(sites) > 1:
             raise ValueError(f"{len(sites)} layers share a router, but no block says what it sees")
         if not self.block and self.router_channels != sites[0].in_channels:
@@ -90,7 +92,7 @@ class CondConvSettings(AloneSettings):
     rules: tuple[Any, ...] = ()
 
     method: ClassVar[str] = "condconv"
-    kinds: ClassVar[tuple[str, ...]] = KINDS
+    group_type: ClassVar[type[Group]] = CondConvGroup
     static_roles: ClassVar[tuple[str, ...]] = (
         "stem", "head", "patch embedding", "shortcut", "last convolution",
     )  # fmt: skip
@@ -165,17 +167,23 @@ class _CondLayer(MixedLayer):
     ) -> None:
         self._own_kernels(num_kernels, bias, backend, workspace_mb, **to)
         self.router = Router(in_channels, num_kernels, dropout, **to) if router is None else None
-        # In a tuple, so that it is not registered again.
-        self._shared: tuple[Router, ...] = () if router is None else (router,)
+        self.borrowed = () if router is None else (router,)
         self.reset_parameters()
 
     def convolve(self, x: Tensor) -> Tensor:
         if self.router is not None:
             return self.mixed(x, self.router(x))
-        routing = self._shared[0].routing
-        if routing is None:
+        (router,) = self.borrowed
+        assert isinstance(router, Router)
+        if router.routing is None:
             raise RuntimeError("the router belongs to the block: call the block, not its layers")
-        return self.mixed(x, routing)
+        return self.mixed(x, router.routing)
+
+    def alone_(self, batch: int) -> None:
+        for router in self.borrowed:
+            assert isinstance(router, Router)
+            found = torch.rand(batch, self.num_kernels, device=self.kernels.device)
+            router.routing = nn.Parameter(found.to(self.kernels.dtype))
 
 
 class CondConv1d(_CondLayer, DynamicConvNd):

@@ -39,8 +39,9 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -55,7 +56,7 @@ from kwlayers.fields import allow
 from kwlayers.methods import Conversion, Converted, Method
 from kwlayers.ops.reference import CONV
 from kwlayers.placement import AloneSettings
-from kwlayers.plan import KINDS, Group, Network, Plan, PlanError, Site
+from kwlayers.plan import Group, Network, Plan, Site
 from kwlayers.stages import place
 
 VARIANTS = ("basic", "bottleneck", "mobilenet")
@@ -103,31 +104,21 @@ class DCDGroup(Group):
 
     method: ClassVar[str] = "dcd"
     size_name: ClassVar[str] = "latent"
+    alone: ClassVar[bool] = True
+    no_ratio: ClassVar[str] = "it adds to the static kernels"
 
-    @property
-    def size(self) -> int:
-        return self.latent
-
-    def resized(self, size: int) -> DCDGroup:
-        return replace(self, latent=size)
+    @classmethod
+    def refuses(cls, site: Site) -> str:
+        return super().refuses(site) or (_GROUPED if site.groups > 1 else "")
 
     def unit(self, sites: Sequence[Site]) -> int:
         """The published L."""
         (site,) = sites
         return latent_of(self.variant, site.in_channels, site.out_channels)[0]
 
-    def at_ratio(self, ratio: float, unit: int) -> DCDGroup:
-        raise PlanError(
-            f"ratio {ratio:g}: dcd has no ratio, it adds to the static kernels; give params or "
-            "total_ratio"
-        )
-
     def check(self, sites: Sequence[Site]) -> None:
-        if len(sites) > 1:
-            raise ValueError(f"{len(sites)} layers: by dcd each has a group of its own")
+        super().check(sites)
         (site,) = sites
-        if site.groups > 1:
-            raise ValueError(f"{site.name} has {site.groups} groups: {_GROUPED}")
         _check_cells(self.cells, site.kind == "linear")
 
     def costs(self, sites: Sequence[Site]) -> tuple[LayerCost, ...]:
@@ -178,14 +169,11 @@ class DCDSettings(AloneSettings):
     rules: tuple[Any, ...] = ()
 
     method: ClassVar[str] = "dcd"
-    kinds: ClassVar[tuple[str, ...]] = KINDS
+    group_type: ClassVar[type[Group]] = DCDGroup
     static_roles: ClassVar[tuple[str, ...]] = (
         "stem", "patch embedding", "shortcut", "last convolution",
     )  # fmt: skip
     own: ClassVar[tuple[str, ...]] = ("ratio",)
-
-    def refuses(self, site: Site) -> str:
-        return super().refuses(site) or (_GROUPED if site.groups > 1 else "")
 
     def declines(self, site: Site, label: Label) -> str:
         if label.role == "head":
@@ -286,9 +274,19 @@ class _DCDLayer(DynamicLayer):
     norm1: Any
     norm2: Any
 
-    def _own_attention(
-        self, latent: int | None, squeeze: int | None, cells: int, **to: Any
+    def _build(  # not any settings, but these
+        self,
+        in_channels: int,
+        bias: bool,
+        *,
+        latent: int | None = None,
+        squeeze: int | None = None,
+        cells: int = 1,
+        **to: Any,
     ) -> None:
+        if self.geometry.groups > 1:
+            raise ValueError(f"groups {self.geometry.groups}: {_GROUPED}")
+        linear = isinstance(self, DynamicLinear)
         outputs, inputs = self.geometry.kernel[:2]
         if latent is None:
             latent, _ = latent_of("bottleneck", inputs, outputs)
@@ -297,11 +295,21 @@ class _DCDLayer(DynamicLayer):
         for name, size in {"latent": latent, "squeeze": squeeze}.items():
             if size < 1:
                 raise ValueError(f"{name} {size}: at least 1")
-        _check_cells(cells, isinstance(self, DynamicLinear))
+        _check_cells(cells, linear)
+        shape = (outputs, inputs) if linear else self.geometry.kernel
+        self.weight = nn.Parameter(torch.empty(shape, **to))
+        self._own_bias(bias, **to)
         self.attention = DCDAttention(inputs, outputs, latent, squeeze, cells, **to)
+        self._own_latent(inputs, outputs, latent, **to)
+        self.reset_parameters()
+
+    @abstractmethod
+    def _own_latent(self, inputs: int, outputs: int, latent: int, **to: Any) -> None:
+        """Make Q, P and the norms of the latent channels."""
 
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out) kernels, Q and P of convolutions; torch.nn's linear layers."""
+        self._reset_bias()
         self.attention.reset_parameters()
         for norm in (self.norm1, self.norm2):
             norm.reset_parameters()
@@ -320,27 +328,12 @@ _NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3
 
 
 class _DCDConvNd(_DCDLayer, DynamicConvNd):
-    def _build(  # not any settings, but these
-        self,
-        in_channels: int,
-        bias: bool,
-        *,
-        latent: int | None = None,
-        squeeze: int | None = None,
-        cells: int = 1,
-        **to: Any,
-    ) -> None:
-        if self.groups > 1:
-            raise ValueError(f"groups {self.groups}: {_GROUPED}")
-        self.weight = nn.Parameter(torch.empty(self.geometry.kernel, **to))
-        self._own_bias(bias, **to)
-        self._own_attention(latent, squeeze, cells, **to)
-        conv, latent = _CONVS[self.rank], self.attention.latent
-        self.q = conv(in_channels, latent, 1, self.stride, bias=False, **to)
-        self.p = conv(latent, self.out_channels, 1, bias=False, **to)
+    def _own_latent(self, inputs: int, outputs: int, latent: int, **to: Any) -> None:
+        conv = _CONVS[self.rank]
+        self.q = conv(inputs, latent, 1, self.stride, bias=False, **to)
+        self.p = conv(latent, outputs, 1, bias=False, **to)
         self.norm1 = _NORMS[self.rank](latent, **to)
         self.norm2 = nn.BatchNorm1d(latent, **to)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -397,26 +390,12 @@ class DCDConv3d(_DCDConvNd):
 class DCDLinear(_DCDLayer, DynamicLinear):
     """`nn.Linear` with scaled outputs and dynamically fused latent features."""
 
-    def _build(  # not any settings, but these
-        self,
-        in_channels: int,
-        bias: bool,
-        *,
-        latent: int | None = None,
-        squeeze: int | None = None,
-        cells: int = 1,
-        **to: Any,
-    ) -> None:
-        self.weight = nn.Parameter(torch.empty(self.out_features, in_channels, **to))
-        self._own_bias(bias, **to)
-        self._own_attention(latent, squeeze, cells, **to)
-        latent = self.attention.latent
-        self.q = nn.Linear(in_channels, latent, bias=False, **to)
-        self.p = nn.Linear(latent, self.out_features, bias=False, **to)
+    def _own_latent(self, inputs: int, outputs: int, latent: int, **to: Any) -> None:
+        self.q = nn.Linear(inputs, latent, bias=False, **to)
+        self.p = nn.Linear(latent, outputs, bias=False, **to)
         self.norm1, self.norm2 = (
             norm_of("batch", latent, to.get("device"), to.get("dtype")) for _ in range(2)
         )
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -35,7 +35,7 @@ from kwlayers.fields import allow
 from kwlayers.methods import Conversion, Converted, Method
 from kwlayers.mixed import KernelGroup, MixedLayer, convert_mixed, mixed_cost
 from kwlayers.placement import AloneSettings
-from kwlayers.plan import KINDS, Network, Plan, Site
+from kwlayers.plan import Group, Network, Plan, Site
 from kwlayers.schedule import Tempered
 
 MAX_TEMPERATURE = 30.0
@@ -85,7 +85,7 @@ class DYConvSettings(AloneSettings):
     rules: tuple[Any, ...] = ()
 
     method: ClassVar[str] = "dyconv"
-    kinds: ClassVar[tuple[str, ...]] = KINDS
+    group_type: ClassVar[type[Group]] = DYConvGroup
 
     def group(self, network: Network, name: str, sites: Sequence[Site], own: Any) -> DYConvGroup:
         layers = tuple(site.name for site in sites)

@@ -50,7 +50,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -142,32 +142,26 @@ class FDConvGroup(Group):
 
     method: ClassVar[str] = "fdconv"
     size_name: ClassVar[str] = "width"
+    kinds: ClassVar[tuple[str, ...]] = ("conv1d", "conv2d")
+    alone: ClassVar[bool] = True
+    no_ratio: ClassVar[str] = (
+        "since its kernels take as many parameters as the static ones, and a budget decides the "
+        "width of the attention"
+    )
 
-    @property
-    def size(self) -> int:
-        return self.width
-
-    def resized(self, size: int) -> FDConvGroup:
-        return replace(self, width=size)
+    @classmethod
+    def refuses(cls, site: Site) -> str:
+        grouped = "fdconv takes no grouped convolutions" if site.groups > 1 else ""
+        return super().refuses(site) or grouped
 
     def unit(self, sites: Sequence[Site]) -> int:
         """The published width."""
         (site,) = sites
         return geometry.hidden_width(site.in_channels, REDUCTION)
 
-    def at_ratio(self, ratio: float, unit: int) -> FDConvGroup:
-        raise PlanError(
-            f"ratio {ratio:g}: fdconv has no ratio, since its kernels take as many parameters as "
-            "the static ones, and a budget decides the width of the attention: give params or "
-            "total_ratio"
-        )
-
     def check(self, sites: Sequence[Site]) -> None:
-        if len(sites) != 1:
-            raise ValueError(f"{len(sites)} layers: by fdconv each has a group of its own")
+        super().check(sites)
         (site,) = sites
-        if reason := _impossible(site):
-            raise ValueError(f"{site.name}: {reason}")
         _check(site.kernel, self.num_kernels, self.param_ratio, self.only_kernel)
 
     def costs(self, sites: Sequence[Site]) -> tuple[LayerCost, ...]:
@@ -217,20 +211,6 @@ class FDConvGroup(Group):
     def describe(self) -> str:
         return f"A = {self.width}, K = {self.num_kernels}"
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the layers are made with."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OF_GROUPS}
-
-
-_OF_GROUPS = ("name", "layers")
-
-
-def _impossible(site: Site) -> str:
-    if site.kind not in FDConvSettings.kinds:
-        return f"fdconv takes no {site.kind} layers"
-    return "fdconv takes no grouped convolutions" if site.groups > 1 else ""
-
 
 def _check(kernel: Sequence[int], num_kernels: int, param_ratio: int, only_kernel: bool) -> None:
     """Raise ValueError for groups of frequencies that cannot be. kernel: (C_out, C_in, *k)."""
@@ -269,7 +249,7 @@ class FDConvSettings(AloneSettings):
     rules: tuple[Any, ...] = ()
 
     method: ClassVar[str] = "fdconv"
-    kinds: ClassVar[tuple[str, ...]] = ("conv1d", "conv2d")
+    group_type: ClassVar[type[Group]] = FDConvGroup
     static_roles: ClassVar[tuple[str, ...]] = ("stem", "head", "patch embedding", "shortcut")
 
     def __post_init__(self) -> None:
@@ -287,7 +267,7 @@ class FDConvSettings(AloneSettings):
             yield {"only_kernel": True}
 
     def refuses(self, site: Site) -> str:
-        if reason := super().refuses(site) or _impossible(site):
+        if reason := super().refuses(site):
             return reason
         if self.only_kernel and self.param_ratio == 1 and self._num_kernels(site) == 1:
             return "its frequencies form one group only, and only_kernel asks for no other head"
@@ -514,6 +494,7 @@ class _FDLayer(DynamicConvNd):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The spectrum of a Kaiming-normal (fan out) kernel."""
+        self._reset_bias()
         self.order.copy_(frequency_order(self.bins, self.order.device))
         self.start_from(self._drawn(1)[0])
 

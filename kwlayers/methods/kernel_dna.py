@@ -44,7 +44,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -92,25 +92,14 @@ class KernelDNAGroup(Group):
 
     method: ClassVar[str] = "kernel_dna"
     size_name: ClassVar[str] = "width"
+    kinds: ClassVar[tuple[str, ...]] = ("conv1d", "conv2d", "conv3d")
+    no_ratio: ClassVar[str] = "its layers use other layers' kernels"
     grows: ClassVar[bool] = False
-
-    @property
-    def size(self) -> int:
-        return self.width
-
-    def resized(self, size: int) -> KernelDNAGroup:
-        return replace(self, width=size)
 
     def unit(self, sites: Sequence[Site]) -> int:
         """The published r."""
         site = sites[0]
         return width_of(site.in_channels, PROJECT_REDUCTION if _projects(site) else REDUCTION)
-
-    def at_ratio(self, ratio: float, unit: int) -> KernelDNAGroup:
-        raise PlanError(
-            f"ratio {ratio:g}: kernel_dna has no ratio, its layers use other layers' kernels; give "
-            "params or total_ratio"
-        )
 
     @property
     def added(self) -> tuple[str, ...]:
@@ -124,8 +113,7 @@ class KernelDNAGroup(Group):
             raise ValueError(f"parent {self.parent!r}: expected one of {', '.join(self.layers)}")
         if len(sites) == 1:
             raise ValueError(f"{self.parent} has no children: no other layer uses its kernel")
-        if parent.kind == "linear":
-            raise ValueError(f"{self.parent}: kernel_dna takes no linear layers")
+        super().check(sites)
         for site in sites:
             if _like(site) != _like(parent):
                 raise ValueError(
@@ -204,6 +192,7 @@ class KernelDNASettings(AloneSettings):
     rules: tuple[Any, ...] = ()
 
     method: ClassVar[str] = "kernel_dna"
+    group_type: ClassVar[type[Group]] = KernelDNAGroup
     static_roles: ClassVar[tuple[str, ...]] = (
         "stem", "head", "patch embedding", "shortcut", "last convolution",
     )  # fmt: skip
@@ -467,8 +456,7 @@ class _DNAConvNd(DynamicConvNd):
             width = width_of(in_channels)
         if width < 1:
             raise ValueError(f"width {width}: at least 1")
-        # In a tuple, so that it is not registered again.
-        self._shared = (parent,)
+        self.borrowed = (parent,)
         self.gate = Gate(in_channels, width, **to)
         ones = (1,) * self.rank
         self.filter = nn.Parameter(torch.zeros(kernel[0], 1, *ones, **to))
@@ -487,7 +475,9 @@ class _DNAConvNd(DynamicConvNd):
     @property
     def parent(self) -> _Static:
         """The layer whose kernel this one uses."""
-        return self._shared[0]
+        (found,) = self.borrowed
+        assert isinstance(found, _Static)
+        return found
 
     def kernel(self) -> Tensor:
         """out: (C_out, C_in / groups, *k)."""

@@ -44,7 +44,7 @@ from kwlayers.ops import workspace_bytes
 from kwlayers.ops.reference import CONV
 from kwlayers.ops.remade import conv_remade
 from kwlayers.placement import AloneSettings
-from kwlayers.plan import Network, Plan, Site
+from kwlayers.plan import Group, Network, Plan, Site
 from kwlayers.schedule import Tempered
 from kwlayers.warehouses import NORMS
 
@@ -89,6 +89,7 @@ class ODConvGroup(KernelGroup):
     )
 
     method: ClassVar[str] = "odconv"
+    kinds: ClassVar[tuple[str, ...]] = ("conv1d", "conv2d", "conv3d")
 
     def counted_otherwise(self, sites: Sequence[Site]) -> dict[str, int]:
         (cost,) = self.costs(sites)
@@ -143,6 +144,7 @@ class ODConvSettings(AloneSettings):
     rules: tuple[Any, ...] = ()
 
     method: ClassVar[str] = "odconv"
+    group_type: ClassVar[type[Group]] = ODConvGroup
     static_roles: ClassVar[tuple[str, ...]] = ("stem", "head", "patch embedding", "shortcut")
 
     def group(self, network: Network, name: str, sites: Sequence[Site], own: Any) -> ODConvGroup:

@@ -50,7 +50,7 @@ from kwlayers.mixed import KernelGroup, MixedLayer, convert_mixed
 from kwlayers.ops import kw_conv, workspace_bytes
 from kwlayers.ops.remade import conv_remade
 from kwlayers.placement import AloneSettings
-from kwlayers.plan import KINDS, Group, Network, Plan, PlanError, Site
+from kwlayers.plan import Group, Network, Plan, PlanError, Site
 from kwlayers.rules import Share
 from kwlayers.schedule import WAREHOUSES
 from kwlayers.warehouses import NORMS
@@ -82,13 +82,6 @@ class PADNetGroup(Group):
     method: ClassVar[str] = "pad_net"
     size_name: ClassVar[str] = "dynamic"
 
-    @property
-    def size(self) -> int:
-        return self.dynamic
-
-    def resized(self, size: int) -> PADNetGroup:
-        return replace(self, dynamic=size)
-
     def unit(self, sites: Sequence[Site]) -> int:
         """All weights: the ratio is the part that is dynamic."""
         return sum(site.weights for site in sites)
@@ -103,8 +96,8 @@ class PADNetGroup(Group):
 
     def check(self, sites: Sequence[Site]) -> None:
         for site in sites:
-            if site.kind not in _kinds(self.base):
-                raise ValueError(f"{site.name}: {self.base} takes no {site.kind} layers")
+            if reason := methods.find(self.base).group.refuses(site):
+                raise ValueError(f"{site.name}: {reason}")
         if self.dynamic > self.unit(sites):
             raise ValueError(
                 f"dynamic {self.dynamic:,}: the layers have {self.unit(sites):,} weights"
@@ -185,7 +178,7 @@ class PADNetSettings(AloneSettings):
     rules: tuple[Any, ...] = ()
 
     method: ClassVar[str] = "pad_net"
-    kinds: ClassVar[tuple[str, ...]] = KINDS
+    group_type: ClassVar[type[Group]] = PADNetGroup
     own: ClassVar[tuple[str, ...]] = ("ratio",)
 
     @property
@@ -399,12 +392,6 @@ _LAYERS: dict[str, dict[type[nn.Module], Any]] = {
     "odconv": {nn.Conv1d: PADODConv1d, nn.Conv2d: PADODConv2d, nn.Conv3d: PADODConv3d},
 }
 _STARTS: dict[str, Any] = {"dyconv": dyconv._start, "odconv": odconv._start}
-
-
-def _kinds(base: str) -> tuple[str, ...]:
-    settings: Any = methods.find(base).settings
-    kinds: tuple[str, ...] = settings.kinds
-    return kinds
 
 
 class Partition(nn.Module):

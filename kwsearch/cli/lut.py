@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kwsearch.cli import INTERRUPTED
-from kwsearch.cli.options import RATIO, SIZE, several, trust_option
+from kwsearch.cli.options import RATIO, SIZE, methods_option, several, trust_option
 
 if TYPE_CHECKING:
     from kwsearch.latency.profiling import Step
@@ -73,6 +73,7 @@ def merge(tables: tuple[Path, ...], output: Path, force: bool) -> None:
 @click.argument("table", type=TABLE)
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
 @several(RATIO, "--ratio", "0.5,1,2", "Ratios b of their plans.  [default: 0.5,1,2]")
+@methods_option
 @click.option("--input", "input_size", type=SIZE, help="Input size.  [default: the model's]")
 @click.option("--classes", type=click.IntRange(min=1), help="Number of classes.")
 @trust_option
@@ -81,6 +82,7 @@ def check(
     table: Path,
     models: tuple[str, ...],
     ratio: list[float],
+    methods: list[str],
     input_size: tuple[int, ...] | None,
     classes: int | None,
     trust: bool,
@@ -112,7 +114,9 @@ def check(
     if not models:
         models, input_size = CHECKED, input_size or CHECKED_SIZE
     with sole_writer(table):
-        subjects = [s for m in models for s in of_model(m, input_size, classes, trust, ratio)]
+        subjects = [
+            s for m in models for s in of_model(m, input_size, classes, trust, ratio, methods)
+        ]
         checks = _measured(loaded, table, list(steps_of(subjects, modes, _note)))
     if not checks:
         raise TableError(

@@ -90,6 +90,12 @@ storage_option = click.option(
     callback=lambda context, parameter, url: None if url is None else whole(url),
     help=f"Database of the study, e.g. postgresql://user@host/name.  [default: ${STORAGE}]",
 )
+methods_option = several(
+    click.Choice(NAMES),
+    "--methods",
+    "kernel_warehouse",
+    f"Whose plans of a MODEL: {', '.join(NAMES)}.  [default: kernel_warehouse]",
+)
 trust_option = click.option(
     "--trust",
     is_flag=True,

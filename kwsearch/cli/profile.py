@@ -10,7 +10,15 @@ import click
 from click.core import ParameterSource
 
 from kwsearch.cli import INTERRUPTED
-from kwsearch.cli.options import COUNT, RATIO, SIZE, is_recipe, several, trust_option
+from kwsearch.cli.options import (
+    COUNT,
+    RATIO,
+    SIZE,
+    is_recipe,
+    methods_option,
+    several,
+    trust_option,
+)
 
 if TYPE_CHECKING:
     from kwsearch.latency.profiling import Profile
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--grid", is_flag=True, help="Usual blocks at usual widths, for networks to come.")
 @several(COUNT, "--size", "64", "Pixels on a side, of --grid.  [default: 64]")
 @several(RATIO, "--ratio", "0.5,1,2", "Ratios b of a MODEL's plans.  [default: 0.5,1,2]")
+@methods_option
 @click.option("--input", "input_size", type=SIZE, help="Input size.  [default: the model's]")
 @click.option("--classes", type=click.IntRange(min=1), help="Number of classes.")
 @trust_option
@@ -48,6 +57,7 @@ def command(
     grid: bool,
     size: list[int],
     ratio: list[float],
+    methods: list[str],
     input_size: tuple[int, ...] | None,
     classes: int | None,
     trust: bool,
@@ -60,14 +70,16 @@ def command(
 ) -> None:
     """Measure what steps consist of, on this device, for latencies of plans anywhere.
 
-    Of a MODEL, all calls of the static network and of its plans at some ratios; of a RECIPE, of
-    every choice of its search space; --grid is for networks that are not known yet.
+    Of a MODEL, all calls of the static network and of its plans at some ratios (and of methods that
+    published sizes, at those); of a RECIPE, of every choice of its search space; --grid is for
+    networks that are not known yet.
     Every call is timed by itself, in turns with others, and steps as wholes, too. Interrupt it at
     any time: the same command goes on. What was measured while the machine was slow is measured
     again. Leave the device alone meanwhile.
 
     \b
     kwsearch profile resnet18 --batch 1,16 -o device.lut.yaml
+    kwsearch profile resnet18 --methods odconv,dcd -o device.lut.yaml
     kwsearch profile recipe.yaml --threads 1 -o device.lut.yaml
     kwsearch profile --grid --size 32,64 --train -o device.lut.yaml
     """
@@ -90,7 +102,7 @@ def command(
     modes = [Mode(b, training, device, dtype) for b in batch for training in _trainings(train)]
     subjects: list[Subject] = []
     for model in models:
-        subjects += _subjects(model, input_size, classes, trust, ratio)
+        subjects += _subjects(model, input_size, classes, trust, ratio, methods)
     if grid:
         subjects += of_grid(size)
     with sole_writer(output):
@@ -111,7 +123,8 @@ def _check_used(models: tuple[str, ...], grid: bool) -> None:
     if not grid:
         refuse({"size": "--size"}, "of --grid; a MODEL takes --input")
     if all(map(is_recipe, models)):
-        own = {"ratio": "--ratio", "input_size": "--input", "classes": "--classes"}
+        names = ("ratio", "methods", "classes")
+        own = {"input_size": "--input", **{name: f"--{name}" for name in names}}
         refuse(own, "of a MODEL; a recipe says it itself, --grid has sizes (--size) and ratios")
 
 
@@ -139,11 +152,12 @@ def _subjects(
     classes: int | None,
     trust: bool,
     ratios: list[float],
+    methods: list[str],
 ) -> list[Subject]:
     from kwsearch.latency.subjects import of_model
 
     if not is_recipe(model):
-        return of_model(model, input_size, classes, trust, ratios)
+        return of_model(model, input_size, classes, trust, ratios, methods)
     if input_size or classes:
         raise click.UsageError("--input, --classes: a recipe says them itself")  # beside a MODEL
     from kwsearch.latency.subjects import of_recipe

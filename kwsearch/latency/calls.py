@@ -1,9 +1,9 @@
 """What a step is made of: calls of torch's functions, and of dynamic layers by their parts.
 
 A step runs once on `meta`. Every function of torch that it calls is one `Call`; a dynamic layer is
-two, its attention and its mixing, whatever they do inside; in training, a tensor that several calls
-read has gradients to be added up, and a warehouse one buffer to be filled. Two calls with one key
-take as long as each other.
+one, whatever it does inside, and one of KernelWarehouse two, its attention and its mixing; in
+training, a tensor that several calls read has gradients to be added up, and a warehouse one buffer
+to be filled. Two calls with one key take as long as each other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from kwlayers.attention import Attention
-from kwlayers.conv import KWLinear, _KWLayer
+from kwlayers.conv import _KWLayer
+from kwlayers.dynamic import DynamicLayer, DynamicLinear
 from kwlayers.ops.device import standing_for
 from kwlayers.ops.library import choose_for
 from kwlayers.plan import PlanError
@@ -224,14 +225,18 @@ class _Recorder(TorchFunctionMode):
         if self.inside:
             return
         self._add(MODULE)
+        if not isinstance(module, DynamicLayer):
+            return
+        x: Tensor = args[0]
+        self._note_reader(x)
+        self.inside.append(module)  # from here on nothing is a call of its own
         if isinstance(module, _KWLayer):
-            x: Tensor = args[0]
-            self._note_reader(x)
             self._add(_attention_call(module, Spec.of(x), self.training))
             self._add(_mixing_call(module, x, self.training))
             cells = module.warehouse.cells
             self.warehouses[id(cells)] = cells
-            self.inside.append(module)
+        else:
+            self._add(_layer_call(module, x, self.training))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         self.names.pop()
@@ -302,13 +307,41 @@ def _products(name: str, specs: list[Spec], out: Tensor) -> int:
     return 0
 
 
+def _layer_call(layer: DynamicLayer, x: Tensor, training: bool) -> Call:
+    """A whole layer, which its own and borrowed tensors tell from others of its class."""
+    spec, kernel = Spec.of(x), layer.geometry.kernel
+    modules = (layer, *layer.borrowed)
+    tensors = [named for module in modules for named in module.state_dict().items()]
+    shapes = " ".join(f"{name} {'x'.join(map(str, t.shape))}" for name, t in tensors)
+    name = type(layer).__name__
+    positions = math.prod(layer.geometry.out_size(tuple(_given(layer, x).shape[2:])))
+    weights, batch = math.prod(kernel), x.shape[0]
+    work = (
+        batch * positions * weights,
+        spec.nbytes + batch * kernel[0] * positions * x.element_size(),
+        batch * weights * x.element_size(),
+        sum(t.nbytes for _, t in tensors),
+        len(tensors),
+    )
+    mode = _mode(training)
+    family = f"layer {name} {_layer_name(layer)} {spec} {shapes} {mode}"
+    return Call(f"layer {name} {mode}", family, 0, work, (layer, spec))
+
+
 def _layer_name(layer: Any) -> str:
     kernel = "x".join(map(str, layer.geometry.kernel))
     steps = "".join(
         f" {letter}{'x'.join(map(str, numbers))}"
         for letter, numbers in zip("spd", layer.geometry[1:4], strict=True)
     )
-    return f"{kernel}{steps} g{layer.geometry.groups}" + " bias" * (layer.bias is not None)
+    padded = "".join(f" {layer.padding_mode}{side}" for side in getattr(layer, "_pad", ()))
+    return f"{kernel}{steps}{padded} g{layer.geometry.groups}" + " bias" * (layer.bias is not None)
+
+
+def _given(layer: Any, x: Tensor) -> Tensor:
+    """What is convolved: tokens as positions, and maps with the padding of the layer itself."""
+    found: Tensor = layer.tokens(x) if isinstance(layer, DynamicLinear) else layer.padded(x)
+    return found
 
 
 def _attention_call(layer: Any, x: Spec, training: bool) -> Call:
@@ -327,7 +360,7 @@ def _attention_call(layer: Any, x: Spec, training: bool) -> Call:
 def _mixing_call(layer: Any, x: Tensor, training: bool) -> Call:
     geometry, cells = layer.geometry, layer.warehouse.cells
     spec = Spec.of(x)
-    given = layer.tokens(x) if isinstance(layer, KWLinear) else x
+    given = _given(layer, x)
     path = choose_for(given, cells, geometry)
     n, weights = cells.shape[0], math.prod(geometry.kernel)
     batch = x.shape[0]

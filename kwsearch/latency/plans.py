@@ -70,12 +70,6 @@ class PlanLatency:
         return self._predictor.step(together, self.batch, training)
 
     def _calls(self, plan: Plan | None, training: bool) -> dict[str, Counter[Call]]:
-        if plan is not None and len(plan.warehouses) < len(plan.groups):
-            others = sorted({g.method for g in plan.groups} - {g.method for g in plan.warehouses})
-            raise TableError(
-                f"{self.path}: a table tells static and KernelWarehouse layers, not those of "
-                f"{', '.join(others)}"
-            )
         name = ("static" if plan is None else fingerprint(plan), training)
         if name not in self._known:
             self._known[name] = self._apart(self._make_model, plan, training)

@@ -21,8 +21,11 @@ _GUESS, _BETWEEN, _BEYOND = 0.7, 0.03, 0.1
 _FEW, _FEW_SPREAD = 3, 0.2
 
 
+_MORE = ", --methods the layers of other methods"
+
 # Where an estimate is from; and calls that whole steps take as much more or less of.
 PARTS = ("measured", "lines", "fitted", "guessed")
+# Other dynamic layers count as mixing.
 GROUPS = ("products", "other functions and modules", "attention", "mixing")
 
 
@@ -116,7 +119,7 @@ class Predictor:
             return self._fit(others).ns(call.work)[0], _GUESS, "guessed"
         raise TableError(
             f"the latency table has no {call.kind}: `kwsearch profile MODEL -o` with the same file "
-            "adds what is missing"
+            f"adds what is missing{_MORE if call.kind.startswith('layer ') else ''}"
         )
 
     def _pool(self, mode: str) -> list[Entry]:
@@ -154,7 +157,7 @@ class Predictor:
 def _group(call: Call) -> int:
     """The place in `GROUPS`."""
     kind = call.kind.split()[0]
-    if kind in ("attention", "mixing", "buffer"):
+    if kind in ("attention", "mixing", "buffer", "layer"):
         return 2 if kind == "attention" else 3
     return 0 if len(call.work) == 4 and call.work[0] else 1
 

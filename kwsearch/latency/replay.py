@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from kwlayers.conv import KWLinear, _KWLayer
-from kwlayers.warehouse import Warehouse
+from kwlayers.dynamic import DynamicLayer
 from kwsearch.latency.calls import MODULE, Call, Spec
 from kwsearch.timing import clock_of
 
 # Copies of a call's tensors, and bytes of all of them.
 _COPIES, _BYTES = 16, 64 * 2**20
-# Warehouses that dynamic layers take turns at, two if they are large; and uses of each in a round.
-_WAREHOUSES, _LARGE, _USES = 4, 2**23, 2
+# Copies of a dynamic layer and its warehouse, two if they are large; and uses of each in a round.
+_COPIES_OF_LAYERS, _LARGE, _USES = 4, 2**23, 2
 # Seconds that a round of functions should not take longer than, with two copies at least.
 _ROUND = 0.1
 # Results that are still there when the next call writes its own, as inputs of layers are.
@@ -69,7 +69,6 @@ class Replay:
 
     def _runs(self, call: Call) -> list[_Run]:
         what: Any = call.what
-        layer: _KWLayer
         if call == MODULE:
             return self._copies([torch.zeros(1)], partial(_called, nn.Identity()), _MODULES)
         if call.kind == "sum":
@@ -83,6 +82,9 @@ class Replay:
         if call.kind.startswith("mixing"):
             layer, x = what
             return self._layers(layer, x, _mixing_of)
+        if call.kind.startswith("layer "):
+            layer, x = what
+            return self._layers(layer, x, _whole)
         function, leaves, structure, self.writes = what
 
         def called(given: list[Any]) -> Any:
@@ -101,15 +103,16 @@ class Replay:
         ]
 
     def _layers(
-        self, layer: _KWLayer, x: Spec, part: Callable[[_KWLayer, Spec], nn.Module]
+        self, layer: DynamicLayer, x: Spec, part: Callable[[Any, Spec], nn.Module]
     ) -> list[_Run]:
-        size = layer.warehouse.cells.nbytes + x.nbytes
+        modules = (layer, *layer.borrowed)
+        size = sum(p.nbytes for one in modules for p in one.parameters()) + x.nbytes
         self.shares, runs = True, []
-        for _ in range(2 if size > _LARGE else _WAREHOUSES):
+        for _ in range(2 if size > _LARGE else _COPIES_OF_LAYERS):
             module = part(_real(layer, self.device, self.training), x)
-            own = [p for p in module.parameters() if p.requires_grad]
+            borrowed = module.borrowed if isinstance(module, DynamicLayer) else ()
+            own = [p for one in (module, *borrowed) for p in one.parameters() if p.requires_grad]
             if isinstance(module, _KWLayer):
-                own.append(module.warehouse.cells)
                 self.warehouses.append(module.warehouse.cells)
             held = [_made(x, self.device)]
             runs.append(_Run(partial(_called, module), [x], held, own))
@@ -200,19 +203,20 @@ def _differentiable(out: Any) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.requires_grad][:1]
 
 
-def _real(layer: _KWLayer, device: str, training: bool) -> _KWLayer:
-    """The layer with memory and data, and a warehouse of its own."""
-    made = copy.deepcopy(layer).to_empty(device=device)
-    old = layer.warehouse
-    warehouse = Warehouse(old.num_cells, old.cell, old.num_mixtures)
-    warehouse = warehouse.to(device=device, dtype=old.cells.dtype)
-    nn.init.normal_(warehouse.cells)
-    made._warehouse = (warehouse,)
-    made.reset_parameters()
-    for module in made.attention.modules():
-        if callable(reset := getattr(module, "reset_parameters", None)):
-            reset()
-    return made.train(training)
+def _real(layer: DynamicLayer, device: str, training: bool) -> DynamicLayer:
+    """The layer with memory and data, and what it borrows as its own."""
+    made = copy.deepcopy(layer)
+    for part in (made, *made.borrowed):
+        part.to_empty(device=device).train(training)
+        for module in reversed([*part.modules()]):  # a layer knows better than its parts
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+    return made
+
+
+def _whole(layer: DynamicLayer, x: Spec) -> DynamicLayer:
+    layer.alone_(x.shape[0])
+    return layer
 
 
 class _Given(nn.Module):

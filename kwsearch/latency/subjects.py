@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kwlayers.convert import convert_
+from kwlayers.methods import find
 from kwlayers.plan import Network, Plan, PlanError
 from kwlayers.sites import trace
 from kwsearch import networks
@@ -134,12 +135,20 @@ def of_model(
     num_classes: int | None = None,
     trust: bool = False,
     ratios: Sequence[float] = RATIOS,
+    methods: Sequence[str] = ("kernel_warehouse",),
 ) -> list[Subject]:
-    """The static network, and its plans at some ratios, as far as there are any."""
+    """The static network, and its plans by some methods: at some ratios, as far as there are any,
+    and as published, if the method has sizes of its own.
+    """
     size = networks.source(name, trust).size(input_size)
     build = partial(networks.build_model, name, size, num_classes, None, trust)
     network = networks.trace_model(name, size, num_classes, trust)
-    return _under_plans(_full_name(name, num_classes), build, network, ratios, name)
+    found = _under_plans(_full_name(name, num_classes), build, network, ratios, name, methods)
+    return list({_identity(one.plan): one for one in found}.values())
+
+
+def _identity(plan: Plan | None) -> str:
+    return "" if plan is None else fingerprint(plan)
 
 
 def _full_name(model: str, num_classes: int | None) -> str:
@@ -193,15 +202,21 @@ def _under_plans(
     network: Network,
     ratios: Sequence[float],
     model: str | None,
+    methods: Sequence[str] = ("kernel_warehouse",),
 ) -> list[Subject]:
     size = tuple(network.input_size)
     found = [Subject(name, build, size)]
-    for ratio in ratios:
-        try:
-            plan = meet(network, Target(ratio), None, model).plan
-        except PlanError:  # nothing to convert, or cells are too coarse for so few
-            continue
-        found.append(Subject(f"{name} b = {ratio:g}", build, size, plan))
+    for method in methods:
+        settings = None if method == "kernel_warehouse" else find(method).settings()
+        own = [] if settings is None or not settings.sized else [Target()]
+        title = "" if settings is None else f" plan {method}"
+        for target in [*own, *map(Target, ratios)]:
+            try:
+                plan = meet(network, target, settings, model).plan
+            except PlanError:  # nothing to convert, or cells are too coarse for so few
+                continue
+            at = f" b = {target.ratio:g}" if target else " as published"
+            found.append(Subject(f"{name}{title}{at}", build, size, plan))
     return found
 
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kwlayers
+from kwlayers.dynamic import DynamicLayer
+from kwlayers.methods import NAMES, find
 from kwsearch.latency.calls import MODULE, Call, Spec, calls_of
 from kwsearch.networks import planning_model
 
@@ -91,6 +93,58 @@ def test_a_dynamic_layer_is_its_attention_and_its_mixing() -> None:
         # Mixing is n multiply-adds for each weight of each image's kernel: kwlayers.cost.
         total = sum(calls[call] * call.work[1] for call in mixing)
         assert total == 8 * plan.cost().macs.mixing
+
+
+@pytest.mark.parametrize("method", [name for name in NAMES if name != "kernel_warehouse"])
+def test_a_layer_of_another_method_is_one_call(method: str) -> None:
+    model = planning_model("resnet18", SIZE)
+    plan = kwlayers.plan_model(model, SIZE, method=find(method).settings())
+    kwlayers.convert_(model.to("meta"), plan)
+    layers = [module for module in model.modules() if isinstance(module, DynamicLayer)]
+    calls = calls_of(model, 8, SIZE, training=True)
+    found = [call for call in calls if call.kind.startswith("layer ")]
+    assert sum(calls[call] for call in found) == len(layers) > 0
+    # Layers of one shape are one call; every kernel is there.
+    assert len(found) < len(layers)
+    kernels = {layer.geometry.kernel for layer in layers}
+    assert {call.what[0].geometry.kernel for call in found} == kernels
+    # What they do inside is no call of its own, but that of static convolutions is.
+    inside = {part for layer in layers for part in layer.modules()}
+    static = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m not in inside]
+    convs = sum(count for kind, count in by_kind(calls).items() if kind.startswith("conv2d"))
+    assert convs == len(static)
+
+
+def test_tokens_of_a_linear_layer_are_no_calls_of_their_own() -> None:
+    """Nor does its input count as read by another call, whose gradient would be added up."""
+    model = nn.Sequential(nn.Linear(12, 32), nn.Linear(32, 64), nn.Linear(64, 32), nn.Flatten())
+    plan = kwlayers.plan_model(model, (5, 12), ratio=1)
+    kwlayers.convert_(model.to("meta"), plan)
+    kinds = by_kind(calls_of(model, 2, (5, 12), training=True))
+    dynamic = sum(len(group.layers) for group in plan.groups)
+    assert kinds["attention training"] == dynamic > 0
+    names = {kind.split()[0] for kind in kinds}
+    assert names == {
+        "module",
+        "linear",
+        "attention",
+        "mixing",
+        "flatten",
+        "buffer",
+        "cross_entropy",
+    }
+
+
+def test_padding_of_a_layer_itself_tells_calls_apart() -> None:
+    def call(mode: str) -> Call:
+        conv = nn.Conv2d(32, 32, 3, padding=1, padding_mode=mode)
+        model = nn.Sequential(nn.Conv2d(3, 32, 3), conv, nn.Conv2d(32, 8, 3), nn.Flatten())
+        kwlayers.convert_(model.to("meta"), kwlayers.plan_model(model, (3, 9, 9), ratio=1))
+        (found,) = [c for c in calls_of(model, 2, (3, 9, 9), False) if c.kind[:6] == "mixing"]
+        return found
+
+    assert call("zeros").family != call("reflect").family
+    assert call("zeros").work[:3] == call("reflect").work[:3]  # 7x7 positions
 
 
 def test_cells_are_no_part_of_a_family() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import kwlayers
+from kwlayers.methods import NAMES, find
 from kwsearch.latency.calls import Call, calls_of
 from kwsearch.latency.replay import Replay
 from kwsearch.networks import planning_model
@@ -45,6 +46,25 @@ def test_every_call_of_a_network_can_be_timed(
 def test_so_can_those_of_other_networks(name: str, ratio: float | None, training: bool) -> None:
     for call in calls(name, ratio, training, 32):
         assert Replay(call).seconds() >= 0, call
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("method", [name for name in NAMES if name != "kernel_warehouse"])
+def test_so_can_layers_of_all_methods(method: str, training: bool) -> None:
+    """On numbers that are finite: every tensor of the layer was given some."""
+    size = (3, 32, 32)
+    model = planning_model("resnet18", size).to("meta")
+    plan = kwlayers.plan_model(model, size, method=find(method).settings())
+    kwlayers.convert_(model, plan)
+    found = [call for call in calls_of(model, 2, size, training) if call.kind[:6] == "layer "]
+    # The smallest and the largest: in between are more of the same.
+    for call in sorted(found, key=lambda call: call.work)[:: len(found) - 1]:
+        replay = Replay(call)
+        assert replay.seconds() > 0, call
+        for run in replay.runs[:2]:
+            with torch.no_grad():
+                assert torch.isfinite(run.call([run.held[0]])).all(), call
+            assert all(torch.isfinite(tensor).all() for tensor in run.own), call
 
 
 def test_the_clock_is_read_around_calls_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,24 @@ def test_a_plan_is_plain_data_and_back(name: str) -> None:
     assert {group["method"] for group in plan.groups_to_list()} == {name}
 
 
+@pytest.mark.parametrize("name", ["dyconv", "odconv", "dcd", "fdconv"])
+def test_layers_that_share_nothing_have_groups_of_their_own(name: str) -> None:
+    plan = plan_of(small(name), for_small(name))
+    first, second, *_ = plan.groups_to_list()
+    first["layers"] = [*first["layers"], *second["layers"]]
+    with pytest.raises(PlanError, match=f"2 layers: by {name} each has a group of its own"):
+        Plan.from_groups(plan.network, [first])
+
+
+@pytest.mark.parametrize("name", ["odconv", "fdconv"])
+def test_a_group_of_layers_that_the_method_does_not_take_is_refused(name: str) -> None:
+    plan = plan_of(small(name), for_small(name))
+    linear = next(site.name for site in plan.network.sites if site.kind == "linear")
+    group = plan.groups_to_list()[0] | {"layers": [linear]}
+    with pytest.raises(PlanError, match=f"{linear}: {name} takes no linear layers"):
+        Plan.from_groups(plan.network, [group])
+
+
 @pytest.mark.parametrize("name", ALONE)
 def test_parts_add_up_over_layers(name: str) -> None:
     plan = plan_of(small(name), for_small(name))
