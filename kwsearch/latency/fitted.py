@@ -10,6 +10,7 @@ are those by which each measured call is best told from all the others.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 _LENGTHS, _NOISES = (0.5, 1.0, 2.0, 4.0), (0.03, 0.1, 0.3, 1.0)
 # Of a kind of which fewer calls were measured than tell how far off it is: e-folds.
 _LEAST, _UNKNOWN = 4, 0.7
+# E-folds beyond which a time may be the machine's fault: a quarter longer.
+_FAR = math.log(1.25)
 # Of more calls than this every second, third, … is taken: a fit takes the cube of their number.
 _MOST = 1000
 
@@ -37,8 +40,15 @@ class Fitted:
         self._points = torch.log1p(self._work)
         self._left = (took / self._line_ns(self._work)).log()
         self._sure = len(ns) >= _LEAST
+        # Of every call that was taken, told by all others: how many e-folds longer it took.
+        self._excess = torch.zeros(len(rows), dtype=torch.float64)
         if self._sure:
             self._fit()
+        self._step = step
+
+    def outliers(self) -> list[int]:
+        """The calls, by number, that took far longer than all others tell."""
+        return [self._step * i for i in far_above([*map(float, self._excess)])]
 
     def ns(self, work: Sequence[int]) -> tuple[float, float]:
         """The estimate, and its standard error as a part of it."""
@@ -71,10 +81,17 @@ class Fitted:
                 loss = float((math.log(max(variance, 1e-12)) - share.log()).mean())
                 if loss < best:
                     best, chosen = loss, (self._length, noise, max(variance, 1e-6))
+                    self._excess = errors
         self._length, self._noise, self._variance = chosen
         kernel = self._kernel(self._points) + self._noise * torch.eye(len(self._left)).double()
         self._factor = torch.linalg.cholesky(kernel)
         self._alpha = torch.cholesky_solve(self._left[:, None], self._factor)[:, 0]
+
+
+def far_above(excesses: Sequence[float]) -> list[int]:
+    """Which of these, in e-folds, are above `_FAR`, and above three times their usual spread."""
+    spread = statistics.median(abs(one) for one in excesses) / 0.6745
+    return [i for i, one in enumerate(excesses) if one > max(_FAR, 3 * spread)]
 
 
 def _with_one(work: Tensor) -> Tensor:

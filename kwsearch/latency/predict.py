@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from kwsearch.latency.calls import Call
-from kwsearch.latency.fitted import Fitted
+from kwsearch.latency.fitted import Fitted, far_above
 from kwsearch.latency.table import Entry, Table, TableError, Whole
 
 # Of the interval: 90 % of a normal distribution are within so many standard errors.
@@ -122,6 +122,20 @@ class Predictor:
             f"adds what is missing{_MORE if call.kind.startswith('layer ') else ''}"
         )
 
+    def outliers(self) -> set[str]:
+        """Keys of calls and whole steps that took far longer than the others tell."""
+        found = set()
+        for kind, entries in self._kinds.items():
+            found |= {entries[i].key for i in self._fit(kind).outliers()}
+        modes: dict[tuple[int, bool], list[Whole]] = defaultdict(list)
+        for whole in self.table.wholes:
+            modes[whole.batch, whole.training].append(whole)
+        for wholes in modes.values():
+            told = dict(_left_out(wholes)) if len(wholes) >= _FEW else {}
+            excesses = [math.log(whole.measured_ns / ns) for whole, ns in told.items()]
+            found |= {[*told][i].key for i in far_above(excesses)} if told else set()
+        return found
+
     def _pool(self, mode: str) -> list[Entry]:
         """Elementwise calls of any kind."""
         return [
@@ -181,17 +195,25 @@ class _Whole:
         found = _factors(wholes)
         if len(wholes) < _FEW:
             return cls(found, _FEW_SPREAD)
-        together = [one.network for one in wholes]
-        if len(set(together)) < _FEW:
-            together = [one.key for one in wholes]
-        logs = []
-        for left_out in dict.fromkeys(together):
-            pairs = [*zip(wholes, together, strict=True)]
-            others = _factors([one for one, name in pairs if name != left_out])
-            told = [(_told(one, others), one) for one, name in pairs if name == left_out]
-            logs += [math.log(max(ns, 1.0) / one.measured_ns) for ns, one in told]
+        logs = [math.log(ns / one.measured_ns) for one, ns in _left_out(wholes)]
         error = math.sqrt(sum(log**2 for log in logs) / len(logs))
-        return cls(found, error * float(t.ppf(0.95, len(set(together)) - 1)))
+        return cls(found, error * float(t.ppf(0.95, len(set(_together(wholes))) - 1)))
+
+
+def _together(wholes: Sequence[Whole]) -> list[str]:
+    """The network of each, which is left out as one; each step, where there are few networks."""
+    found = [one.network for one in wholes]
+    return found if len(set(found)) >= _FEW else [one.key for one in wholes]
+
+
+def _left_out(wholes: Sequence[Whole]) -> Iterator[tuple[Whole, float]]:
+    """Each, and the nanoseconds that the steps of other networks tell."""
+    pairs = [*zip(wholes, _together(wholes), strict=True)]
+    for left_out in dict.fromkeys(name for _, name in pairs):
+        others = _factors([one for one, name in pairs if name != left_out])
+        for one, name in pairs:
+            if name == left_out:
+                yield one, max(_told(one, others), 1.0)
 
 
 def _told(whole: Whole, factors: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,16 +118,28 @@ class Table:
 
     def anchor(self) -> float:
         """The usual nanoseconds of the anchor: lower quartile, for the machine at its best."""
-        found = sorted(one.anchor_ns for one in self._measured())
+        found = sorted(one.anchor_ns for one in self.measured())
         return float(found[len(found) // 4]) if found else 0.0
 
     def drifted(self) -> set[str]:
         """Keys of calls and whole steps that were measured while the machine was slower."""
         most = (1 + DRIFT) * self.anchor()
-        return {one.key for one in self._measured() if one.anchor_ns > most}
+        return {one.key for one in self.measured() if one.anchor_ns > most}
 
-    def _measured(self) -> list[Entry | Whole]:
-        return [*self.entries.values(), *self.wholes]
+    def measured(self, keys: Container[str] | None = None) -> list[Entry | Whole]:
+        """Calls and whole steps; those of some keys."""
+        found = [*self.entries.values(), *self.wholes]
+        return found if keys is None else [one for one in found if one.key in keys]
+
+    def keep_shorter(self, others: Iterable[Entry | Whole]) -> None:
+        """Those that took less than what the table has under their keys."""
+        known = {whole.key: whole for whole in self.wholes}
+        for one in others:
+            if isinstance(one, Entry):
+                if one.median_ns < self.entries[one.key].median_ns:
+                    self.add([one])
+            elif one.measured_ns < known[one.key].measured_ns:
+                self.add_wholes([one])
 
     def add(self, entries: Iterable[Entry]) -> None:
         """Later ones replace earlier ones."""

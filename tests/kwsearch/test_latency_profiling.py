@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from torch import nn
@@ -78,6 +80,7 @@ class _Machine:
         self.asked: list[int] = []
         self.anchor = 1e-3
         self.fails_at: int | None = None
+        self.slow_at: set[int] = set()  # three times as slow, which the anchor does not show
 
     def __call__(self, making: Sequence[Callable[[], Timed]], device: str) -> list[Times]:
         self.asked.append(len(making))
@@ -85,6 +88,7 @@ class _Machine:
             raise KeyboardInterrupt
         kinds = [type(make()) for make in making[:1]]
         seconds = self.anchor * (1e-3 if kinds == [Replay] else 1)
+        seconds *= 3 if len(self.asked) in self.slow_at else 1
         return [Times(seconds, seconds, seconds, 7, self.anchor) for _ in making]
 
 
@@ -147,6 +151,42 @@ def test_what_was_measured_on_a_slow_machine_is_measured_again(
     for whole in table.wholes:  # were summed up before the slow calls were measured again
         step = profile.steps[whole.key]
         assert sum(whole.calls_ns) == 1000 * sum(step.calls.values())
+
+
+def test_what_takes_far_longer_than_the_rest_tells_is_measured_once_more(
+    machine: _Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "_WHOLES", 1)
+    table, names = new_table(), ("a", "b", "c", "d")
+    machine.slow_at = {4}  # after a block of calls the third whole step
+    progress = list(Profile(table, steps(*names), lambda: None).run())
+    assert {whole.measured_ns for whole in table.wholes} == {10**6}
+    assert machine.asked == [len(table.entries)] + 8 * [1] + [1]
+    assert progress[-1].done == progress[-1].total == sum(machine.asked)
+    # What stays so is so; and a longer second measurement does not count.
+    table, machine.asked, machine.slow_at = new_table(), [], {4, 10}
+    list(Profile(table, steps(*names), lambda: None).run())
+    assert sorted(whole.measured_ns for whole in table.wholes) == 7 * [10**6] + [3 * 10**6]
+    assert len(machine.asked) == 1 + 8 + 1
+
+
+def test_so_is_a_call(machine: _Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "_CALLS", 1)
+
+    def widths(width: int) -> nn.Module:
+        return nn.Sequential(*(nn.Conv2d(width, width, 1) for _ in range(2)), nn.Flatten())
+
+    table = new_table()
+    subjects = [Subject(str(w), partial(widths, w), (w, 8, 8)) for w in range(8, 20)]
+    found = list(steps_of(subjects, MODES[:1], print))
+    profile = Profile(table, found, lambda: None)
+    random_order = list(profile.missing()[0])
+    random.Random(len(random_order)).shuffle(random_order)
+    convs = [i for i, key in enumerate(random_order) if key.startswith("conv2d")]
+    machine.slow_at = {1 + convs[3]}
+    list(profile.run())
+    assert {entry.median_ns for entry in table.entries.values()} == {1000}
+    assert len(machine.asked) == len(table.entries) + len(found) // profiling._WHOLES + 1
 
 
 def test_a_worse_measurement_does_not_replace_a_better_one(machine: _Machine) -> None:
