@@ -128,7 +128,7 @@ class Table:
 
     def measured(self, keys: Container[str] | None = None) -> list[Entry | Whole]:
         """Calls and whole steps; those of some keys."""
-        found = [*self.entries.values(), *self.wholes]
+        found: list[Entry | Whole] = [*self.entries.values(), *self.wholes]
         return found if keys is None else [one for one in found if one.key in keys]
 
     def keep_shorter(self, others: Iterable[Entry | Whole]) -> None:
