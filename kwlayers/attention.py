@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kwlayers import geometry
+from kwlayers.dynamic import kaiming_normal_
 from kwlayers.ops import triton_attention
 from kwlayers.ops.device import device_type
 from kwlayers.ops.dispatch import triton_available
@@ -90,7 +91,7 @@ class Attention(Tempered):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 if module.weight.numel():
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                    kaiming_normal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.norm.reset_parameters()

@@ -62,22 +62,25 @@ def convert_(
 ) -> nn.Module:
     """Replace the layers that `plan` groups, in place, and return the model.
 
-    Layers keep their names, their bias parameters, device, dtype and mode; a layer that
-    several parents hold stays shared. What layers share (warehouses) is registered once, as
+    Layers keep their names, device, dtype and mode, and a layer that several parents hold stays
+    shared. Bias parameters stay, too, but where a method mixes biases as it does kernels: K new
+    ones start as the static one. What layers share (warehouses) is registered once, as
     `model.kw_warehouses`, which says what was changed. The parameters of the result are
-    `plan.cost().params.total`. backend, workspace_mb: of every layer, as `kwlayers.ops.kw_conv`
-    takes them; None for the fastest path of each layer.
+    `plan.cost().params.total`. Blocks that a method adds start by torch.nn's defaults, whatever the
+    model's own initialisation; by a warm start as copies of those before. backend, workspace_mb: of
+    every layer that has a choice, as `kwlayers.ops.kw_conv` takes them; None for the fastest path
+    of each.
 
     warm_start: by default the static weights are dropped, and cells start as published
     (Kaiming-normal per layer). True: cells and attention start so that the model computes what it
     did, at temperature 0. Where a warehouse has fewer cells than mixtures it computes what comes
     closest, and batch norms need some batches in training mode before their statistics fit. A
     `TemperatureSchedule` is not needed: it changes nothing, or with few cells fades the layers in.
-    "cells": attention starts as published, and the model computes what it did at temperature 1,
-    which is set, but not as it falls. Few cells go to the largest parts of the kernels, the rest
-    is zero. In both cells that no mixture needs start as published, and those of weights that
-    were all frozen are frozen. `model.kw_warehouses.warm_start` is the `WarmStart`, which says
-    how close each layer is.
+    "cells", of KernelWarehouse only: attention starts as published, and the model computes what it
+    did at temperature 1, which is set, but not as it falls. Few cells go to the largest parts of
+    the kernels, the rest is zero. In both cells that no mixture needs start as published, and those
+    of weights that were all frozen are frozen. `model.kw_warehouses.warm_start` is the `WarmStart`,
+    which says how close each layer is.
 
     Raises PlanError, before anything is changed, if the model does not fit the plan.
     """
@@ -94,6 +97,7 @@ def convert_(
         modules |= dict(block.named_modules(prefix=name))
     fixed = {name: reason for name, _, reason in candidates(model) if reason}
     layers = {}
+    used = tuple(sorted({group.method for group in plan.groups}))
     for group in plan.groups:
         for name in group.layers:
             layers[name] = _fitting(modules.get(name), plan.extended[name])
@@ -106,19 +110,22 @@ def convert_(
             )
     check_settings(backend, workspace_mb)
     check(warm_start, {name: layer.weight for name, layer in layers.items()})
+    if warm_start == "cells" and (others := [name for name in used if name != "kernel_warehouse"]):
+        raise PlanError(
+            f"warm_start 'cells': of kernel_warehouse only, and the plan has {', '.join(others)}; "
+            "True starts every method"
+        )
     params = sum(p.numel() for p in model.parameters())
     if params != plan.network.params:
         raise PlanError(
             f"the plan was made for a model of {plan.network.params:,} parameters, this one has "
             f"{params:,}: plan again for this model"
         )
-    warehouses = Warehouses(
-        {group.name: group.layers for group in plan.groups},
-        tuple(sorted({group.method for group in plan.groups})),
-    )
+    warehouses = Warehouses({group.name: group.layers for group in plan.groups}, used)
     how = methods.Conversion(warm_start, backend, workspace_mb)
     swaps: dict[nn.Module, nn.Module] = {}
     errors: dict[str, float] = {}
+    hooks: dict[nn.Module, tuple[Callable[..., None], Callable[..., None]]] = {}
     for group in plan.groups:
         own = {name: layers[name] for name in group.layers}
         made = methods.find(group.method).convert(plan, group, own, how)
@@ -126,9 +133,7 @@ def convert_(
             warehouses[group.name] = made.shared
         swaps |= made.swaps
         errors |= made.errors
-        for name, (before, after) in made.hooks.items():
-            modules[name].register_forward_pre_hook(before, with_kwargs=True)
-            modules[name].register_forward_hook(after)
+        hooks |= {modules[name]: pair for name, pair in made.hooks.items()}
     for name, block in added.items():
         container: Any = modules[name.rpartition(".")[0]]
         container.append(block)
@@ -136,6 +141,9 @@ def convert_(
         warehouses.warm_start = WarmStart(errors, 1.0 if warm_start == "cells" else 0.0)
     replace_(model, swaps)
     setattr(model, WAREHOUSES, warehouses)
+    for module, (before, after) in hooks.items():
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after, always_call=True)
     expected, built = plan.cost().params.total, sum(p.numel() for p in model.parameters())
     assert built == expected, f"built {built} parameters, planned {expected}"
     return model

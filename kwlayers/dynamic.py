@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kwlayers.methods import Conversion, Converted
 from kwlayers.ops import ConvGeometry
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -19,7 +20,10 @@ class DynamicLayer(nn.Module):
     """A convolution or linear layer whose kernel depends on its input.
 
     geometry: of the convolution that it computes; a linear layer's is 1x1 over its tokens.
+    undecayed: parameters of its own that weight decay spares, as it does biases.
     """
+
+    undecayed: ClassVar[tuple[str, ...]] = ()
 
     geometry: ConvGeometry
     bias: nn.Parameter | None
@@ -212,6 +216,32 @@ class DynamicLinear(DynamicLayer):
     def extra_repr(self) -> str:
         has_bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}"
+
+
+def kaiming_normal_(weight: Tensor) -> None:
+    """N(0, 2 / (C_out * k)) for a weight (C_out, C_in / groups, *k): fan out, whatever the groups.
+
+    torch's own initialisation of grouped layers, as torchvision's models have it, is the same.
+    """
+    nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+
+def convert_layers(
+    kinds: Mapping[type[nn.Module], Any],
+    layers: Mapping[str, nn.Module],
+    how: Conversion,
+    start: Callable[[Any, Tensor], None],
+    **settings: Any,
+) -> Converted:
+    """Layers of `kinds` (by torch.nn's) for static ones. start: of a layer from a static weight."""
+    swaps: dict[nn.Module, nn.Module] = {}
+    for layer in layers.values():
+        made = like_static(kinds, layer, **settings)
+        if how.warm_start:
+            assert isinstance(layer.weight, Tensor)
+            start(made, layer.weight)
+        swaps[layer] = made
+    return Converted(swaps, errors=dict.fromkeys(layers, 0.0) if how.warm_start else {})
 
 
 def like_static(kinds: Mapping[type[nn.Module], Any], layer: nn.Module, **settings: Any) -> Any:

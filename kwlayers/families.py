@@ -7,7 +7,7 @@ where the official KernelWarehouse models put the layer. No torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -182,10 +182,22 @@ class Recognised:
     family: str
     labels: dict[str, Label]
 
+    @property
+    def variant(self) -> str:
+        """Of the published backbones: basic, bottleneck (ResNets), mobilenet; else empty."""
+        if self.family == "resnet":
+            return "bottleneck" if _has_third(self.labels) else "basic"
+        return "mobilenet" if self.family.startswith("mobilenetv2") else ""
+
+
+def _has_third(names: Iterable[str]) -> bool:
+    """Whether a ResNet's layers are those of bottlenecks."""
+    return any(name.endswith(".conv3") for name in names)
+
 
 def recognise(sites: Sequence[Site]) -> Recognised | None:
     """The family of a network and the label of each layer, or None if it is unknown."""
-    context = _Context(bottleneck=any(site.name.endswith(".conv3") for site in sites))
+    context = _Context(bottleneck=_has_third(site.name for site in sites))
     for family, rules in _FAMILIES.items():
         labels = {}
         for site in sites:

@@ -56,6 +56,29 @@ def allow(
     return dataclasses.field(default=default, metadata={_KEY: allowed})
 
 
+MAX_TEMPERATURE = 30.0
+NORMS = ("batch", "layer")
+
+
+def allow_reduction(default: float = 1 / 16) -> Any:
+    """Of an attention's hidden width."""
+    return allow("attention width as a part of the channels", float, default, above=0, most=1)
+
+
+def allow_norm(whose: str = "", *, auto: bool = False) -> Any:
+    """Of an attention's norm. auto: for settings, where the network may decide."""
+    text = f"normalisation in the attention{whose}"
+    if auto:
+        return allow(f"{text}; auto follows the network", str, "auto", "auto", *NORMS)
+    return allow(text, str, "batch", *NORMS)
+
+
+def allow_max_temperature() -> Any:
+    """Of an attention that is nearly even at first."""
+    text = "temperature of the attention where the warm-up begins"
+    return allow(text, float, MAX_TEMPERATURE, least=1)
+
+
 def allowed_of(kind: Any) -> dict[str, tuple[Allowed, Any]]:
     """The described fields of a dataclass and their defaults (MISSING without one), by name."""
     return {

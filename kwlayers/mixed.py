@@ -7,7 +7,6 @@ mixes them again instead of keeping them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kwlayers.cost import LayerCost
-from kwlayers.dynamic import DynamicLayer, like_static
+from kwlayers.dynamic import DynamicLayer, convert_layers, kaiming_normal_
 from kwlayers.methods import Conversion, Converted
 from kwlayers.ops import check_settings, kw_conv
 from kwlayers.plan import Group, PlanError, Site
@@ -25,6 +24,7 @@ from kwlayers.plan import Group, PlanError, Site
 class MixedLayer(DynamicLayer):
     """`kernels` (K, C_out, C_in / groups, *k), and `biases` (K, C_out) that are mixed alike."""
 
+    undecayed: ClassVar[tuple[str, ...]] = ("biases",)
     kernels: nn.Parameter
 
     def _own_kernels(
@@ -51,9 +51,8 @@ class MixedLayer(DynamicLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out) kernels, each as a layer's own; biases of zeros."""
-        kernel = self.geometry.kernel
-        fan_out = kernel[0] // self.geometry.groups * math.prod(kernel[2:])
-        self.kernels.normal_(0, math.sqrt(2 / fan_out))
+        for kernel in self.kernels:
+            kaiming_normal_(kernel)
         self._reset_bias()
         if self.biases is not None:
             self.biases.zero_()
@@ -92,6 +91,10 @@ class MixedLayer(DynamicLayer):
             self.backend,
             self.workspace_mb,
         )
+        return self._with_biases(out, alpha)
+
+    def _with_biases(self, out: Tensor, alpha: Tensor) -> Tensor:
+        """out: (B, C_out, *S')  alpha: (B, K)."""
         if self.biases is None:
             return out
         bias = alpha.to(self.biases.dtype) @ self.biases
@@ -165,14 +168,6 @@ def convert_mixed(
     start: Callable[[Any, Tensor], None],
     settings: Mapping[str, Any],
 ) -> Converted:
-    """Layers of `kinds` (by torch.nn's) for static ones. start: of a layer from a static weight."""
-    swaps: dict[nn.Module, nn.Module] = {}
-    for layer in layers.values():
-        made = like_static(
-            kinds, layer, backend=how.backend, workspace_mb=how.workspace_mb, **settings
-        )
-        if how.warm_start:
-            assert isinstance(layer.weight, Tensor)
-            start(made, layer.weight)
-        swaps[layer] = made
-    return Converted(swaps, errors=dict.fromkeys(layers, 0.0) if how.warm_start else {})
+    """`convert_layers`, on the paths that `how` says."""
+    both = {"backend": how.backend, "workspace_mb": how.workspace_mb}
+    return convert_layers(kinds, layers, how, start, **both, **settings)

@@ -79,7 +79,9 @@ def partition_(
     batches: (inputs, targets), gone through once in each round; on the model's device. loss: of
     model(inputs) and targets, a number. Both are for snip only, which runs in evaluation mode.
     rounds, schedule: see above. Call it before training, and before an optimizer has made its
-    states. Only masks change; modes, gradients and random numbers stay as they are, and masks, too,
+    states; but after `TemperatureSchedule`, which sets the temperature that training starts at.
+    Published snip, too, sees nearly even kernels (T = 31 there; here the plan's max_temperature,
+    30). Only masks change; modes, gradients and random numbers stay as they are, and masks, too,
     if anything fails.
 
     After a warm start static and dynamic weights are equal, and snip cannot tell them apart: some

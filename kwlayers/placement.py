@@ -31,14 +31,12 @@ class AloneSettings(MethodSettings):
     """Settings of a method whose layers have kernels of their own.
 
     group_type: of its groups. static_roles: of layers that stay static by default, as published
-    (see `families.Label`). own: the settings that a rule may change. size_word: what a group's size
-    counts.
+    (see `families.Label`). own: the settings that a rule may change.
     """
 
     group_type: ClassVar[type[Group]]
     static_roles: ClassVar[tuple[str, ...]] = ("stem", "head", "patch embedding")
     own: ClassVar[tuple[str, ...]] = ("ratio", "reduction")
-    size_word: ClassVar[str] = "kernel"
     sharing = "layer"
 
     def __post_init__(self) -> None:
@@ -109,7 +107,7 @@ class AloneSettings(MethodSettings):
 
     def rounded(self, sizes: int, units: int, asked: float) -> str:
         return (
-            f"{sizes / units:.4g} {self.size_word}s a layer, not {asked:.4g}: they are whole, and "
+            f"{sizes / units:.4g} kernels a layer, not {asked:.4g}: they are whole, and "
             "every layer has one"
         )
 

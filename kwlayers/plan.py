@@ -105,13 +105,15 @@ class Block:
     """A repeated block: residual, inverted, of a transformer.
 
     params, macs: of all in it, on one image. even: whether its output has its input's shape, so
-    that another like it may follow.
+    that another like it may follow. input_size: of what it is given for one image; empty where that
+    is no tensor, or not the same in every call.
     """
 
     name: str
     params: int
     macs: int
     even: bool
+    input_size: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

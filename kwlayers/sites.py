@@ -241,14 +241,25 @@ class _Blocks:
         self.counter = counter
         self.macs: Counter[str] = Counter()
         self.even: dict[str, bool] = {}
+        self.given: dict[str, set[tuple[int, ...]]] = {name: set() for name in self.modules}
         self._handles: list[Any] = []
 
     def __enter__(self) -> None:
         for name, module in self.modules.items():
             begun: list[int] = []
 
-            def before(module: nn.Module, args: Any, begun: list[int] = begun) -> None:
+            def before(
+                module: nn.Module,
+                args: Any,
+                kwargs: Any,
+                begun: list[int] = begun,
+                name: str = name,
+            ) -> None:
                 begun.append(self.counter.macs)
+                x = next(iter((*args, *kwargs.values())), None)
+                # Of one image, as the whole model's input.
+                shape = tuple(x.shape) if isinstance(x, Tensor) else ()
+                self.given[name].add(shape[1:] if shape[:1] == (1,) else ())
 
             def after(
                 module: nn.Module, args: Any, out: Any, name: str = name, begun: list[int] = begun
@@ -259,8 +270,9 @@ class _Blocks:
                 self.even[name] = self.even.get(name, True) and same
 
             self._handles += [
-                module.register_forward_pre_hook(before), module.register_forward_hook(after)
-            ]  # fmt: skip
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after),
+            ]
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
@@ -273,6 +285,7 @@ class _Blocks:
                 sum(parameter.numel() for parameter in module.parameters()),
                 self.macs[name],
                 self.even.get(name, False),
+                next(iter(self.given[name])) if len(self.given[name]) == 1 else (),
             )
             for name, module in self.modules.items()
         )

@@ -7,6 +7,7 @@ to that, as in the official ResNets and MobileNets. No torch.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ _ROLES = {_HEAD: "head", _STEM: "stem"}
 _SHORTCUT = re.compile(r"downsample|shortcut|skip", re.IGNORECASE)
 
 
-def place(sites: Sequence[Site]) -> Recognised:
+@functools.lru_cache(maxsize=4)
+def place(sites: tuple[Site, ...]) -> Recognised:
     """The label of every layer. `family` is INFERRED where the names are of no known family."""
     return recognise(sites) or Recognised(INFERRED, _infer(sites))
 

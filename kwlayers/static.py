@@ -37,6 +37,11 @@ def to_static_(model: ModelT) -> ModelT:
             f"the model ({type(model).__name__}) has no {WAREHOUSES}: pass the one that convert_ "
             "returned, out of any wrapper"
         )
+    if others := set(model._modules[WAREHOUSES].methods) - {"kernel_warehouse"}:  # type: ignore
+        raise PlanError(
+            f"the model is dynamic by {', '.join(sorted(others))}, whose kernels depend on the "
+            "input whatever the temperature; only kernel_warehouse has a static equal"
+        )
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _KWLayer)}
     for name, layer in layers.items():
         _check_static(name, layer)

@@ -20,9 +20,8 @@ from typing import ClassVar
 
 from kwlayers import geometry
 from kwlayers.cost import LayerCost
+from kwlayers.fields import NORMS
 from kwlayers.plan import Group, Site
-
-NORMS = ("batch", "layer")
 
 
 @dataclass(frozen=True)

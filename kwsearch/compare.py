@@ -30,7 +30,8 @@ class Unreachable(ValueError):
 class Entry:
     """One method. plan: None if it cannot meet the target, which `reason` explains.
 
-    memory: of a training step. ms: of a forward pass by a table; None where it does not say.
+    memory: of a training step. ms: of a forward pass by a table. None where nobody knows, and
+    `reason` says why.
     """
 
     method: Method
@@ -88,14 +89,16 @@ def _entry(
         plan = meet(network, wanted, settings).plan
     except PlanError as error:
         return Entry(method, settings, None, str(error))
-    took = None if memory is None else memory(plan)
-    ms = None
-    if latency is not None:
-        try:
-            ms = latency(plan).ms
-        except PlanError as error:
-            return Entry(method, settings, plan, f"no latency: {error}", took)
-    return Entry(method, settings, plan, "", took, ms)
+    took, ms, missing = None, None, []
+    try:
+        took = None if memory is None else memory(plan)
+    except PlanError as error:
+        missing.append(f"no memory: {error}")
+    try:
+        ms = None if latency is None else latency(plan).ms
+    except PlanError as error:
+        missing.append(f"no latency: {error}")
+    return Entry(method, settings, plan, "; ".join(missing), took, ms)
 
 
 def table(
@@ -152,10 +155,14 @@ def table(
             f"{cost.macs.total:,}",
             f"{cost.macs.total / network.macs:.2f}",
             *(short_count(macs[part]) if macs[part] else "" for part in parts),
-            *([f"{short_count(entry.memory.total)}B"] if entry.memory is not None else []),
+            *([_memory(entry)] if static_memory is not None else []),
             *(["" if entry.ms is None else f"{entry.ms:.3g}"] if static_ms is not None else []),
         )
     return shown, [plain(line) for line in reasons(entries)]
+
+
+def _memory(entry: Entry) -> str:
+    return "" if entry.memory is None else f"{short_count(entry.memory.total)}B"
 
 
 def reasons(entries: Sequence[Entry]) -> list[str]:

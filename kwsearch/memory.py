@@ -244,9 +244,18 @@ def _checkpoint_(model: nn.Module) -> None:
     names = [name for name, _, _ in candidates(model)]
     for name in sorted(set(blocks_of(model, names).values()) - {""}):
         block = model.get_submodule(name)
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        block.__class__ = _checkpointed(type(block))
+
+
+def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a block that is called again in backward, with its hooks."""
+
+    class Checkpointed(kind):  # type: ignore[misc, valid-type]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(super().__call__, *args, **again, **kwargs)
+
+    return Checkpointed
 
 
 @contextlib.contextmanager

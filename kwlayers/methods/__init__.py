@@ -45,7 +45,7 @@ class Converted:
 
     swaps: {static layer: dynamic layer}. shared: what these share, to be registered at the
     model's root. errors: of a warm start, by layer, as in `WarmStart`. hooks: {module name: what is
-    called before its forward (with keyword arguments), and after it}.
+    called before its forward (with keyword arguments), and after it, whatever it raised}.
     """
 
     swaps: dict[nn.Module, nn.Module]

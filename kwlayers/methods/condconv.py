@@ -18,6 +18,10 @@ code in PyTorch that PAD-Net brings:
 - A dynamic classifier keeps its bias, mixed as the others. There it has none.
 - With sharing "layer" every router sees its own layer's input. There those of MobileNetV2's
   projections see the block's.
+- A block's router sees the mean of tokens (B, ..., C) where the block's first layer is linear. A
+  layer has a router of its own where the block's input does not have the first layer's channels (a
+  part of them is convolved, a list is given), or where it has more kernels than there are images
+  (windows, several calls).
 """
 
 from __future__ import annotations
@@ -63,6 +67,9 @@ class CondConvGroup(KernelGroup):
         super().check(sites)
         if not self.block and len(sites) > 1:
             raise ValueError(f"{len(sites)} layers share a router, but no block says what it sees")
+        for site in sites if self.block else ():
+            if not site.name.startswith(f"{self.block}."):
+                raise ValueError(f"{site.name} is not in the block {self.block!r}")
         if not self.block and self.router_channels != sites[0].in_channels:
             raise ValueError(
                 f"router_channels {self.router_channels}: the layer has {sites[0].in_channels}"
@@ -103,7 +110,7 @@ class CondConvSettings(AloneSettings):
             return super().gathered(network, layers)
         found: dict[str, list[str]] = {}
         for name in layers:
-            found.setdefault(network[name].block or name, []).append(name)
+            found.setdefault(_routed_by(network, network[name]) or name, []).append(name)
         for names in found.values():
             ratios = {layers[name].ratio for name in names}
             if len(ratios) > 1:
@@ -114,21 +121,44 @@ class CondConvSettings(AloneSettings):
         return list(found.values())
 
     def group(self, network: Network, name: str, sites: Sequence[Site], own: Any) -> CondConvGroup:
-        block = sites[0].block if self.sharing == "block" else ""
-        first = sites[0]
-        if block:
-            first = min(
-                (site for site in network.sites if site.block == block), key=lambda s: s.order
-            )
+        block = _routed_by(network, sites[0]) if self.sharing == "block" else ""
+        channels = (_first_of(network, block) if block else sites[0]).in_channels
         layers = tuple(site.name for site in sites)
-        return CondConvGroup(name, layers, own.num_kernels, first.in_channels, block, own.dropout)
+        return CondConvGroup(name, layers, own.num_kernels, channels, block, own.dropout)
+
+
+def _first_of(network: Network, block: str) -> Site:
+    """The layer of a block that is called first."""
+    called = [s for s in network.sites if s.name.startswith(f"{block}.") and s.positions]
+    return min(called, key=lambda site: site.order)
+
+
+def _routed_by(network: Network, site: Site) -> str:
+    """The block whose router a layer can have; empty for one of its own."""
+    size = next((block.input_size for block in network.blocks if block.name == site.block), ())
+    if len(size) < 2 or site.samples != 1 or site.constant:
+        return ""
+    first = _first_of(network, site.block)
+    seen = size[-1] if first.kind == "linear" else size[0]
+    return site.block if seen == first.in_channels else ""
 
 
 class Router(nn.Module):
-    """r (B, K) for an input (B, C, *S). Of a block: `routing`, while the block runs."""
+    """r (B, K) for an input (B, C, *S). Of a block: `routing`, while the block runs.
 
-    def __init__(self, in_channels: int, num_kernels: int, dropout: float = 0.0, **to: Any) -> None:
+    tokens: whether the block's input is (B, ..., C).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_kernels: int,
+        dropout: float = 0.0,
+        tokens: bool = False,
+        **to: Any,
+    ) -> None:
         super().__init__()
+        self.tokens = tokens
         self.fc = nn.Linear(in_channels, num_kernels, **to)
         self.dropout = dropout
         self.routing: Tensor | None = None
@@ -138,10 +168,21 @@ class Router(nn.Module):
 
     def saw(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the block's forward: its input."""
-        self.routing = self(args[0] if args else next(iter(kwargs.values())))
+        x = next(iter((*args, *kwargs.values())), None)
+        channels, axis = self.fc.in_features, -1 if self.tokens else 1
+        if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[axis] != channels:
+            given = f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            shape = f"(B, …, {channels})" if self.tokens else f"(B, {channels}, …)"
+            raise ValueError(
+                f"a block was called with {given}; its router sees {channels} channels of a tensor "
+                f"{shape}: plan with sharing='layer'"
+            )
+        self.routing = self(DynamicLinear.tokens(x) if self.tokens else x)
 
     def forget(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        """After the block's forward: nothing is kept alive, or copied with the model."""
+        """After the block's forward, or its failure: nothing is kept alive, or copied with the
+        model.
+        """
         self.routing = None
 
     def extra_repr(self) -> str:
@@ -176,7 +217,10 @@ class _CondLayer(MixedLayer):
         (router,) = self.borrowed
         assert isinstance(router, Router)
         if router.routing is None:
-            raise RuntimeError("the router belongs to the block: call the block, not its layers")
+            raise RuntimeError(
+                "the router belongs to the block: call the block, not its layers; to run it "
+                "again in backward, checkpoint(block, x), not block.forward"
+            )
         return self.mixed(x, router.routing)
 
     def alone_(self, batch: int) -> None:
@@ -228,6 +272,7 @@ def _convert(
         group.router_channels,
         group.num_kernels,
         group.dropout,
+        _first_of(plan.extended, group.block).kind == "linear",
         device=weight.device,
         dtype=weight.dtype,
     )

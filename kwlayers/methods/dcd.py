@@ -37,7 +37,6 @@ The published code differs:
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +49,13 @@ from torch import Tensor, nn
 
 from kwlayers.attention import norm_of, pooled
 from kwlayers.cost import LayerCost
-from kwlayers.dynamic import DynamicConvNd, DynamicLayer, DynamicLinear, like_static
+from kwlayers.dynamic import (
+    DynamicConvNd,
+    DynamicLayer,
+    DynamicLinear,
+    convert_layers,
+    kaiming_normal_,
+)
 from kwlayers.families import Label, Recognised
 from kwlayers.fields import allow
 from kwlayers.methods import Conversion, Converted, Method
@@ -148,9 +153,6 @@ class DCDGroup(Group):
         return f"L = {self.latent}"
 
 
-_placed = functools.lru_cache(maxsize=4)(place)
-
-
 @dataclass(frozen=True)
 class DCDSettings(AloneSettings):
     """DCD with the published L in each layer, or as many latent channels as a budget allows.
@@ -190,8 +192,8 @@ class DCDSettings(AloneSettings):
 
     def _by_default(self, network: Network) -> dict[str, str]:
         reasons = super()._by_default(network)
-        placed = _placed(network.sites)
-        if placed.family.startswith("mobilenetv2"):
+        placed = place(network.sites)
+        if placed.variant == "mobilenet":
             # Of the first block, which does not expand.
             first = next(name for name, label in placed.labels.items() if label.kind == "pwconv")
             reasons[first] = reasons[first] or "the first block stays static"
@@ -199,7 +201,7 @@ class DCDSettings(AloneSettings):
 
     def group(self, network: Network, name: str, sites: Sequence[Site], own: Any) -> DCDGroup:
         (site,) = sites
-        variant = self._variant(site, _placed(network.sites))
+        variant = self._variant(site, place(network.sites))
         latent, cells = latent_of(variant, site.in_channels, site.out_channels)
         squeeze = _CLASSIFIER_SIZE
         if variant != _CLASSIFIER:
@@ -209,12 +211,7 @@ class DCDSettings(AloneSettings):
     def _variant(self, site: Site, placed: Recognised) -> str:
         if site.kind == "linear":
             return _CLASSIFIER if placed.labels[site.name].role == "head" else "bottleneck"
-        if self.variant != "auto":
-            return self.variant
-        if placed.family.startswith("mobilenetv2"):
-            return "mobilenet"
-        three = any(name.endswith(".conv3") for name in placed.labels)
-        return "basic" if placed.family == "resnet" and not three else "bottleneck"
+        return placed.variant or "bottleneck" if self.variant == "auto" else self.variant
 
 
 class DCDAttention(nn.Module):
@@ -338,8 +335,7 @@ class _DCDConvNd(_DCDLayer, DynamicConvNd):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         for kernel in (self.weight, self.q.weight, self.p.weight):
-            fan_out = kernel.shape[0] * math.prod(kernel.shape[2:])
-            nn.init.normal_(kernel, 0, math.sqrt(2 / fan_out))
+            kaiming_normal_(kernel)
 
     def convolve(self, x: Tensor) -> Tensor:
         phi, scale = self.attention(x)
@@ -355,13 +351,14 @@ class _DCDConvNd(_DCDLayer, DynamicConvNd):
     def _centred(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """Where the centre of the kernel is for outputs of `sizes`, of which Q takes each stride.
 
-        x: (B, C, *S), already `padded`. Outside it there are zeros.
+        That of an even kernel is the first of its two middle taps. x: (B, C, *S), already `padded`.
+        Outside it there are zeros.
         """
         kernel, stride, padding, dilation, _ = self.geometry
         pads: list[int] = []
         for axis, size in enumerate(sizes):
             length, step = x.shape[2 + axis], stride[axis]
-            first = dilation[axis] * (kernel[2 + axis] - 1) // 2 - padding[axis]
+            first = dilation[axis] * ((kernel[2 + axis] - 1) // 2) - padding[axis]
             end = first + (size - 1) * step + 1
             fits = first == 0 and (length - 1) // step + 1 == size
             # F.pad counts axes from the last.
@@ -428,13 +425,7 @@ _LAYERS: dict[type[nn.Module], Any] = {
 def _convert(plan: Plan, group: DCDGroup, layers: Mapping[str, Any], how: Conversion) -> Converted:
     """No kernel is made for a sample: `backend` and `workspace_mb` have nothing to decide."""
     settings = {"latent": group.latent, "squeeze": group.squeeze, "cells": group.cells}
-    swaps: dict[nn.Module, nn.Module] = {}
-    for layer in layers.values():
-        made = like_static(_LAYERS, layer, **settings)
-        if how.warm_start:
-            made.start_from(layer.weight)
-        swaps[layer] = made
-    return Converted(swaps, errors=dict.fromkeys(layers, 0.0) if how.warm_start else {})
+    return convert_layers(_LAYERS, layers, how, _DCDLayer.start_from, **settings)
 
 
 METHOD = Method(

@@ -19,7 +19,6 @@ convolution of the blocks and their shortcuts. On purpose different from PAD-Net
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,15 +29,13 @@ from torch import Tensor, nn
 
 from kwlayers.attention import pooled
 from kwlayers.cost import LayerCost
-from kwlayers.dynamic import DynamicConvNd, DynamicLinear
-from kwlayers.fields import allow
+from kwlayers.dynamic import DynamicConvNd, DynamicLinear, kaiming_normal_
+from kwlayers.fields import MAX_TEMPERATURE, allow, allow_max_temperature, allow_reduction
 from kwlayers.methods import Conversion, Converted, Method
 from kwlayers.mixed import KernelGroup, MixedLayer, convert_mixed, mixed_cost
 from kwlayers.placement import AloneSettings
 from kwlayers.plan import Group, Network, Plan, Site
 from kwlayers.schedule import Tempered
-
-MAX_TEMPERATURE = 30.0
 
 
 def hidden_width(in_channels: int, reduction: float) -> int:
@@ -55,12 +52,8 @@ class DYConvGroup(KernelGroup):
     """
 
     num_kernels: int = allow("kernels, K", int, least=1)
-    reduction: float = allow(
-        "attention width as a part of the channels", float, 1 / 16, above=0, most=1
-    )
-    max_temperature: float = allow(
-        "temperature of the attention where the warm-up begins", float, MAX_TEMPERATURE, least=1
-    )
+    reduction: float = allow_reduction()
+    max_temperature: float = allow_max_temperature()
 
     method: ClassVar[str] = "dyconv"
 
@@ -76,12 +69,8 @@ class DYConvSettings(AloneSettings):
     """DY-Conv with K = num_kernels in each layer, or as many as a budget allows."""
 
     num_kernels: int = allow("kernels of each layer, K", int, 4, least=1)
-    reduction: float = allow(
-        "attention width as a part of the channels", float, 1 / 16, above=0, most=1
-    )
-    max_temperature: float = allow(
-        "temperature of the attention where the warm-up begins", float, MAX_TEMPERATURE, least=1
-    )
+    reduction: float = allow_reduction()
+    max_temperature: float = allow_max_temperature()
     rules: tuple[Any, ...] = ()
 
     method: ClassVar[str] = "dyconv"
@@ -115,7 +104,7 @@ class DYAttention(Tempered):
         """Kaiming-normal (fan out) weights, zero biases."""
         self.temperature.zero_()
         for layer in (self.fc1, self.fc2):
-            nn.init.normal_(layer.weight, 0, math.sqrt(2 / layer.out_features))
+            kaiming_normal_(layer.weight)
         nn.init.zeros_(self.fc2.bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -40,6 +40,9 @@ published code:
 - The sort is stable and exact, of integers, and a buffer of the state dict. There the device and
   the version decide which group a bin falls into, among those of one radius.
 - Masks of the bands are made at the map's size. There they are resized from 64 x 64 positions.
+- D starts as a Kaiming-normal kernel's (fan out), like the layers of torchvision's models, which
+  FDConv takes the place of. There it is that of torch.nn's default weight, 2.4 times smaller
+  where C = C_out.
 - C * k2 may be odd, and where K does not divide the bins, the largest divisor below is taken. There
   either fails.
 - a_c and a_f stay on the kernel where nothing else would make it the sample's own.
@@ -60,16 +63,15 @@ from torch import Tensor, nn
 from kwlayers import geometry
 from kwlayers.attention import norm_of, pooled
 from kwlayers.cost import LayerCost
-from kwlayers.dynamic import DynamicConvNd, like_static
+from kwlayers.dynamic import DynamicConvNd, convert_layers, kaiming_normal_
 from kwlayers.families import Label
-from kwlayers.fields import allow
+from kwlayers.fields import allow, allow_norm, allow_reduction
 from kwlayers.layout import Layout
 from kwlayers.methods import Conversion, Converted, Method
 from kwlayers.ops import check_settings, workspace_bytes
 from kwlayers.ops.remade import conv_remade
 from kwlayers.placement import AloneSettings
 from kwlayers.plan import Group, Network, Plan, PlanError, Site
-from kwlayers.warehouses import NORMS
 
 REDUCTION = 1 / 16
 OCTAVES = (2, 4, 8)
@@ -138,7 +140,7 @@ class FDConvGroup(Group):
     local: bool = allow("whether each weight has a factor of its own", bool, True)
     bands: bool = allow("whether the input's frequency bands are weighted", bool, True)
     only_kernel: bool = allow("whether the attention is over kernels only", bool, False)
-    norm: str = allow("normalisation in the attention", str, "batch", *NORMS)
+    norm: str = allow_norm()
 
     method: ClassVar[str] = "fdconv"
     size_name: ClassVar[str] = "width"
@@ -222,7 +224,10 @@ def _check(kernel: Sequence[int], num_kernels: int, param_ratio: int, only_kerne
             f"{best} does"
         )
     if only_kernel and num_kernels * param_ratio == 1:
-        raise ValueError("only_kernel with num_kernels 1 and param_ratio 1: no attention is left")
+        raise ValueError(
+            "only_kernel with num_kernels 1 and param_ratio 1: no head of the attention is left, "
+            "local or not"
+        )
 
 
 @dataclass(frozen=True)
@@ -235,16 +240,12 @@ class FDConvSettings(AloneSettings):
     """
 
     num_kernels: int = allow("groups of frequencies, K", int, 64, least=1)
-    reduction: float = allow(
-        "attention width as a part of the channels", float, REDUCTION, above=0, most=1
-    )
+    reduction: float = allow_reduction(REDUCTION)
     param_ratio: int = allow("spectra of each layer, summed", int, 1, least=1)
     local: bool = allow("whether each weight has a factor of its own", bool, True)
     bands: bool = allow("whether frequency bands of 3x3 layers' inputs are weighted", bool, True)
     only_kernel: bool = allow("whether the attention is over kernels only", bool, False)
-    norm: str = allow(
-        "normalisation in the attention; auto follows the network", str, "auto", "auto", *NORMS
-    )
+    norm: str = allow_norm(auto=True)
     min_channels: int = allow("channels that a layer has, in and out", int, 17, least=1)
     rules: tuple[Any, ...] = ()
 
@@ -256,8 +257,8 @@ class FDConvSettings(AloneSettings):
         super().__post_init__()
         if self.only_kernel and self.num_kernels * self.param_ratio == 1:
             raise PlanError(
-                "only_kernel with num_kernels 1 and param_ratio 1: no attention is left; more "
-                "kernels, or only_kernel=False"
+                "only_kernel with num_kernels 1 and param_ratio 1: no head of the attention is "
+                "left, local or not; more kernels, or only_kernel=False"
             )
 
     def lower(self) -> Iterator[dict[str, Any]]:
@@ -355,7 +356,7 @@ class FDAttention(nn.Module):
         self.norm.reset_parameters()
         nn.init.ones_(self.scale)
         nn.init.zeros_(self.shift)
-        nn.init.normal_(self.fc1.weight, 0, math.sqrt(2 / self.fc1.out_features))
+        kaiming_normal_(self.fc1.weight)
         if self.fc1.bias is not None:
             nn.init.zeros_(self.fc1.bias)
         nn.init.normal_(self.fc2.weight, 0, _NEAR_ZERO)
@@ -501,8 +502,10 @@ class _FDLayer(DynamicConvNd):
     def _drawn(self, count: int) -> Tensor:
         kernel = self.geometry.kernel
         to: Any = {"device": self.spectrum.device, "dtype": _wide(self.spectrum)}
-        std = math.sqrt(2 / (kernel[0] * math.prod(kernel[2:])))
-        return torch.empty(count, *kernel, **to).normal_(0, std)
+        drawn = torch.empty(count, *kernel, **to)
+        for one in drawn:
+            kaiming_normal_(one)
+        return drawn
 
     @torch.no_grad()
     def start_from(self, weight: Tensor) -> None:
@@ -624,15 +627,14 @@ def _convert(
 
     One path computes all layers: there is no `backend` to choose.
     """
-    swaps: dict[nn.Module, nn.Module] = {}
-    for layer in layers.values():
-        made = like_static(_LAYERS, layer, workspace_mb=how.workspace_mb, **group.settings)
-        if how.warm_start:
-            made.start_from(layer.weight)
-            made.neutral_()
-            made.spectrum.requires_grad_(layer.weight.requires_grad)
-        swaps[layer] = made
-    return Converted(swaps, errors=dict.fromkeys(layers, 0.0) if how.warm_start else {})
+    settings = {"workspace_mb": how.workspace_mb, **group.settings}
+    return convert_layers(_LAYERS, layers, how, _start, **settings)
+
+
+def _start(layer: _FDLayer, weight: Tensor) -> None:
+    layer.start_from(weight)
+    layer.neutral_()
+    layer.spectrum.requires_grad_(weight.requires_grad)
 
 
 METHOD = Method(

@@ -33,6 +33,8 @@ The published code differs:
   them, keep what they have. Gates start as in ResNet18 (Kaiming-normal, fan out), but fc2's bias
   at zero, as in MobileNetV2.
 - A gate's batch norm cannot train on a batch of one. Here it then takes its running statistics.
+- Added blocks start by torch.nn's defaults, as the published ResNet50's do; ResNet18's there are
+  Kaiming-normal (fan out), and a model that draws its own layers otherwise does not draw these.
 - MobileNetV2 loses its dropout there. A converted model keeps its own.
 
 A warm start keeps the parents' weights. Children cannot keep theirs: `WarmStart.errors` says how
@@ -53,8 +55,8 @@ from torch import Tensor, nn
 
 from kwlayers.attention import norm_of, pooled
 from kwlayers.cost import LayerCost
-from kwlayers.dynamic import DynamicConvNd, like_static
-from kwlayers.families import Label, Recognised
+from kwlayers.dynamic import DynamicConvNd, kaiming_normal_, like_static
+from kwlayers.families import Label
 from kwlayers.fields import allow
 from kwlayers.layout import Layout
 from kwlayers.methods import Conversion, Converted, Method
@@ -307,12 +309,12 @@ class KernelDNASettings(AloneSettings):
 
     def _last(self, network: Network) -> int:
         """How many of the stages that can share do; 0 for all."""
-        is_resnet = place(network.sites).family == "resnet"
+        is_resnet = place(network.sites).variant in ("basic", "bottleneck")
         return self.stages or (_LAST_STAGES if is_resnet else 0)
 
     def _stages(self, network: Network) -> list[list[Family]]:
         """The families of each stage that can share."""
-        model = _model_of(place(network.sites))
+        model = place(network.sites).variant
         known = {block.name for block in network.blocks}
         roles: dict[str, list[str]] = {}
         for site in network.sites:
@@ -326,14 +328,6 @@ class KernelDNASettings(AloneSettings):
         static = frozenset(name for name, reason in reasons.items() if reason)
         alike = [[_alike(wide, family) for family in stage] for stage in stages]
         return [left for stage in alike if (left := _without(stage, static))]
-
-
-def _model_of(placed: Recognised) -> str:
-    """Whose published sharing a network has; empty for none."""
-    if placed.family == "resnet":
-        three = any(name.endswith(".conv3") for name in placed.labels)
-        return "bottleneck" if three else "basic"
-    return "mobilenet" if placed.family.startswith("mobilenetv2") else ""
 
 
 def _runs(network: Network) -> list[list[str]]:
@@ -360,7 +354,8 @@ def _sharing(
 ) -> list[Family]:
     """The families of a stage's blocks. extra: a block that may be added; empty if none may.
 
-    roles: the layers of each block, by their names in it.
+    model: whose published sharing it has, a `Recognised.variant`. roles: the layers of each block,
+    by their names in it.
     """
     first, *after = run
     if model == "basic" and len(run) == 2:
@@ -416,7 +411,7 @@ class Gate(nn.Module):
     def reset_parameters(self) -> None:
         """Kaiming-normal (fan out) weights, a bias of zeros, the norm at one and zero."""
         for layer in (self.fc1, self.fc2):
-            nn.init.normal_(layer.weight, 0, math.sqrt(2 / layer.out_features))
+            kaiming_normal_(layer.weight)
         nn.init.zeros_(self.fc2.bias)
         self.norm.reset_parameters()
 
@@ -432,6 +427,7 @@ class _DNAConvNd(DynamicConvNd):
     somebody else registers; and the gate's width, C / 4 by default.
     """
 
+    undecayed: ClassVar[tuple[str, ...]] = ("filter", "position")
     position: nn.Parameter | None
 
     def _build(  # not any settings, but these

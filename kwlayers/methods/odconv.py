@@ -36,8 +36,14 @@ from torch import Tensor, nn
 from kwlayers import geometry
 from kwlayers.attention import norm_of, pooled
 from kwlayers.cost import LayerCost
-from kwlayers.dynamic import DynamicConvNd
-from kwlayers.fields import allow
+from kwlayers.dynamic import DynamicConvNd, kaiming_normal_
+from kwlayers.fields import (
+    MAX_TEMPERATURE,
+    allow,
+    allow_max_temperature,
+    allow_norm,
+    allow_reduction,
+)
 from kwlayers.methods import Conversion, Converted, Method
 from kwlayers.mixed import KernelGroup, MixedLayer, convert_mixed
 from kwlayers.ops import workspace_bytes
@@ -46,9 +52,6 @@ from kwlayers.ops.remade import conv_remade
 from kwlayers.placement import AloneSettings
 from kwlayers.plan import Group, Network, Plan, Site
 from kwlayers.schedule import Tempered
-from kwlayers.warehouses import NORMS
-
-MAX_TEMPERATURE = 30.0
 
 
 class Heads(NamedTuple):
@@ -80,20 +83,17 @@ class ODConvGroup(KernelGroup):
     """
 
     num_kernels: int = allow("kernels, K", int, least=1)
-    reduction: float = allow(
-        "attention width as a part of the channels", float, 1 / 16, above=0, most=1
-    )
-    norm: str = allow("normalisation in the attention", str, "batch", *NORMS)
-    max_temperature: float = allow(
-        "temperature of the attention where the warm-up begins", float, MAX_TEMPERATURE, least=1
-    )
+    reduction: float = allow_reduction()
+    norm: str = allow_norm()
+    max_temperature: float = allow_max_temperature()
 
     method: ClassVar[str] = "odconv"
     kinds: ClassVar[tuple[str, ...]] = ("conv1d", "conv2d", "conv3d")
 
     def counted_otherwise(self, sites: Sequence[Site]) -> dict[str, int]:
-        (cost,) = self.costs(sites)
-        product = self.num_kernels * sites[0].weights if self.num_kernels > 1 else 0
+        (cost,), (site,) = self.costs(sites), sites
+        several = self.num_kernels if self.num_kernels > 1 else 0
+        product = site.samples * several * site.weights
         return {
             **super().counted_otherwise(sites),
             "mixing, element by element, which it does not see": product - cost.mixing_macs,
@@ -132,15 +132,9 @@ class ODConvSettings(AloneSettings):
     """
 
     num_kernels: int = allow("kernels of each layer, K", int, 1, least=1)
-    reduction: float = allow(
-        "attention width as a part of the channels", float, 1 / 16, above=0, most=1
-    )
-    norm: str = allow(
-        "normalisation in the attention; auto follows the network", str, "auto", "auto", *NORMS
-    )
-    max_temperature: float = allow(
-        "temperature of the attention where the warm-up begins", float, MAX_TEMPERATURE, least=1
-    )
+    reduction: float = allow_reduction()
+    norm: str = allow_norm(auto=True)
+    max_temperature: float = allow_max_temperature()
     rules: tuple[Any, ...] = ()
 
     method: ClassVar[str] = "odconv"
@@ -192,7 +186,7 @@ class ODAttention(Tempered):
             self.fc1.weight,
             *torch.split(self.fc2.weight, [h for h in self.heads if h]),
         ):
-            nn.init.normal_(weight, 0, math.sqrt(2 / weight.shape[0]))
+            kaiming_normal_(weight)
         for layer in (self.fc1, self.fc2):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -211,7 +205,8 @@ class ODAttention(Tempered):
 
 class _ODLayer(MixedLayer):
     """Settings beside torch.nn's: num_kernels, reduction, norm, max_temperature, backend,
-    workspace_mb.
+    workspace_mb. backend is for 1x1 layers of several kernels: with an attention over positions
+    there is one path.
     """
 
     def _build(  # not any settings, but these
@@ -292,7 +287,10 @@ _LAYERS: dict[type[nn.Module], Any] = {
 def _convert(
     plan: Plan, group: ODConvGroup, layers: Mapping[str, Any], how: Conversion
 ) -> Converted:
-    """A warm start computes what the static layer does: at heads of zero, every sigmoid is 1/2."""
+    """A warm start computes what the static layer does: at heads of zero, every sigmoid is 1/2.
+
+    `how.backend` decides about 1x1 layers of several kernels only.
+    """
     return convert_mixed(_LAYERS, layers, how, _start, group.settings)
 
 

@@ -33,7 +33,6 @@ published code:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -44,7 +43,8 @@ from torch import Tensor, nn
 
 from kwlayers import methods
 from kwlayers.cost import LayerCost
-from kwlayers.fields import allow
+from kwlayers.dynamic import kaiming_normal_
+from kwlayers.fields import allow, allow_max_temperature, allow_norm, allow_reduction
 from kwlayers.methods import Conversion, Converted, Method, dyconv, odconv
 from kwlayers.mixed import KernelGroup, MixedLayer, convert_mixed
 from kwlayers.ops import kw_conv, workspace_bytes
@@ -53,10 +53,8 @@ from kwlayers.placement import AloneSettings
 from kwlayers.plan import Group, Network, Plan, PlanError, Site
 from kwlayers.rules import Share
 from kwlayers.schedule import WAREHOUSES
-from kwlayers.warehouses import NORMS
 
 BASES = ("dyconv", "odconv")
-MAX_TEMPERATURE = 30.0
 # What more than all weights would take: no budget has it.
 _OUT_OF_REACH = 2**62
 
@@ -71,13 +69,9 @@ class PADNetGroup(Group):
     dynamic: int = allow("weights that are dynamic, of all layers together", int, least=1)
     base: str = allow("the method that mixes kernels", str, "dyconv", *BASES)
     num_kernels: int = allow("kernels, K", int, 4, least=2)
-    reduction: float = allow(
-        "attention width as a part of the channels", float, 1 / 16, above=0, most=1
-    )
-    norm: str = allow("normalisation in the attention, by odconv", str, "batch", *NORMS)
-    max_temperature: float = allow(
-        "temperature of the attention where the warm-up begins", float, MAX_TEMPERATURE, least=1
-    )
+    reduction: float = allow_reduction()
+    norm: str = allow_norm(", by odconv")
+    max_temperature: float = allow_max_temperature()
 
     method: ClassVar[str] = "pad_net"
     size_name: ClassVar[str] = "dynamic"
@@ -162,19 +156,9 @@ class PADNetSettings(AloneSettings):
     dynamic_fraction: float = allow(
         "part of all weights that is dynamic", float, 0.3, above=0, most=1
     )
-    reduction: float = allow(
-        "attention width as a part of the channels", float, 1 / 16, above=0, most=1
-    )
-    norm: str = allow(
-        "normalisation in the attention, by odconv; auto follows the network",
-        str,
-        "auto",
-        "auto",
-        *NORMS,
-    )
-    max_temperature: float = allow(
-        "temperature of the attention where the warm-up begins", float, MAX_TEMPERATURE, least=1
-    )
+    reduction: float = allow_reduction()
+    norm: str = allow_norm(", by odconv", auto=True)
+    max_temperature: float = allow_max_temperature()
     rules: tuple[Any, ...] = ()
 
     method: ClassVar[str] = "pad_net"
@@ -222,7 +206,8 @@ class PADNetSettings(AloneSettings):
 class PADLayer(MixedLayer):
     """`kernels` as the base's, and `static` (1, C_out, C_in / groups, *k), its scale, the mask.
 
-    Settings beside torch.nn's: the base's; num_kernels is at least 2, by default 4. mask: like
+    Settings beside torch.nn's: the base's; num_kernels is at least 2, by default 4. backend: by
+    odconv of 1x1 layers only. mask: like
     `static`, true where the kernel is dynamic; None once packed. order: of a packed layer.
     """
 
@@ -254,9 +239,7 @@ class PADLayer(MixedLayer):
     def reset_parameters(self) -> None:
         """As the base's; the static kernel like the others, even scales, all dynamic."""
         super().reset_parameters()
-        kernel = self.geometry.kernel
-        fan_out = kernel[0] // self.geometry.groups * math.prod(kernel[2:])
-        self.static.normal_(0, math.sqrt(2 / fan_out))
+        kaiming_normal_(self.static[0])
         self.scale.zero_()
         if self.mask is not None:
             self.mask.fill_(True)
@@ -306,10 +289,7 @@ class PADLayer(MixedLayer):
             out = kw_conv(x, given, cells, self.geometry, self.backend, self.workspace_mb)
         else:
             out = conv_remade(odconv._kernels, x, self.geometry, each, [self.cells()], nbytes)
-        if self.biases is None:
-            return out
-        bias = alpha.to(self.biases.dtype) @ self.biases
-        return out + bias.to(out.dtype).view(*bias.shape, *(1,) * (out.dim() - 2))
+        return self._with_biases(out, alpha)
 
     def cells(self) -> Tensor:
         """(K + 1, C_out, C_in / groups, *k): the kernels where they are dynamic, and the static one

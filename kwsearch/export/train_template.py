@@ -539,7 +539,15 @@ class Run:
         self.model: nn.Module = model.to(data.device, memory_format=memory_format(args))
         self.steps_per_epoch = len(data.train.y) // args.batch_size
         self.rows: list[dict[str, float | None]] = []  # of the log, one per epoch
-        if hasattr(model, "kw_warehouses") and not args.weights:  # which have it behind them
+        held = getattr(model, "kw_warehouses", None)
+        self.temperature = None
+        # Others have theirs.
+        if held is not None and not args.weights and args.start == "published":
+            self.temperature = kwlayers.TemperatureSchedule(
+                model, args.temperature_epochs, self.steps_per_epoch
+            )
+        # Weights of a converted network have it behind them.
+        if held is not None and (not args.weights or held.warm_start is not None):
             seen = data.batches(data.train, self.order()[:10], training=False)
             kwlayers.prepare_(model, seen, nn.functional.cross_entropy)
         self.net: Any = torch.compile(self.model) if args.compile else self.model
@@ -556,12 +564,6 @@ class Run:
             self.optimizer = torch.optim.AdamW(groups, lr=args.lr)
         self.ema = averaged(self.model, args.ema) if args.ema else None
         self.steps = args.epochs * self.steps_per_epoch
-        self.temperature = None
-        converted = hasattr(self.model, "kw_warehouses")
-        if converted and not args.weights and args.start == "published":  # others have theirs
-            self.temperature = kwlayers.TemperatureSchedule(
-                self.model, args.temperature_epochs, self.steps_per_epoch
-            )
         self.step = 0
 
     @property

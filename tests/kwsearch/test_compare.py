@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from kwlayers import trace
+from kwlayers import Plan, PlanError, trace
 from kwlayers.methods import NAMES
 from kwsearch import cli, compare, zoo
 from kwsearch.budget import Target
+from kwsearch.memory import Memory
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -145,3 +146,22 @@ def test_sizes_are_told_in_words() -> None:
     entries = compare.compare(network, Target(total_ratio=1.5), ["kernel_warehouse", "odconv"])
     assert entries[0].sizes.endswith(" cells")
     assert entries[1].sizes.startswith("K = 1 to ")
+
+
+def test_a_method_whose_step_cannot_run_leaves_the_others() -> None:
+    with torch.device("meta"):
+        network = trace(zoo.create("resnet20"), (3, 32, 32))
+
+    def memory(plan: Plan) -> Memory:
+        if plan.groups[0].method == "dyconv":
+            raise PlanError("a step of 1 images cannot run: why")
+        return Memory(1, 2, 3, 4, 5, 6, 7, 8)
+
+    entries = compare.compare(network, Target(), ["dyconv", "odconv"], memory=memory)
+    assert [entry.memory is None for entry in entries] == [True, False]
+    why = ["DY-Conv: no memory: a step of 1 images cannot run: why"]
+    assert compare.reasons(entries) == why
+    static = Memory(1, 2, 3, 4, 5, 6, 7, 8)
+    table, said = compare.table(entries, network, static)
+    assert (table.row_count, said) == (3, why)
+    assert [e["train_memory"] for e in compare.to_json(entries)["methods"]] == [None, 36]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kwlayers
+from kwlayers.methods import find
 from kwlayers.ops.workspace import Workspace
 from kwsearch import zoo
 from kwsearch.memory import MOST_IMAGES, Memory, Step, largest_batch, memory_of
@@ -211,3 +212,16 @@ def test_the_largest_batch_ends_where_memory_hardly_grows() -> None:
     assert largest_batch(lambda batch: 100, 99) == 0
     assert largest_batch(lambda batch: 100, 100) == MOST_IMAGES
     assert largest_batch(lambda batch: 2**batch if batch < 64 else 2**64, 2**40) == 40
+
+
+@pytest.mark.parametrize(("method", "own"), [("condconv", {"num_kernels": 1}), ("kernel_dna", {})])
+def test_checkpointed_blocks_are_called_with_their_hooks(method: str, own: dict[str, int]) -> None:
+    """And so are the blocks that a method adds."""
+    size = (3, 64, 64)
+    network = partial(planning_model, "resnet18", size)
+    plan = kwlayers.plan_model(network(), size, method=find(method).settings(**own))
+    usual, checkpointed = (
+        memory_of(network, plan, size, Step(64, checkpointing=again)) for again in (False, True)
+    )
+    assert checkpointed.total < usual.total
+    assert checkpointed.weights == usual.weights

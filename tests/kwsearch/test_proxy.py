@@ -389,3 +389,18 @@ def test_schedules_move_once_a_batch_and_span_all_epochs(plan: Plan, tmp_path: P
     assert rate() == pytest.approx(0.05 * 0.5 * (1 + math.cos(math.pi * 2 / 8)))
     training.run(checkpoint=tmp_path / "run")
     assert rate() == pytest.approx(0, abs=1e-9)
+
+
+def test_a_network_is_prepared_at_the_temperature_that_training_starts_at(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watched(model: nn.Module, *_: object) -> nn.Module:
+        state = model.state_dict().items()
+        seen.append({float(value) for name, value in state if name.endswith("temperature")})
+        return model
+
+    monkeypatch.setattr(proxy, "prepare_", watched)
+    run(plan, SHORT)
+    assert seen == [{1.0}]

@@ -976,3 +976,40 @@ def test_a_compiled_network_trains(
     monkeypatch.setattr(torch, "compile", eager)
     assert train("--compile", "--epochs", "1", out=tmp_path) == 0
     assert math.isfinite(float(rows(tmp_path)[0]["train_loss"]))
+
+
+@pytest.fixture(scope="module")
+def partly(folder: Path, one_thread: None) -> ModuleType:
+    """The script of a PAD-Net."""
+    text = RECIPE.replace("total_ratio: 0.5}", "ratio: 0.25}\nmethod: {name: pad_net}")
+    return loaded(train_script(recipe(text), "partly.yaml"), folder / "train_partly.py")
+
+
+def test_a_pad_net_is_partitioned_once_at_the_temperature_of_its_start(
+    partly: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[set[float], bool]] = []
+    plain = kwlayers.prepare_
+
+    def watched(model: nn.Module, *args: Any) -> nn.Module:
+        heat = {float(v) for k, v in model.state_dict().items() if k.endswith("temperature")}
+        seen.append((heat, model.kw_warehouses.warm_start is not None))
+        return plain(model, *args)
+
+    monkeypatch.setattr(kwlayers, "prepare_", watched)
+
+    def run(out: str, *options: str) -> int:
+        """Dynamic weights of the trained network; 0 for a static one."""
+        asked = ["--data", str(folder / "digits"), "--epochs", "1", "--subset", "32", *options]
+        assert partly.main([*asked, "--out", str(tmp_path / out)]) == 0
+        model = checkpoint(tmp_path / out)["model"]
+        return sum(int(mask.sum()) for name, mask in model.items() if name.endswith(".mask"))
+
+    (group,) = partly.GROUPS
+    assert run("cold") == group["dynamic"]
+    assert run("on", "--weights", str(tmp_path / "cold" / "checkpoint.pt")) == group["dynamic"]
+    assert seen == [({1.0}, False)]
+    assert run("static", "--static") == 0
+    static = str(tmp_path / "static" / "checkpoint.pt")
+    assert run("warm", "--weights", static) == group["dynamic"]
+    assert seen[1:] == [({0.0}, True)]

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kwlayers import Plan, convert_, methods, trace
+from kwlayers.dynamic import DynamicLayer
 from kwlayers.layout import MethodSettings
 from kwlayers.rules import NothingToConvert
 from kwsearch.zoo.mobilenetv2 import MobileNetV2
@@ -144,9 +146,53 @@ def plan_of(model: nn.Module, settings: MethodSettings, size: Sequence[int] = (3
 
 
 def converted(model: nn.Module, settings: MethodSettings, **how: Any) -> nn.Module:
-    """A converted copy."""
+    """A converted copy; restless without a warm start."""
     torch.manual_seed(1)
-    return convert_(copy.deepcopy(model), plan_of(model, settings), **how)
+    made = convert_(copy.deepcopy(model), plan_of(model, settings), **how)
+    return made if how.get("warm_start") else restless(made)
+
+
+@torch.no_grad()
+def restless(model: nn.Module) -> nn.Module:
+    """With nothing in dynamic layers that is neutral: heads and factors near zero, even norms."""
+    for layer in model.modules():
+        if not isinstance(layer, DynamicLayer):
+            continue
+        for parameter in layer.parameters():
+            if parameter.numel() == 1 or parameter.abs().max() < 1e-3:
+                parameter.add_(torch.randn_like(parameter) / 4)
+        for module in layer.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.uniform_(0.5, 1.5)
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+    return model
+
+
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def by_hand(layer: Any, x: Tensor) -> Tensor:
+    """A convolution by CondConv, DY-Conv, ODConv or PAD-Net, sample by sample."""
+    seen = layer.router(x) if hasattr(layer, "router") else layer.attention(x)
+    maps, rows = (1,) * (x.dim() - 2), []
+    for b in range(len(x)):
+        alpha = seen[b : b + 1] if isinstance(seen, Tensor) else seen.kernel
+        alpha = torch.ones(1, 1).to(x) if alpha is None else alpha[0 if len(alpha) == 1 else b]
+        weight = sum(a * kernel for a, kernel in zip(alpha.flatten(), layer.kernels, strict=True))
+        if hasattr(layer, "static"):
+            l_d = 2 / (1 + torch.exp(-layer.scale))
+            weight = torch.where(layer.mask[0], l_d * weight, (2 - l_d) * layer.static[0])
+        bias = layer.bias if layer.biases is None else alpha.flatten() @ layer.biases
+        one, factor = x[b : b + 1], torch.ones(()).to(x)
+        if not isinstance(seen, Tensor):
+            one = one * seen.channel[b].view(-1, *maps)
+            factor = factor if seen.filter is None else seen.filter[b].view(-1, *maps)
+            if seen.position is not None:
+                weight = weight * seen.position[b].view(layer.kernel_size)
+        out = _CONVS[len(maps)](one, weight, None, *layer.geometry[1:])
+        rows.append(out * factor + bias.view(-1, *maps))
+    return torch.cat(rows)
 
 
 def images(count: int = 4, double: bool = True) -> Tensor:

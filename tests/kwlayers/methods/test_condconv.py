@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from kwlayers import PlanError, Rule, convert_
+from kwlayers import Plan, PlanError, Rule, convert_, trace
 from kwlayers.methods.condconv import CondConv2d, Router
 from tests.kwlayers.methods.reference import (
-    backbone,
     built_counts,
     converted,
     images,
@@ -167,4 +171,164 @@ def test_two_models_do_not_share_their_routing() -> None:
     other = convert_(small(), plan_of(small(), settings("condconv"))).eval()
     other(y)
     assert torch.equal(first(x), expected)
-    assert backbone("resnet10") is not None
+
+
+class _Tokens(nn.Module):
+    """x: (B, H, W, C), whose first layer sees windows of it, as Swin's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 8)
+        self.fc1 = nn.Linear(8, 16)
+        self.fc2 = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.unflatten(1, (2, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        seen = self.qkv(windows).unflatten(0, (len(x), -1)).mean((1, 2))
+        out: Tensor = x + self.fc2(torch.relu(self.fc1(x))) + seen[:, None, None]
+        return out
+
+
+class _Halves(nn.Module):
+    """x: (B, C, H, W), half of which is convolved, as ShuffleNetV2 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 4, 1)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
+        self.unused = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=1)
+        return torch.cat((second, self.conv2(torch.relu(self.conv1(first)))), dim=1)
+
+
+class _Listed(nn.Module):
+    """features: a list of (B, C, H, W), as DenseNet's layers take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 4, 1)
+        self.conv2 = nn.Conv2d(4, 8, 3, padding=1)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        return [*features, self.conv2(self.conv1(features[-1]))]
+
+
+class _Unlike(nn.Module):
+    """Blocks of all three kinds, each twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.halves = nn.Sequential(_Halves(), _Halves())
+        self.listed = nn.ModuleList([_Listed(), _Listed()])
+        self.tokens = nn.Sequential(_Tokens(), _Tokens())
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [self.halves(self.stem(x))]
+        for block in self.listed:
+            features = block(features)
+        tokens = self.tokens(sum(features[1:], features[0]).movedim(1, -1))
+        out: Tensor = self.head(tokens.mean((1, 2)))
+        return out
+
+
+def test_layers_whose_block_s_input_they_do_not_share_have_routers_of_their_own() -> None:
+    torch.manual_seed(0)
+    model = _Unlike().double()
+    plan = plan_of(model, settings("condconv", num_kernels=2), (3, 4, 4))
+    found = {group.layers: (group.block, group.router_channels) for group in plan.groups}
+    own = {
+        (f"{block}.{i}.{conv}",): ("", channels)
+        for block, convs in (
+            ("halves", {"conv1": 4, "conv2": 4}),
+            ("listed", {"conv1": 8, "conv2": 4}),
+        )
+        for i in range(2)
+        for conv, channels in convs.items()
+    }
+    windows = {(f"tokens.{i}.qkv",): ("", 8) for i in range(2)}
+    rest = {(f"tokens.{i}.fc1", f"tokens.{i}.fc2"): (f"tokens.{i}", 8) for i in range(2)}
+    assert found == own | windows | rest
+    made = convert_(model, plan).eval()
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    alone = torch.cat([made(one[None]) for one in x])
+    torch.testing.assert_close(made(x), alone, rtol=1e-10, atol=1e-10)
+
+
+def test_a_router_of_tokens_sees_their_mean() -> None:
+    torch.manual_seed(0)
+    model = _Unlike().double()
+    made = convert_(model, plan_of(model, settings("condconv"), (3, 4, 4))).eval()
+    router, seen = made.kw_warehouses["tokens_0"], []
+    made.tokens[0].fc1.register_forward_hook(lambda *_: seen.append(router.routing))
+    x = torch.randn(2, 4, 4, 8, dtype=torch.float64)
+    made.tokens[0](x)
+    torch.testing.assert_close(seen[0], torch.sigmoid(router.fc(x.mean((1, 2)))))
+
+
+@pytest.mark.parametrize("given", [(), (3,), ([1],), (torch.zeros(2, 8, 6, 6),), (torch.ones(16),)])
+def test_a_block_called_with_something_else_says_what_its_router_sees(given: Any) -> None:
+    block = converted(small(double=False), settings("condconv")).blocks[1]
+    with pytest.raises(ValueError, match=r"its router sees 16 channels of a tensor \(B, 16, …\)"):
+        block(*given)
+
+
+def test_after_an_exception_no_routing_is_left() -> None:
+    model = converted(small(double=False), settings("condconv"))
+    broken = model.blocks[0].bn1
+    broken.forward = lambda x: 1 / 0
+    with warnings.catch_warnings(), pytest.raises(ZeroDivisionError):
+        model(images(double=False))
+    assert model.kw_warehouses["blocks_0"].routing is None
+    copy.deepcopy(model)
+
+
+def test_blocks_may_be_run_again_in_backward_but_not_their_forward_alone() -> None:
+    model = converted(small(double=False), settings("condconv")).eval()
+    x = images(double=False)
+    model(x).square().sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    again = copy.deepcopy(model)
+    again.zero_grad()
+    plain = nn.Sequential.forward
+
+    def run(blocks: nn.Sequential, y: Tensor) -> Tensor:
+        for block in blocks:
+            y = checkpoint(block, y, use_reentrant=False)
+        return y
+
+    again.blocks.forward = lambda y: run(again.blocks, y)
+    again(x).square().sum().backward()
+    for one, other in zip(again.parameters(), expected, strict=True):
+        torch.testing.assert_close(one.grad, other)
+    assert all(router.routing is None for router in again.kw_warehouses.values())
+    again.blocks.forward = lambda y: plain(again.blocks, y)
+    for block in again.blocks:
+        block.forward = lambda y, f=block.forward: checkpoint(f, y, use_reentrant=False)
+    with pytest.raises(RuntimeError, match=r"checkpoint\(block, x\), not block\.forward"):
+        again(x).sum().backward()
+
+
+def test_a_group_of_a_block_that_does_not_hold_its_layers_is_refused() -> None:
+    plan = plan_of(small(), settings("condconv"))
+    for other in ("blocks.0", "blocks.9", "nowhere"):
+        groups = [{**group, "block": other} for group in plan.groups_to_list()[1:]]
+        with pytest.raises(PlanError, match=rf"blocks\.1\.conv1 is not in the block '{other}'"):
+            Plan.from_groups(plan.network, groups)
+
+
+def test_a_conversion_that_fails_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    plan = plan_of(model, settings("condconv"))
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("kwlayers.convert.replace_", fail)
+    with pytest.raises(MemoryError):
+        convert_(model, plan)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert trace(model, (3, 12, 12)) == plan.network

@@ -321,6 +321,7 @@ GEOMETRIES: list[dict[str, Any]] = [
     {"kernel_size": 3, "dilation": 2, "stride": 3, "padding": 1},
     {"kernel_size": 2, "stride": 2},
     {"kernel_size": 4, "stride": 2, "padding": 1},
+    {"kernel_size": 4, "dilation": 2, "padding": 3},
     {"kernel_size": (1, 5), "padding": "same"},
     {"kernel_size": 1, "padding": 1},
     {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "reflect"},

@@ -501,7 +501,7 @@ def test_taps_grow_with_the_channels() -> None:
         ({"reduction": 0}, "reduction 0: allowed is a number above 0"),
         ({"local": 1}, "local 1: allowed is true or false"),
         ({"norm": "group"}, "norm 'group': allowed is 'auto' or 'batch' or 'layer'"),
-        ({"only_kernel": True, "num_kernels": 1}, "no attention is left"),
+        ({"only_kernel": True, "num_kernels": 1}, "no head of the attention is left, local or not"),
     ],
     ids=str,
 )
@@ -517,7 +517,10 @@ def test_settings_that_cannot_be(own: dict[str, Any], message: str) -> None:
         ({"layers": ["a", "b"]}, "2 layers: by fdconv each has a group of its own"),
         ({"layers": ["c"]}, "c: fdconv takes no grouped convolutions"),
         ({"layers": ["head"]}, "head: fdconv takes no linear layers"),
-        ({"layers": ["b"], "num_kernels": 1, "only_kernel": True}, "no attention is left"),
+        (
+            {"layers": ["b"], "num_kernels": 1, "only_kernel": True},
+            "no head of the attention is left, local or not",
+        ),
         ({"layers": ["b"], "norm": "group"}, "norm 'group'"),
     ],
     ids=str,

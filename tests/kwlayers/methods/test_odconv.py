@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from kwlayers import convert_
+from kwlayers.methods.condconv import CondConv2d
+from kwlayers.methods.dyconv import DYConv2d
 from kwlayers.methods.odconv import ODConv1d, ODConv2d
-from tests.kwlayers.methods.reference import built_counts, oracle, published, settings
+from kwlayers.methods.pad_net import PADConv2d
+from tests.kwlayers.methods.reference import built_counts, oracle, plan_of, published, settings
 
 PUBLISHED = [
     ("ODConv", "resnet18", "od_resnet18(reduction=0.0625, kernel_num=2)", 2),
@@ -129,3 +134,37 @@ def test_at_the_start_of_the_warm_up_attention_is_nearly_even() -> None:
     )
     cold = torch.sigmoid(z[:, :16] / 30)
     torch.testing.assert_close(layer.attention(torch.ones(1, 16, 2, 2)).channel, cold)
+
+
+def test_a_layer_that_is_called_twice_is_counted_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 1)
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.conv(self.conv(self.stem(x))).mean((2, 3)))
+            return out
+
+    model = Twice().eval()
+    plan = plan_of(model, settings("odconv", num_kernels=3), (3, 6, 6))
+    (group,) = plan.groups
+    assert plan.of(group)[0].samples == 2
+    convert_(model, plan)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 6, 6))
+    otherwise = sum(group.counted_otherwise(plan.of(group)).values())
+    assert counter.get_total_flops() // 2 == plan.cost().macs.total + otherwise
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_kernels_start_as_published_whatever_the_groups(groups: int) -> None:
+    """N(0, 2 / (k^2 * C_out))."""
+    torch.manual_seed(0)
+    for kind, own in ((ODConv2d, {}), (DYConv2d, {}), (CondConv2d, {}), (PADConv2d, {})):
+        layer = kind(64, 128, 3, groups=groups, num_kernels=4, **own)
+        parts = [layer.kernels, *([layer.static] if kind is PADConv2d else [])]
+        for part in parts:
+            assert part.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.03)
