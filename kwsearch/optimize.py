@@ -47,7 +47,17 @@ from kwsearch.resolve import (
     targets_of,
     versions,
 )
-from kwsearch.results import Found, Result, named, under, write_best
+from kwsearch.results import (
+    Found,
+    Result,
+    finalists,
+    found_of,
+    named,
+    rungs_of,
+    settled,
+    under,
+    write_best,
+)
 from kwsearch.run_directory import (
     BEST,
     EVENTS,
@@ -60,13 +70,11 @@ from kwsearch.run_directory import (
     write_down,
     write_trials,
 )
-from kwsearch.rungs import Rung, as_rungs, geometric
-from kwsearch.rungs import check as check_rungs
 from kwsearch.space import Space, fingerprint
 from kwsearch.static_twin import NoTwin, Twin, static_twin
 from kwsearch.storage import Place, give_up, has_study
 from kwsearch.train_step import train_bytes
-from kwsearch.trials import baseline, budget_of
+from kwsearch.trials import baseline
 
 if TYPE_CHECKING:
     from kwlayers.plan import Network, Plan
@@ -123,7 +131,7 @@ class Study:
             raise SearchError("the recipe has no budget to search under: add budget: {ratio: 0.5}")
         check_replannable(recipe)
         self._check_choices()
-        self.rungs = _rungs(self.search, self.proxy)
+        self.rungs = rungs_of(self.search, self.proxy)
         self._resume = resume
         self._notes: list[str] = []
         self._counted: dict[str, int] = {}
@@ -364,7 +372,7 @@ class Study:
             self._provenance["warnings"] = list(warnings)
         write_down(self.directory, self.recipe, self._provenance)
 
-    def _check_images(self) -> tuple[int, dict[str, str]]:
+    def _check_images(self) -> tuple[int, dict[str, Any]]:
         """Before the first trial: there are images, and they fit; how many are held out, and what
         the provenance says of them.
         """
@@ -378,7 +386,8 @@ class Study:
         images = proxy.load(self.proxy, input_of(self.recipe))
         self._check_fit(images)
         data = f"{images.train.name} {fingerprint_images(images.train)}"
-        return len(images.valid.y), {"data": data}
+        held_out = len(images.valid.y)
+        return held_out, {"data": data, "held_out": held_out}
 
     def _check_fit(self, images: ProxyData) -> None:
         """Before the first trial: the model takes these images and has their classes."""
@@ -422,7 +431,7 @@ class Study:
     def _pruner(self) -> optuna.pruners.BasePruner:
         if self.search.pruner == "median":
             return optuna.pruners.MedianPruner(
-                n_startup_trials=4, n_warmup_steps=_settled(self.proxy)
+                n_startup_trials=4, n_warmup_steps=settled(self.proxy)
             )
         return optuna.pruners.NopPruner()
 
@@ -431,12 +440,8 @@ class Study:
         trials = _finished(self.study)
         if not self.search.finalists:
             return 0
-        chosen: list[FrozenTrial] = []
-        for value in self.targets:
-            own = [trial for trial in trials if budget_of(trial) == value]
-            candidates = finals.chosen(own, self.search.finalists)
-            if not all(baseline(trial) for trial in candidates):
-                chosen += candidates
+        found = found_of([*self.targets], trials, self.study.user_attrs)
+        chosen = finalists(found, self.search.finalists)
         trainings = [
             finals.Training(trial.number, seed)
             for seed in range(self.search.seeds)
@@ -477,36 +482,13 @@ class Study:
     def _found(self, trials: Sequence[FrozenTrial]) -> tuple[Found, ...]:
         """What each budget gave, its best plan written down."""
         found = []
-        for value in self.targets:
-            own = tuple(trial for trial in trials if budget_of(trial) == value)
-            judged = finals.results(self.study.user_attrs, own)
-            path = self.directory / named([*self.targets], value, BEST)
-            one = Found(value, own, judged)
-            recipe = under(self.recipe, value)
+        for one in found_of([*self.targets], trials, self.study.user_attrs):
+            path = self.directory / named([*self.targets], one.budget, BEST)
+            recipe = under(self.recipe, one.budget)
             written = write_best(path, recipe, self.network, one, self._provenance, self.trust)
-            found.append(Found(value, own, judged, written))
+            found.append(replace(one, best_path=written))
         return tuple(found)
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-
-
-def _settled(proxy: Proxy) -> int:
-    """While the temperature falls, accuracy falls with it and ranks nothing."""
-    falling = 0 if proxy.starts_static else proxy.temperature_epochs
-    return min(falling + 1, proxy.epochs)
-
-
-def _rungs(search: Search, proxy: Proxy) -> tuple[Rung, ...]:
-    """Raises SearchError for rungs that do not end in the full trial."""
-    if search.pruner != "halving":
-        return as_rungs([(proxy.epochs, None, None)])
-    stops = [(stop.epochs, stop.subset, stop.resolution) for stop in search.rungs]
-    if not stops:
-        counts = geometric(proxy.epochs, search.eta, _settled(proxy))
-        stops = [(count, None, None) for count in counts]
-    problem = check_rungs(stops, proxy.epochs)
-    if problem is not None:
-        raise SearchError(f"search.rungs: {problem}")
-    return as_rungs([(0, None, None), *stops] if search.zero_cost else stops)

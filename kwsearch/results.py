@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kwlayers.plan import Network, Plan, counted
-from kwsearch import verdict
+from kwsearch import finals, verdict
 from kwsearch.finals import Finals
-from kwsearch.recipe import Recipe, RecipePlan, section_of, write_recipe
-from kwsearch.resolve import KINDS, target_of
-from kwsearch.run_directory import SearchError
-from kwsearch.rungs import Rung
-from kwsearch.trials import LATENCY, UNIFORM, accuracy_of, baseline, best_of
+from kwsearch.recipe import Proxy, Recipe, RecipePlan, Search, section_of, write_recipe
+from kwsearch.resolve import KINDS, target_of, targets_of
+from kwsearch.run_directory import BEST, SearchError
+from kwsearch.rungs import Rung, as_rungs, geometric
+from kwsearch.rungs import check as check_rungs
+from kwsearch.trials import LATENCY, UNIFORM, accuracy_of, baseline, best_of, budget_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
+
+    from kwsearch.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,14 @@ class Found:
         """The finished trial that is this baseline."""
         return next((trial for trial in self.trials if baseline(trial) == kind), None)
 
+    @property
+    def allowed(self) -> int | None:
+        """Parameters that a network may have, as the first trial says; None without one."""
+        for trial in self.trials:
+            if "params" in trial.user_attrs and "params" in trial.constraints:
+                return int(trial.user_attrs["params"] - trial.constraints["params"])
+        return None
+
 
 @dataclass(frozen=True)
 class Result:
@@ -61,6 +72,73 @@ class Result:
     def found(self) -> bool:
         """Whether there is a plan to use."""
         return any(found.best is not None for found in self.budgets)
+
+
+def result_from(study: Snapshot) -> Result:
+    """What a study has come to, as its run directory has it now: it may be running.
+
+    held_out: 0 for a study that did not write it down.
+    """
+    recipe = study.recipe
+    trials = tuple(trial for trial in study.trials if trial.state.is_finished())
+    values = [*targets_of(recipe)]
+    budgets = []
+    for found in found_of(values, trials, study.attributes):
+        path = study.directory / named(values, found.budget, BEST)
+        # While it runs, what is there is of an earlier run.
+        there = found.best is not None and not study.running and path.exists()
+        budgets.append(replace(found, best_path=path if there else None))
+    held_out = recipe.provenance.get("held_out")
+    warnings = recipe.provenance.get("warnings")
+    return Result(
+        recipe,
+        trials,
+        held_out if isinstance(held_out, int) else 0,
+        tuple(budgets),
+        rungs_of(recipe.search or Search(), recipe.proxy or Proxy()),
+        tuple(map(str, warnings)) if isinstance(warnings, list) else (),
+    )
+
+
+def found_of(
+    values: Sequence[float], trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]
+) -> tuple[Found, ...]:
+    """What each budget gave, of a study's finished trials and its attributes."""
+    found = []
+    for value in values:
+        own = tuple(trial for trial in trials if budget_of(trial) == value)
+        found.append(Found(value, own, finals.results(attributes, own)))
+    return tuple(found)
+
+
+def finalists(budgets: Iterable[Found], top: int) -> list[FrozenTrial]:
+    """The best `top` plans of each budget and its baselines, if it has a plan to compare."""
+    found = []
+    for one in budgets:
+        candidates = finals.chosen(one.trials, top)
+        if not all(baseline(trial) for trial in candidates):
+            found += candidates
+    return found
+
+
+def rungs_of(search: Search, proxy: Proxy) -> tuple[Rung, ...]:
+    """Where trials stop. Raises SearchError for rungs that do not end in the full trial."""
+    if search.pruner != "halving":
+        return as_rungs([(proxy.epochs, None, None)])
+    stops = [(stop.epochs, stop.subset, stop.resolution) for stop in search.rungs]
+    if not stops:
+        counts = geometric(proxy.epochs, search.eta, settled(proxy))
+        stops = [(count, None, None) for count in counts]
+    problem = check_rungs(stops, proxy.epochs)
+    if problem is not None:
+        raise SearchError(f"search.rungs: {problem}")
+    return as_rungs([(0, None, None), *stops] if search.zero_cost else stops)
+
+
+def settled(proxy: Proxy) -> int:
+    """While the temperature falls, accuracy falls with it and ranks nothing."""
+    falling = 0 if proxy.starts_static else proxy.temperature_epochs
+    return min(falling + 1, proxy.epochs)
 
 
 def under(recipe: Recipe, value: float) -> Recipe:

@@ -51,7 +51,7 @@ def take(directory: Path) -> Snapshot:
     if place.url is not None:
         with place.opened(lambda message: None) as storage:
             trials, attributes = _read(storage, place.study)
-        return Snapshot(directory, recipe, trials, attributes, _is_running(directory))
+        return Snapshot(directory, recipe, trials, attributes, is_running(directory))
     content = (directory / JOURNAL).read_bytes()
     with tempfile.NamedTemporaryFile() as copy:
         # The last line may be in the middle of being written.
@@ -59,7 +59,7 @@ def take(directory: Path) -> Snapshot:
         copy.flush()
         journal = JournalStorage(JournalFileBackend(copy.name))
         trials, attributes = _read(journal, place.study)
-    return Snapshot(directory, recipe, trials, attributes, _is_running(directory))
+    return Snapshot(directory, recipe, trials, attributes, is_running(directory))
 
 
 def _read(storage: BaseStorage, study: str) -> tuple[tuple[FrozenTrial, ...], dict[str, Any]]:
@@ -72,7 +72,8 @@ def _read(storage: BaseStorage, study: str) -> tuple[tuple[FrozenTrial, ...], di
     return (), {}
 
 
-def _is_running(directory: Path) -> bool:
+def is_running(directory: Path) -> bool:
+    """Whether a process drives the study there, as far as one can see."""
     lock = filelock.FileLock(directory / LOCK)
     try:
         lock.acquire(timeout=0)

@@ -68,16 +68,25 @@ def _by_result(trial: FrozenTrial) -> tuple[float, bool, float, int]:
 
 
 def result_lines(result: Result) -> list[str]:
-    """What was found under each budget, and how much of it may be chance."""
-    lines = [f"warning: {warning}" for warning in result.warnings]
-    for found in result.budgets:
-        head = f"budget {found.budget:.12g}: " if len(result.budgets) > 1 else ""
-        lines += _verdict_lines(result, found, head)
-    lines += trust_lines(result)
+    """What was found under each budget, how much of it may be chance, and what was written."""
+    lines = best_lines(result) + trust_lines(result)
     for found in result.budgets:
         if found.best_path is not None:
             lines.append(f"wrote {found.best_path}")
     return lines
+
+
+def best_lines(result: Result) -> list[str]:
+    """The best plan of each budget against the baselines; what follows on one is indented."""
+    lines = [f"warning: {warning}" for warning in result.warnings]
+    for found in result.budgets:
+        lines += _verdict_lines(result, found, _head(result, found))
+    return lines
+
+
+def _head(result: Result, found: Found) -> str:
+    """Which budget a line is about, in a sweep."""
+    return f"budget {found.budget:.12g}: " if len(result.budgets) > 1 else ""
 
 
 def _verdict_lines(result: Result, found: Found, head: str) -> list[str]:
@@ -85,10 +94,8 @@ def _verdict_lines(result: Result, found: Found, head: str) -> list[str]:
     best = found.best
     if best is None:
         return [f"{head}no trial finished: nothing to choose"]
-    lines = [
-        f"{head}best: trial {best.number}, {best.values[0]:.2%} on {result.held_out} held-out "
-        "images"
-    ]
+    images = f"{result.held_out} held-out images" if result.held_out else "held-out images"
+    lines = [f"{head}best: trial {best.number}, {best.values[0]:.2%} on {images}"]
     if found.finals is not None and found.finals.verdict is not None:
         first, *others = verdict.sentence(found.finals.verdict).split("; ")
         lines.append(f"    verdict on {found.finals.split} images: {first}")
@@ -123,7 +130,13 @@ def _single_seed_lines(result: Result, found: Found, best: FrozenTrial) -> list[
 
 def trust_lines(result: Result) -> list[str]:
     """How well each rung and each score ranked the trials that were trained in full."""
-    lines = []
+    ranked = verdict.trust(rankings(result))
+    return [verdict.trust_sentence(name, trust) for name, trust in ranked.items()]
+
+
+def rankings(result: Result) -> dict[str, list[tuple[float, float]]]:
+    """By rung and score, in words: it and the accuracy of each plan that was trained in full."""
+    known: dict[str, list[tuple[float, float]]] = {}
     last = result.rungs[-1].step if result.rungs else 0
     for found in result.budgets:
         pairs = {
@@ -132,29 +145,31 @@ def trust_lines(result: Result) -> list[str]:
             if rung.step
         }
         pairs.update({f"score {k}": v for k, v in score_pairs(found.trials).items()})
-        head = f"budget {found.budget:.12g}: " if len(result.budgets) > 1 else ""
-        for name, trust in verdict.trust({k: v for k, v in pairs.items() if v}).items():
-            lines.append(verdict.trust_sentence(head + name, trust))
-    return lines
+        head = _head(result, found)
+        known |= {head + name: values for name, values in pairs.items() if values}
+    return known
 
 
 def front_table(result: Result) -> Table:
     """The trials that no other beats in accuracy, parameters, MACs and latency at once."""
     timed = any(LATENCY in trial.user_attrs for trial in result.trials)
-    table = new_table(
-        ("front: trial", "budget"),
-        ("held-out accuracy", "test, mean", "parameters", "MACs", *(["ms"] if timed else [])),
-    )
+    sweep = len(result.budgets) > 1
     tested = _test_means(result)
+    accuracies = ("held-out accuracy", *(["test, mean"] if tested else []))
+    table = new_table(
+        ("front: trial", *(["budget"] if sweep else [])),
+        (*accuracies, "parameters", "MACs", *(["ms"] if timed else [])),
+        spare=("ms", "MACs"),
+    )
     for trial in front(result.trials):
         ms = trial.user_attrs.get(LATENCY)
         name = baseline(trial)
         test = tested.get(trial.number)
         table.add_row(
             f"{trial.number} ({name})" if name else str(trial.number),
-            f"{budget_of(trial):.12g}",
+            *([f"{budget_of(trial):.12g}"] if sweep else []),
             f"{trial.values[0]:.2%}",
-            "" if test is None else f"{test:.2%}",
+            *(["" if test is None else f"{test:.2%}"] if tested else []),
             f"{trial.user_attrs['params']:,}",
             f"{trial.user_attrs['macs']:,}",
             *(["" if ms is None else f"{ms:.3g}"] if timed else []),

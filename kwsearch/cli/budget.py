@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +15,17 @@ from kwsearch.cli.options import (
     target_options,
     trust_option,
 )
+from kwsearch.cli.pages import check_place, command_line, write
 from kwsearch.cli.step import STEP_OPTIONS, StepRequest, step_options
 
 if TYPE_CHECKING:
+    from kwlayers.layout import MethodSettings
     from kwlayers.plan import Network
     from kwsearch.budget import Outcome
     from kwsearch.cli.request import Request
     from kwsearch.latency.plans import PlanLatency
     from kwsearch.latency_report import Latencies
+    from kwsearch.pages.curve import Point
     from kwsearch.step_report import Takes
 
     Reports = Mapping[str, Takes | Latencies]
@@ -47,6 +48,11 @@ if TYPE_CHECKING:
     "-o", "--output", type=click.Path(dir_okay=False, writable=True), help="Write a recipe."
 )
 @click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, writable=True),
+    help="Draw parameters and MACs over the budget: a picture, .svg, or a page, .html.",
+)
+@click.option(
     "--check", is_flag=True, help="Recount with PyTorch's FlopCounterMode and fvcore, and explain."
 )
 def command(
@@ -61,6 +67,7 @@ def command(
     flops: bool,
     as_json: bool,
     output: str | None,
+    plot: str | None,
     check: bool,
     **settings: Any,
 ) -> None:
@@ -74,6 +81,7 @@ def command(
     kwsearch budget resnet50 --ratio 0.5
     kwsearch budget resnet18 --params 8M --sharing layer -o recipe.yaml
     kwsearch budget recipes/kw_resnet18_1x.yaml --by layer
+    kwsearch budget resnet50 --ratio 0.5 --plot budget.html
     kwsearch budget resnet50 --ratio 0.5 --batch 64 --memory 12GB
     kwsearch budget resnet18 --ratio 0.5 --latency 80ms --lut device.lut.yaml
     """
@@ -87,6 +95,8 @@ def command(
     request.apply(given)
     if output:
         _check_output(output)
+    if plot:
+        check_place("--plot", plot, ".svg", ".html")
     network = request.network()
     latency = step.plan_latency(request, network.input_size)
     if not request.target and not request.has_plan and not request.sized:
@@ -95,6 +105,8 @@ def command(
                 "-o, --check, --batch, --memory and --latency need a target: --ratio, --params, "
                 "--total-ratio"
             )
+        if plot:
+            _draw(request, network, None, plot)
         _show_settings(request, network, as_json, latency)
         return
     outcome = request.outcome(network)
@@ -102,6 +114,8 @@ def command(
     reports = step.reports(request, outcome.plan, latency)
     if output:  # first: whoever reads what is printed may stop reading
         _write(request, outcome, output)
+    if plot:
+        _draw(request, network, outcome, plot)
     if as_json:
         _print_json(request, outcome, by, reports, latency)
     else:
@@ -299,9 +313,8 @@ def _write(request: Request, outcome: Outcome, output: str) -> None:
     from kwsearch.recipe import write_recipe
     from kwsearch.resolve import recipe_of, versions
 
-    command_line = shlex.join(["kwsearch", *sys.argv[1:]])
     sections: dict[str, Any] = {
-        "provenance": {"command": command_line, "versions": versions()},
+        "provenance": {"command": command_line(), "versions": versions()},
     }
     if request.source is not None:
         kept = request.source.to_dict()
@@ -331,3 +344,61 @@ def _write(request: Request, outcome: Outcome, output: str) -> None:
     ]
     write_recipe(recipe, output, header)
     click.echo(f"wrote {output}", err=True)
+
+
+def _draw(request: Request, network: Network, outcome: Outcome | None, path: str) -> None:
+    """Budgets from the smallest on, with the one that is asked for."""
+    from kwlayers.sharing import Settings
+    from kwsearch.pages import budget as pages
+    from kwsearch.pages.curve import curve_of
+    from kwsearch.resolve import versions
+
+    settings = outcome.settings if outcome else request.settings or Settings()
+    chosen = None if outcome is None else _point(request, outcome)
+    plan = outcome.plan if outcome and request.has_plan else None
+    curve = curve_of(network, settings, request.model, chosen, plan)
+    asked = _with_settings(settings) if outcome is None else _how(request, outcome)
+    if path.lower().endswith(".svg"):
+        made = ", ".join(f"{name} {number}" for name, number in versions().items())
+        write(path, pages.svg(curve, request.model, asked, f"{command_line()} ({made})"))
+    else:
+        write(path, pages.page(curve, request.model, asked, command_line(), versions()))
+
+
+def _with_settings(settings: MethodSettings) -> str:
+    """A method, and what is not as by default."""
+    from kwlayers.methods import find
+
+    method = find(settings.method)
+    default = method.settings()
+    changed = [
+        f"{name} {getattr(settings, name)}"
+        for name in settings.names
+        if getattr(settings, name) != getattr(default, name)
+    ]
+    rules = ["rules of the recipe"] if settings.rules else []
+    return ", ".join([method.title, *changed, *rules])
+
+
+def _point(request: Request, outcome: Outcome) -> Point:
+    """The plan that is asked for, named as it was."""
+    from kwlayers.methods import find
+    from kwsearch.pages.curve import Point
+
+    target = outcome.target
+    if request.has_plan:
+        name, short = "the recipe's plan", "the recipe's plan"
+    elif target.ratio is not None:
+        given = f"{'ratio' if outcome.settings.sized else 'b ='} {target.ratio:g}"
+        kept = f"{outcome.ratio:.3g}" == f"{target.ratio:.3g}"
+        short = f"asked: {given}" + ("" if kept else f", {outcome.ratio:.3g} overall")
+        name = outcome.published.name if outcome.published else f"the plan for {given}"
+    elif target:
+        allowed = target.params_of(outcome.plan.network)
+        name, short = f"at most {allowed:,} parameters", f"asked: at most {allowed:,}"
+    else:
+        method = find(outcome.settings.method)
+        usual = outcome.settings == method.settings()
+        name = f"{method.title} {'as published' if usual else 'by these settings'}"
+        short = name
+    return Point.of(outcome.plan, name, short)

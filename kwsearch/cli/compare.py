@@ -9,9 +9,11 @@ import click
 
 from kwlayers.methods import NAMES
 from kwsearch.cli.options import SIZE, several, target_options, trust_option
+from kwsearch.cli.pages import check_place, command_line, write
 from kwsearch.cli.step import STEP_OPTIONS, StepRequest, step_options
 
 if TYPE_CHECKING:
+    from kwlayers.plan import Network
     from kwsearch.cli.request import Request
 
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 @trust_option
 @step_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--html", type=click.Path(dir_okay=False, writable=True), help="Write the comparison as a page."
+)
 def command(
     model: str,
     ratio: float | None,
@@ -39,18 +44,20 @@ def command(
     classes: int | None,
     trust: bool,
     as_json: bool,
+    html: str | None,
     **step_settings: Any,
 ) -> None:
     """MODEL by every dynamic convolution, exactly counted, under one budget.
 
     Give one target, or none for the settings that each method published. --batch adds the memory
-    of a training step of so many images, --lut the latency by a device's table, which tells
-    static and KernelWarehouse layers only. Of a recipe only
-    the model counts, and its budget if no target is given.
+    of a training step of so many images, --lut the latency by a device's table (`kwsearch profile
+    MODEL --methods …` makes it). Of a recipe only the model counts, and its budget if no target is
+    given.
 
     \b
     kwsearch compare resnet18 --params 12M
     kwsearch compare resnet50 --total-ratio 2 --methods odconv,dyconv --batch 32
+    kwsearch compare resnet18 --total-ratio 1 --html compare.html
     """
     from kwsearch import compare
     from kwsearch.budget import Target
@@ -58,6 +65,8 @@ def command(
 
     request = Request(model, input_size, classes, Target(ratio, params, total_ratio), trust)
     step = StepRequest({k: step_settings[k] for k in STEP_OPTIONS if step_settings[k] is not None})
+    if html:
+        check_place("--html", html, ".html")
     network = request.network()
     latency = step.plan_latency(request, network.input_size)
     memory = partial(step.memory_of, request, network.input_size) if step.of_memory else None
@@ -66,6 +75,22 @@ def command(
     )
     static_memory = None if memory is None else memory(None)
     static_ms = None if latency is None else latency(None).ms
+    if html:
+        from kwsearch.pages import compare as pages
+        from kwsearch.resolve import versions
+
+        text = pages.page(
+            entries,
+            network,
+            request.model,
+            _asked(request),
+            _allowed(request, network),
+            command_line(),
+            versions(),
+            static_memory.total if static_memory else None,
+            static_ms,
+        )
+        write(html, text)
     if as_json:
         import json
 
@@ -94,6 +119,14 @@ def command(
             out.print(line)
     if all(entry.plan is None for entry in entries):
         raise compare.Unreachable("no method meets the target")
+
+
+def _allowed(request: Request, network: Network) -> int | None:
+    """Parameters under the target, where it says so."""
+    target = request.target
+    if not target or target.ratio is not None:
+        return None
+    return target.params_of(network)
 
 
 def _asked(request: Request) -> str:

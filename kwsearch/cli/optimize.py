@@ -149,7 +149,7 @@ def command(
 
 
 def _print(result: Result) -> None:
-    from kwsearch import study_report, terminal
+    from kwsearch import study_report, study_summary, terminal
 
     out = terminal.console()
     out.print(study_report.trials_table(result.trials))
@@ -157,6 +157,9 @@ def _print(result: Result) -> None:
         out.print(study_report.front_table(result))
     for line in study_report.result_lines(result):
         out.print(terminal.plain(line))
+    if out.is_terminal and result.found:
+        for line in study_summary.plot(result, width=out.width, encoding=out.encoding):
+            out.print(terminal.plain(line))
 
 
 def _print_forecast(forecast: Forecast, as_json: bool) -> None:
