@@ -46,8 +46,9 @@ def network() -> nn.Module:
     return convert_(model, plan)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("backend", ["", *DENSE])
+@pytest.mark.parametrize(
+    ("backend", "last"), [*((backend, False) for backend in ["", *DENSE]), ("", True)]
+)
 def test_the_operators_pass_the_checks_of_torch(backend: str, last: bool) -> None:
     x, attention, cells = tensors()
     if last:
@@ -63,7 +64,9 @@ def test_the_operators_pass_the_checks_of_torch(backend: str, last: bool) -> Non
         )
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "training", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["train", "eval"]
+)
 def test_a_converted_network_compiles_into_one_graph_with_the_same_gradients(
     training: bool,
 ) -> None:

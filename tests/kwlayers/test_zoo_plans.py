@@ -118,7 +118,13 @@ def sweep(name: str, examples: int, run: Callable[[Settings, Budget], None]) -> 
     assert ran == examples
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ("resnet101", "mobilenetv2_100") else ())
+        for n in MODELS
+    ],
+)
 def test_random_settings_build_networks_with_the_planned_parameters(name: str) -> None:
     sweep(name, 4, lambda options, budget: check(name, options, budget))
 

@@ -433,9 +433,7 @@ def test_the_budget_of_another_method(run) -> None:  # type: ignore[no-untyped-d
     )
 
 
-@pytest.mark.parametrize(
-    "method", ["condconv", "dyconv", "odconv", "dcd", "fdconv", "kernel_dna", "pad_net"]
-)
+@pytest.mark.parametrize("method", ["condconv", "odconv", "dcd", "fdconv", "kernel_dna", "pad_net"])
 def test_other_counters_agree_on_every_method_and_its_recipe_is_read_again(
     method: str,
     run,  # type: ignore[no-untyped-def]

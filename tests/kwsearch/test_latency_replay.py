@@ -48,7 +48,9 @@ def test_so_can_those_of_other_networks(name: str, ratio: float | None, training
         assert Replay(call).seconds() >= 0, call
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    "training", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inference", "training"]
+)
 @pytest.mark.parametrize("method", [name for name in NAMES if name != "kernel_warehouse"])
 def test_so_can_layers_of_all_methods(method: str, training: bool) -> None:
     """On numbers that are finite: every tensor of the layer was given some."""

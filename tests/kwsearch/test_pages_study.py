@@ -946,7 +946,11 @@ def large(directory: Path, plan: Plan, *, stops: bool) -> Snapshot:
     )
 
 
-@pytest.mark.parametrize("stops", [False, True], ids=["all complete", "two thirds stopped"])
+@pytest.mark.parametrize(
+    "stops",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["all complete", "two thirds stopped"],
+)
 def test_500_trials_of_resnet50_have_a_page_under_300_kb(
     tmp_path: Path, resnet50: Plan, stops: bool
 ) -> None:

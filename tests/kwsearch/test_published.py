@@ -55,7 +55,14 @@ def test_a_recipe_builds_what_the_official_code_builds(entry: Published) -> None
     assert sum(p.numel() for p in model.parameters()) == oracle["params"]
 
 
-@pytest.mark.parametrize("entry", PUBLISHED, ids=lambda entry: entry.slug)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, marks=() if entry.ratio == 1 else pytest.mark.slow)
+        for entry in PUBLISHED
+    ],
+    ids=lambda entry: entry.slug,
+)
 def test_torch_counts_the_official_macs_in_the_built_network(entry: Published) -> None:
     with torch.device("meta"), torch.no_grad():
         model = build_model(entry.model).eval()

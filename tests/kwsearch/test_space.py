@@ -81,11 +81,11 @@ def assert_builds(plan: Plan, model: str) -> None:
 def test_every_sample_is_on_the_budget_and_at_most_one_percent_below(
     model: str, total_ratio: float
 ) -> None:
-    plans = random_plans(space(model, Target(total_ratio=total_ratio), widest(model)), 30)
+    plans = random_plans(space(model, Target(total_ratio=total_ratio), widest(model)), 8)
     for _, plan in plans:
         assert_within_one_percent(plan, model, total_ratio)
     assert_builds(plans[-1][1], model)
-    assert len({fingerprint(plan) for _, plan in plans}) == 30
+    assert len({fingerprint(plan) for _, plan in plans}) == 8
 
 
 @pytest.mark.slow

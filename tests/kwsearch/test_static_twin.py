@@ -72,7 +72,15 @@ def test_half_of_resnet20_by_hand() -> None:
     assert twin.macs == macs
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+LARGE = ("resnet101", "mobilenetv2_100", "resnet34")
+
+
+def quick_or_slow(name: str, *more: float) -> object:
+    """A case; of two models that are alike the larger one takes its time."""
+    return pytest.param(name, *more, marks=pytest.mark.slow if name in LARGE else ())
+
+
+@pytest.mark.parametrize("name", [quick_or_slow(name) for name in zoo.MODELS])
 def test_the_budget_of_the_published_network_gives_that_network(name: str) -> None:
     with torch.device("meta"):
         published = params_of(zoo.create(name))
@@ -83,7 +91,11 @@ def test_the_budget_of_the_published_network_gives_that_network(name: str) -> No
 
 @pytest.mark.parametrize(
     ("name", "ratio"),
-    [*((name, 0.7) for name in zoo.MODELS), ("mobilenetv2_100", 1.3), ("convnext_tiny", 2.0)],
+    [
+        *(quick_or_slow(name, 0.7) for name in zoo.MODELS),
+        ("mobilenetv2_100", 1.3),
+        ("convnext_tiny", 2.0),
+    ],
 )
 def test_it_keeps_the_budget_and_the_next_wider_one_does_not(name: str, ratio: float) -> None:
     assert set(CHANNELS) == set(zoo.MODELS)

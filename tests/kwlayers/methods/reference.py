@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,6 +76,17 @@ def for_small(method: str, **changes: Any) -> Any:
     """Settings by which the small network has dynamic layers, narrow as they are."""
     narrow = {"min_channels": 16} if "min_channels" in methods.find(method).settings().names else {}
     return settings(method, **narrow, **changes)
+
+
+def to_build(cases: Iterable[Any], name: int = 0) -> list[Any]:
+    """Cases of which those of large backbones are slow. name: where a case has the backbone's."""
+    return [
+        pytest.param(*case, marks=() if case[name] in _QUICK else pytest.mark.slow)
+        for case in map(tuple, cases)
+    ]
+
+
+_QUICK = ("resnet10", "mobilenetv2_0.35", "mobilenetv2_0.5")
 
 
 def built_counts(name: str, plan: Plan) -> tuple[int, int]:

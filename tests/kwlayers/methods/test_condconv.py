@@ -23,6 +23,7 @@ from tests.kwlayers.methods.reference import (
     published,
     settings,
     small,
+    to_build,
 )
 
 _STATIC = (Rule(["blocks.*.conv_dw", "blocks.[1-6].*.conv_pw"], static=True),)
@@ -67,6 +68,13 @@ def test_counts_are_those_of_the_published_code(
     plan = published(name, settings("condconv", **own))
     cost = plan.cost()
     assert (cost.params.total, cost.macs.total) == (params, macs)
+
+
+@pytest.mark.parametrize(("name", "own", "params", "macs"), to_build(CASES))
+def test_so_are_those_of_the_built_network(
+    name: str, own: dict[str, object], params: int, macs: int
+) -> None:
+    plan = published(name, settings("condconv", **own))
     assert built_counts(name, plan) == (params, macs)
 
 

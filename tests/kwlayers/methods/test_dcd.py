@@ -24,6 +24,7 @@ from tests.kwlayers.methods.reference import (
     published,
     settings,
     small,
+    to_build,
 )
 
 _MOBILENET = "mobilenetv2_dcd(width_mult=%s, fc_squeeze=%d)"
@@ -58,6 +59,13 @@ def test_counts_are_those_of_the_published_code(
     assert cost.params.total == params
     # lambda is no matrix product, which nobody counts.
     assert cost.macs.total - cost.macs.modulation == macs
+
+
+@pytest.mark.parametrize(("name", "fc_squeeze", "params", "macs"), to_build([*PUBLISHED, *DIGEST]))
+def test_so_are_those_of_the_built_network(
+    name: str, fc_squeeze: int, params: int, macs: int
+) -> None:
+    plan = published(name, settings("dcd", fc_squeeze=fc_squeeze))
     assert built_counts(name, plan) == (params, macs)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kwlayers.methods.dyconv import DYConv2d, DYLinear
-from tests.kwlayers.methods.reference import built_counts, oracle, published, settings
+from tests.kwlayers.methods.reference import built_counts, oracle, published, settings, to_build
 
 _RESNET = "ResNet(partial(DynamicConvolution, {%s}), %s, [%s])"
 _MOBILENET = "DyMobileNetV2(conv_layer=DynamicConvolution, width_multiplier=%s)"
@@ -41,7 +41,14 @@ def test_counts_are_those_of_the_published_code(
     assert cost.params.total == params
     # It sums over kernels without a matrix product, which nobody counts; ours is one.
     assert cost.macs.total - cost.macs.mixing == macs
-    assert built_counts(name, plan) == (params, cost.macs.total)
+
+
+@pytest.mark.parametrize(("name", "kernels", "divisor", "params", "macs"), to_build(CASES))
+def test_so_are_those_of_the_built_network(
+    name: str, kernels: int, divisor: int, params: int, macs: int
+) -> None:
+    plan = published(name, settings("dyconv", num_kernels=kernels, reduction=1 / divisor))
+    assert built_counts(name, plan) == (params, macs + plan.cost().macs.mixing)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,16 @@ def test_counts_are_those_of_the_published_code(
     # It multiplies element by element, which nobody counts.
     assert cost.macs.total - cost.macs.modulation == macs + LAST[name]
     assert cost.macs.mixing == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "params", "macs"),
+    [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])],
+)
+def test_so_are_those_of_the_built_network(
+    name: str, own: dict[str, Any], params: int, macs: int
+) -> None:
+    plan = published(name, settings("fdconv", **own))
     assert built_counts(name, plan) == (params + LAST[name] + 1000, macs + LAST[name])
 
 

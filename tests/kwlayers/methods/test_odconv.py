@@ -13,7 +13,14 @@ from kwlayers.methods.condconv import CondConv2d
 from kwlayers.methods.dyconv import DYConv2d
 from kwlayers.methods.odconv import ODConv1d, ODConv2d
 from kwlayers.methods.pad_net import PADConv2d
-from tests.kwlayers.methods.reference import built_counts, oracle, plan_of, published, settings
+from tests.kwlayers.methods.reference import (
+    built_counts,
+    oracle,
+    plan_of,
+    published,
+    settings,
+    to_build,
+)
 
 PUBLISHED = [
     ("ODConv", "resnet18", "od_resnet18(reduction=0.0625, kernel_num=2)", 2),
@@ -45,6 +52,11 @@ def test_counts_are_those_of_the_published_code(
     assert cost.params.total == params
     # It sums over kernels without a matrix product, which nobody counts.
     assert cost.macs.total - cost.macs.mixing - cost.macs.modulation == macs
+
+
+@pytest.mark.parametrize(("name", "kernels", "params", "macs"), to_build(CASES))
+def test_so_are_those_of_the_built_network(name: str, kernels: int, params: int, macs: int) -> None:
+    plan = published(name, settings("odconv", num_kernels=kernels))
     # Ours is one product for each layer of several kernels.
     weights = sum(plan.network[layer].weights for group in plan.groups for layer in group.layers)
     assert built_counts(name, plan) == (params, macs + (kernels * weights if kernels > 1 else 0))
