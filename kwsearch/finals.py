@@ -21,6 +21,8 @@ from kwsearch.trials import FINGERPRINT, baseline, is_static
 from kwsearch.verdict import Verdict, judge
 
 _KEY = "final"
+# The study's attribute that says which trials are finalists, once they are trained again.
+FINALISTS = "finalists"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def run(
 class Finals:
     """accuracies: by candidate and seed. split: of the images they are of, "test" or "held-out".
 
-    best: the number of the trial whose plan has the highest mean. verdict: None without plans.
+    best: the number of the trial whose plan has the highest mean; None as long as one of the plans
+    has no result. verdict: None without plans.
     """
 
     accuracies: dict[str, dict[int, float]]
@@ -153,11 +156,14 @@ def results(attributes: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> Fin
     """What the study's attributes say of the finalists among `trials`; None if there are none."""
     by_number = {trial.number: trial for trial in trials}
     found: dict[int, dict[int, Mapping[str, Any]]] = {}
+    chosen = [by_number[n] for n in attributes.get(FINALISTS, ()) if n in by_number]
+    waiting = {trial.number for trial in chosen if not is_static(trial)}
     for key, result in attributes.items():
         kind, _, rest = key.partition("/")
-        if kind == _KEY and "error" not in result:
+        if kind == _KEY:
             number, seed = map(int, rest.split("/"))
-            if number in by_number:
+            waiting.discard(number)
+            if number in by_number and "error" not in result:
                 found.setdefault(number, {})[seed] = result
     if not found:
         return None
@@ -175,7 +181,7 @@ def results(attributes: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> Fin
         for number, one in sorted(found.items())
         if not is_static(by_number[number])
     }
-    best = max(means, key=means.__getitem__, default=None)
+    best = None if waiting else max(means, key=means.__getitem__, default=None)
     return Finals(accuracies, best, "test" if tested else "held-out", verdict)
 
 

@@ -448,6 +448,7 @@ class Study:
             for trial in chosen
         ]
         by_number = {trial.number: trial for trial in chosen}
+        self.study.set_user_attr(finals.FINALISTS, sorted(by_number))
 
         def job(training: finals.Training, attempt: int, splits: int) -> Job:
             number = -1 - trainings.index(training)

@@ -21,12 +21,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from kwlayers.plan import Network, Plan, PlanError
-from kwsearch import jobs, optimize, study_report
+from kwsearch import jobs, optimize, snapshot, study_report
 from kwsearch.dry_run import seconds_of
 from kwsearch.executors import Cancelled, Event, Failed, Finished, Job, Reported
 from kwsearch.executors.local import LocalExecutor
 from kwsearch.recipe import Proxy, Recipe, load_recipe, parse_recipe
 from kwsearch.resolve import network_of
+from kwsearch.results import result_from
 from kwsearch.rungs import as_rungs
 from kwsearch.space import fingerprint
 from kwsearch.trials import baseline, front, is_static
@@ -693,6 +694,33 @@ def test_status_says_the_best_of_the_finals(
     assert cli.run(["status", str(tmp_path), "--json"]) == 0
     (best,) = json.loads(capsys.readouterr().out)["best"]
     assert best["number"] == found.best.number
+
+
+def test_finals_decide_once_every_finalist_has_a_result(tmp_path: Path) -> None:
+    class Interrupted(Finals):
+        """The finals turn the order of the search round, and end after two trainings."""
+
+        count = 0
+
+        def run(self, job: Job) -> None:
+            final = job.function.endswith("final")
+            self.count += final
+            if self.count == 3:
+                raise KeyboardInterrupt
+            super().run(job)
+            if final:
+                value = 0.1 * self.count
+                self.events = [Finished(job.trial, job.attempt, {"valid": value, "test": value})]
+
+    search, _ = study(tmp_path, *FINALS)
+    with pytest.raises(KeyboardInterrupt):
+        search.run(Interrupted(score), "nowhere:trial", "nowhere:final")
+    (found,) = result_from(snapshot.take(tmp_path)).budgets
+    assert found.finals is not None
+    assert sorted(map(len, found.finals.accuracies.values())) == [1, 1]
+    plans = [trial for trial in found.trials if trial.values and not is_static(trial)]
+    assert found.best is not None
+    assert found.best.number == max(plans, key=lambda trial: trial.values[0]).number
 
 
 def test_finals_are_taken_up_where_they_were_left(tmp_path: Path) -> None:
