@@ -88,7 +88,7 @@ def _entry(
     try:
         plan = meet(network, wanted, settings).plan
     except PlanError as error:
-        return Entry(method, settings, None, str(error))
+        return Entry(method, settings, None, str(error).splitlines()[0])
     took, ms, missing = None, None, []
     try:
         took = None if memory is None else memory(plan)

@@ -17,6 +17,7 @@ from kwsearch.trials import (
     baseline,
     budget_of,
     by_budget,
+    complete_plans,
     front,
     rung_pairs,
     score_pairs,
@@ -109,7 +110,8 @@ def _single_seed_lines(result: Result, found: Found, best: FrozenTrial) -> list[
     lines = []
     score, images = best.values[0], result.held_out
     if baseline(best) == UNIFORM:
-        lines.append("    the uniform plan: no other plan did better")
+        others = "did better" if len(complete_plans(found.trials)) > 1 else "has finished"
+        lines.append(f"    the uniform plan: no other plan {others}")
     names = {UNIFORM: "uniform plan", STATIC: "static network within the budget"}
     for kind, name in names.items():
         other = found.baseline(kind)

@@ -245,7 +245,8 @@ class _ODLayer(MixedLayer):
             return conv(self.padded(x), self.kernels[0], None, *self.geometry[1:])
         each = [seen.position] if seen.kernel is None else [seen.position, seen.kernel]
         nbytes = workspace_bytes(x, self.workspace_mb)
-        return conv_remade(_kernels, self.padded(x), self.geometry, each, [self.kernels], nbytes)
+        own = [self.kernels]
+        return conv_remade(_kernels, self.padded(x), self.geometry, each, own, nbytes, self.backend)
 
 
 def _kernels(position: Tensor, *others: Tensor) -> Tensor:

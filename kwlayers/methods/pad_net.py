@@ -288,7 +288,8 @@ class PADLayer(MixedLayer):
             cells, given = self.cells(), weights[:, None]
             out = kw_conv(x, given, cells, self.geometry, self.backend, self.workspace_mb)
         else:
-            out = conv_remade(odconv._kernels, x, self.geometry, each, [self.cells()], nbytes)
+            own = [self.cells()]
+            out = conv_remade(odconv._kernels, x, self.geometry, each, own, nbytes, self.backend)
         return self._with_biases(out, alpha)
 
     def cells(self) -> Tensor:

@@ -13,7 +13,12 @@ from kwlayers.ops.reference import CONV
 
 
 def kw_conv_portable(x: Tensor, attention: Tensor, cells: Tensor, geometry: ConvGeometry) -> Tensor:
-    """x: (B, C, *S)  attention: (B, m, n)  cells: (n, c_out, c_in, *k)  out: (B, C_out, *S').
+    """x: (B, C, *S)  attention: (B, m, n)  cells: (n, c_out, c_in, *k)  out: (B, C_out, *S')."""
+    return convolve(x, assemble(attention, cells, geometry.kernel), geometry)
+
+
+def convolve(x: Tensor, kernels: Tensor, geometry: ConvGeometry) -> Tensor:
+    """x: (B, C, *S)  kernels: (B, C_out, C_in / groups, *k)  out: (B, C_out, *S').
 
     The published form convolves in B times as many groups; where groups are a fixed number, as
     in ONNX, that fixes the batch. Here every patch of x is laid out: memory for as many copies
@@ -29,6 +34,5 @@ def kw_conv_portable(x: Tensor, attention: Tensor, cells: Tensor, geometry: Conv
         x = x.reshape(batch * channels, 1, *size)
         x = CONV[len(size)](x, one_hot, None, stride, padding, dilation)
     patches = x.reshape(batch, groups, math.prod(kernel[1:]), math.prod(out))
-    kernels = assemble(attention, cells, kernel)
     product = kernels.reshape(batch, groups, -1, math.prod(kernel[1:])) @ patches
     return product.reshape(batch, kernel[0], *out)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kwlayers.ops import portable
 from kwlayers.ops.geometry import ConvGeometry
 
 Make = Callable[..., Tensor]
@@ -29,14 +30,18 @@ def conv_remade(
     each: Sequence[Tensor],
     shared: Sequence[Tensor] = (),
     nbytes: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Convolve each sample with its kernel, make(*each, *shared): (B, C_out, C_in / groups, *k).
 
     x: (B, C, *S)  each: (B, …), of single samples  shared: of all  out: (B, C_out, *S'). nbytes:
-    for kernels at a time; None for those of all samples. Under autocast x and the kernels, not
+    for kernels at a time; None for those of all samples. backend: "portable", in other runtimes'
+    operators; any other is as None. Under autocast x and the kernels, not
     what makes them, are cast as for torch's own convolutions. First derivatives only, except where
     the forward is compiled or traced: then autograd keeps what it needs.
     """
+    if backend == "portable":
+        return portable.convolve(x, make(*each, *shared), geometry)
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))

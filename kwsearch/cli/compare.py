@@ -117,6 +117,8 @@ def command(
         out.print(shown)
         for line in reasons:
             out.print(line)
+        if any(entry.plan is None for entry in entries):
+            out.print("`kwsearch budget MODEL --method NAME` with this target says what is near")
     if all(entry.plan is None for entry in entries):
         raise compare.Unreachable("no method meets the target")
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from kwsearch.cli.pages import check_place
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -66,6 +68,8 @@ def command(
 
     if every is not None and not watch:
         raise click.UsageError("--every: of --watch; give that, too")
+    if output is not None:
+        check_place("-o", str(output), ".html", ".htm")
     report = Report(output or (None if as_json else run / PAGE), over, as_json, watch)
     if not watch:
         report.last(snapshot.take(run))

@@ -15,10 +15,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from kwlayers import KWConv1d, KWConv2d, KWConv3d, KWLinear
+from kwlayers.dynamic import DynamicLayer
 from kwsearch.export.errors import ExportError
 
-_LAYERS = (KWConv1d, KWConv2d, KWConv3d, KWLinear)
 _LIMIT = 2**31 - 2**26  # of an ONNX file, less what a graph takes
 
 
@@ -85,8 +84,8 @@ def _program(model: nn.Module, input_size: Sequence[int]) -> ExportedProgram:
         )
     twin = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for module in twin.modules():
-        if isinstance(module, _LAYERS):
-            module.backend = "portable"
+        if isinstance(module, DynamicLayer) and hasattr(module, "backend"):
+            module.backend = "portable"  # type: ignore[assignment]
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
     # Two of them: torch.export takes an axis of 1 for one that never grows.
     x = torch.zeros(2, *size, dtype=dtype)
@@ -141,6 +140,8 @@ def _writable(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _reason(error: Exception) -> str:
-    """`TypeError: first line`."""
+def _reason(error: BaseException) -> str:
+    """`TypeError: first line`, of what was wrong first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"

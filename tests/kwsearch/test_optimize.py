@@ -477,7 +477,7 @@ def test_the_command_searches_interrupts_and_resumes(
     first = capsys.readouterr()
     assert "resnet20 on digits: 1 trial, study in runs/tiny\n" in first.err
     assert "0 (uniform)" in first.out
-    assert "the uniform plan: no other plan did better" in first.out
+    assert "the uniform plan: no other plan has finished" in first.out
     assert "trial 0 (uniform): " in first.err
     assert cli.run(["optimize", "tiny.yaml"]) == 2
     assert "--resume to go on" in capsys.readouterr().err

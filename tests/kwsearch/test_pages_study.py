@@ -715,7 +715,7 @@ def test_a_study_of_one_trial(tmp_path: Path, plan: Plan) -> None:
         "50.00 %",
     ]
     assert len(found.table("plans").rows) == 2
-    assert "the uniform plan: no other plan did better" in found.sections["s-summary"]
+    assert "the uniform plan: no other plan has finished" in found.sections["s-summary"]
     assert set(marks(found.svg("over-params"), "best")) == {0}
     assert set(marks(found.svg("over-params"), "uniform")) == {0}
     (spent, _) = (t for t in found.tables if t.attrs.get("class") == "spent")
