@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import re
@@ -502,13 +503,21 @@ def test_json_writes_a_page_only_where_asked(run: Run) -> None:
     assert Path("else.html").exists()
 
 
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: object, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("kwsearch.files.write_whole", fail)
+
+
+@pytest.mark.usefixtures("full_disk")
 def test_a_page_that_cannot_be_written_is_one_line_after_the_summary(run: Run) -> None:
     make(Path("r"), *ALL)
-    ran = run("r", "-o", "nowhere/report.html")
+    ran = run("r", "-o", "page.html")
     assert ran.code == 1
     assert ran.err == (
-        "Error: cannot write nowhere/report.html: No such file or directory; -o names another "
-        "file\n"
+        "Error: cannot write page.html: No space left on device; -o names another file\n"
     )
     assert ran.lines[0].startswith("study r: ")
     assert "wrote" not in ran.out
@@ -522,6 +531,8 @@ def test_a_page_that_cannot_be_written_is_one_line_after_the_summary(run: Run) -
         (("missing", "--watch"), "missing holds no study: there is no study.journal in it"),
         (("file",), "Directory 'file' is a file."),
         (("r", "-o", "r"), "File 'r' is a directory."),
+        (("r", "-o", "nowhere/r.html"), "-o nowhere/r.html: there is no folder nowhere"),
+        (("r", "-o", "r.txt"), "-o r.txt: its name ends in .html or .htm"),
         (("r", "--every", "3"), "--every: of --watch; give that, too"),
         (("r", "--watch", "--every", "0"), "0.0 is not in the range"),
         (("r", "--over", "time"), "'time' is not one of 'params', 'macs'"),
@@ -684,14 +695,15 @@ def test_a_terminal_has_one_view_that_changes(run: Run, monkeypatch: pytest.Monk
     assert refresh_of(Path("r/report.html")) is None
 
 
+@pytest.mark.usefixtures("full_disk")
 def test_a_page_that_cannot_be_written_ends_watching_at_once(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(Path("r"), UNIFORM)
     driver = Driver(monkeypatch)
-    ran = run("r", "--watch", "-o", "nowhere/x.html")
+    ran = run("r", "--watch", "-o", "x.html")
     assert ran.code == 1
-    assert ran.err.startswith("Error: cannot write nowhere/x.html: ")
+    assert ran.err.startswith("Error: cannot write x.html: ")
     assert driver.slept == []
     driver.end()
 
