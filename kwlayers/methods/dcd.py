@@ -23,6 +23,10 @@ Published, with s = max(m*C, L^2) // fc_squeeze, at least 4, and all sizes round
 in the convolutions of the blocks (of MobileNetV2: both 1x1 of each block that expands); stem,
 shortcuts, depthwise layers and the last convolution stay static. No temperature.
 
+Phi is not bounded: a block's output grows with the square of its input unless norms hold it. With
+the statistics that norms start with, a deep network overflows in evaluation (resnet20 gives NaN);
+after a few tens of batches in training it does not.
+
 The published code differs:
 - fc_squeeze is 8 by default. Its own command for MobileNetV2 1.0 has 16, for 1,732,060 parameters
   less; so it is 16 here.
