@@ -48,7 +48,18 @@ _REASONS = {
 
 def to_problems(errors: Iterable[ErrorDetails], root: Located) -> list[Problem]:
     """One problem for each of pydantic's errors about `root.plain()`."""
-    found = [_to_problem(error, root) for error in errors]
+    known = list(errors)
+    # Of a section of an unknown method nobody knows which keys it may have.
+    unknown = {
+        error["loc"][:-1]
+        for error in known
+        if error["type"] == "literal_error" and error["loc"][-1:] in (("name",), ("method",))
+    }
+    found = [
+        _to_problem(error, root)
+        for error in known
+        if error["type"] not in ("extra_forbidden", "missing") or error["loc"][:-1] not in unknown
+    ]
     return [one for one in found if one is not None]
 
 

@@ -98,6 +98,7 @@ def test_a_compiled_network_runs_under_autocast_and_without_gradients() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
 def test_inductor_compiles_a_converted_network() -> None:
     torch._dynamo.reset()
     eager = network()

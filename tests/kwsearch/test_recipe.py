@@ -87,6 +87,16 @@ def problems(text: str, *overrides: str) -> list[str]:
     return list(raised.value.problems)
 
 
+def test_keys_of_an_unknown_method_are_not_judged_by_those_of_another() -> None:
+    """Only the name is wrong: what else it may have, nobody knows."""
+    for section in (
+        "method: {name: odcov, num_kernels: 4}\nbudget: {ratio: 4}\n",
+        "plan: {groups: [{method: odcov, name: a, num_kernels: 4, layers: [layer1.0.conv1]}]}\n",
+    ):
+        (one,) = problems("format: 1\nmodel: resnet20\n" + section)
+        assert "unknown value, did you mean 'odconv'? (got 'odcov'; allowed " in one
+
+
 # What is accepted
 
 
