@@ -42,7 +42,8 @@ def _status(study: Snapshot) -> dict[str, Any]:
     from kwsearch import finals
     from kwsearch.recipe import Search
     from kwsearch.results import Found
-    from kwsearch.trials import LEASE, SECONDS, by_budget
+    from kwsearch.study_summary import unfinished
+    from kwsearch.trials import SECONDS, by_budget
 
     finished = [trial for trial in study.trials if trial.state.is_finished()]
     best = {}
@@ -61,8 +62,7 @@ def _status(study: Snapshot) -> dict[str, Any]:
                 # At step 0 there is a score, if anything.
                 "accuracy": trial.intermediate_values[trial.last_step] if trial.last_step else None,
             }
-            for trial in study.trials
-            if not trial.state.is_finished() and LEASE in trial.user_attrs
+            for trial in unfinished(study)
         ],
         "best": [
             {"budget": budget, "number": trial.number, "accuracy": trial.values[0]}

@@ -12,9 +12,8 @@ from kwlayers.plan import Plan
 from kwsearch.latency import circumstances
 from kwsearch.latency.calls import Call
 from kwsearch.latency.predict import Latency, Predictor
-from kwsearch.latency.subjects import Mode, Subject
+from kwsearch.latency.subjects import Mode, Subject, identity
 from kwsearch.latency.table import Table, TableError
-from kwsearch.space import fingerprint
 
 # What a table has in common with the machine whose latencies it tells, unless forced.
 _HERE = ("cpu", "gpu", "torch")
@@ -70,7 +69,7 @@ class PlanLatency:
         return self._predictor.step(together, self.batch, training)
 
     def _calls(self, plan: Plan | None, training: bool) -> dict[str, Counter[Call]]:
-        name = ("static" if plan is None else fingerprint(plan), training)
+        name = (identity(plan), training)
         if name not in self._known:
             self._known[name] = self._apart(self._make_model, plan, training)
         return self._known[name]

@@ -131,9 +131,10 @@ class Predictor:
         for whole in self.table.wholes:
             modes[whole.batch, whole.training].append(whole)
         for wholes in modes.values():
-            told = dict(_left_out(wholes)) if len(wholes) >= _FEW else {}
-            excesses = [math.log(whole.measured_ns / ns) for whole, ns in told.items()]
-            found |= {[*told][i].key for i in far_above(excesses)} if told else set()
+            if len(wholes) >= _FEW:
+                told = [*_left_out(wholes)]
+                excesses = [math.log(whole.measured_ns / ns) for whole, ns in told]
+                found |= {told[i][0].key for i in far_above(excesses)}
         return found
 
     def _pool(self, mode: str) -> list[Entry]:

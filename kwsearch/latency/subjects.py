@@ -144,11 +144,12 @@ def of_model(
     build = partial(networks.build_model, name, size, num_classes, None, trust)
     network = networks.trace_model(name, size, num_classes, trust)
     found = _under_plans(_full_name(name, num_classes), build, network, ratios, name, methods)
-    return list({_identity(one.plan): one for one in found}.values())
+    return list({identity(one.plan): one for one in found}.values())
 
 
-def _identity(plan: Plan | None) -> str:
-    return "" if plan is None else fingerprint(plan)
+def identity(plan: Plan | None) -> str:
+    """Of a plan, or of the static network."""
+    return "static" if plan is None else fingerprint(plan)
 
 
 def _full_name(model: str, num_classes: int | None) -> str:
