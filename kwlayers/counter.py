@@ -48,7 +48,8 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.macs += positions * (weight.numel() // weight.shape[0])
             return out
         if operator in _RULES and not kwargs:
-            tensors = [a for a in args if isinstance(a, Tensor)]
+            lists = (a if isinstance(a, list) else [a] for a in args)
+            tensors = [a for one in lists for a in one if isinstance(a, Tensor)]
             if all(t.is_meta and t.dtype == tensors[0].dtype for t in tensors):
                 return _RULES[operator](*args)
         return func(*args, **(kwargs or {}))
@@ -161,16 +162,50 @@ def _max_pool2d(
     return out, out
 
 
+def _avg_pool2d(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    ceil_mode: bool = False,
+    *args: Any,
+) -> Tensor:
+    if ceil_mode:
+        pool: Any = torch.ops.aten.avg_pool2d.default
+        found: Tensor = pool(x, kernel, stride, padding, ceil_mode, *args)
+        return found
+    counts = _windows(x.shape[-2:], _every(kernel, 2), stride or kernel, padding, (1,))
+    return x.new_empty((*x.shape[:-2], *counts))
+
+
+def _addcmul(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return _elementwise(x, _elementwise(left, right))
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    first = tensors[0]
+    axis = dim % first.dim()
+    shapes = [list(tensor.shape) for tensor in tensors]
+    if any(s[:axis] + s[axis + 1 :] != shapes[0][:axis] + shapes[0][axis + 1 :] for s in shapes):
+        raise ValueError(f"shapes {', '.join(map(str, shapes))} cannot be joined along {dim}")
+    shape = list(first.shape)
+    shape[axis] = sum(s[axis] for s in shapes)
+    return first.new_empty(shape)
+
+
 _aten = torch.ops.aten
 _RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((_aten.relu_, _aten.hardtanh_, _aten.silu_), _in_place),
-    **dict.fromkeys((_aten.relu, _aten.hardtanh, _aten.gelu, _aten.silu), _same),
+    **dict.fromkeys((_aten.relu_, _aten.hardtanh_, _aten.silu_, _aten.hardswish_), _in_place),
+    **dict.fromkeys((_aten.relu, _aten.hardtanh, _aten.gelu, _aten.silu, _aten.hardswish), _same),
     **dict.fromkeys((_aten.sigmoid, _aten._softmax), _same),
     **dict.fromkeys((_aten.native_batch_norm, _aten.native_layer_norm), _norm),
     **dict.fromkeys((_aten.native_group_norm,), _norm),
-    **dict.fromkeys((_aten.add, _aten.sub, _aten.mul), _elementwise),
+    **dict.fromkeys((_aten.add, _aten.sub, _aten.mul, _aten.maximum), _elementwise),
+    _aten.addcmul: _addcmul,
     **dict.fromkeys((_aten.add_, _aten.sub_, _aten.mul_), _in_place),
     _aten.max_pool2d_with_indices: _max_pool2d,
+    _aten.avg_pool2d: _avg_pool2d,
+    _aten.cat: _cat,
     _aten.mean: _mean,
 }
 # Which argument is the left factor.

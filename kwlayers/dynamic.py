@@ -223,7 +223,9 @@ def kaiming_normal_(weight: Tensor) -> None:
 
     torch's own initialisation of grouped layers, as torchvision's models have it, is the same.
     """
-    nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+    # On meta there is nothing to fill, and the first normal_ there costs seconds of imports.
+    if not weight.is_meta:
+        nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
 
 
 def convert_layers(

@@ -49,6 +49,10 @@ class MethodSettings(ABC):
         found: SettingsT = replace(self, **settings)  # type: ignore[type-var]
         return found
 
+    def suits(self, network: Network) -> bool:
+        """Whether the network is of the kind that the method is for, whatever the budget."""
+        return True
+
     def lower(self) -> Iterator[dict[str, Any]]:
         """Changes of settings that may lower the smallest plan."""
         return iter(())

@@ -41,6 +41,7 @@ class Site:
     in_positions, out_positions: of its first call, per image. order: of that call.
     block: the repeated block that holds it. beside: the first layer to read the same tensor.
     constant: whether its input is the same for every image.
+    context: the numbers of the context that its block makes (`kwlayers.context`); 0 without one.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Site:
     block: str = ""
     beside: str = ""
     constant: bool = False
+    context: int = 0
 
     @property
     def kernel(self) -> geometry.Shape:

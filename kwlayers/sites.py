@@ -67,8 +67,14 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
             f"data, on meta): {_explained(error)}{error}"
         ) from error
     constant = _constant(twin, size, calls)
+    contexts = _contexts(model, [name for name, _, _ in found])
     sites = tuple(
-        replace(_site(name, module, calls, reason), block=blocks[name], constant=name in constant)
+        replace(
+            _site(name, module, calls, reason),
+            block=blocks[name],
+            constant=name in constant,
+            context=contexts.get(name, 0),
+        )
         for name, module, reason in found
     )
     macs_of_sites = sum(site.positions * math.prod(site.kernel) for site in sites)
@@ -102,6 +108,19 @@ def _others(model: nn.Module, sites: set[str]) -> Iterator[Other]:
         own = [p for p in module._parameters.values() if p is not None]
         if any(sum(size > 1 for size in p.shape) > 1 for p in own):
             yield Other(name, type(module).__name__, sum(p.numel() for p in own))
+
+
+def _contexts(model: nn.Module, layers: Sequence[str]) -> dict[str, int]:
+    """The size of the context that a layer's block offers it, by name."""
+    from kwlayers.context import ContextBlock
+
+    return {
+        layer: module.context_size
+        for name, module in model.named_modules()
+        if isinstance(module, ContextBlock)
+        for layer in layers
+        if layer.startswith(f"{name}.")
+    }
 
 
 def _constant(twin: nn.Module, size: tuple[int, ...], calls: _Calls) -> set[str]:
@@ -173,6 +192,8 @@ def _empty(tensor: Tensor) -> Tensor:
 
 def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """(name, layer, why it cannot be converted) for each layer, in module order."""
+    from kwlayers.context import Steering
+
     uses = Counter(
         id(parameter)
         for module in model.modules()
@@ -185,6 +206,12 @@ def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
         if isinstance(parent, _READ_WEIGHTS)
         for child in parent.children()
     }
+    steering = {
+        id(child): type(parent).__name__
+        for parent in model.modules()
+        if isinstance(parent, Steering)
+        for child in parent.modules()
+    }
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, _LAYERS):
@@ -196,6 +223,8 @@ def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
             reason = "its weight is tied to another layer's"
         elif id(module) in inside:
             reason = f"{inside[id(module)]} reads its weight without calling it"
+        elif id(module) in steering:
+            reason = f"{steering[id(module)]} steers its block with it"
         elif any(getattr(module, hooks) for hooks in _HOOKS):
             reason = "it carries hooks"
         elif type(module.weight) not in (nn.Parameter, Tensor):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kwlayers.layout import MethodSettings
-from kwlayers.methods import Method, find
+from kwlayers.methods import NAMES, Method, find
 from kwlayers.plan import Network, Plan, PlanError
 from kwsearch import published
 from kwsearch.budget import Target, meet
@@ -59,17 +59,19 @@ class Entry:
 def compare(
     network: Network,
     target: Target,
-    methods: Sequence[str],
+    methods: Sequence[str] = (),
     model: str | None = None,
     memory: Callable[[Plan], Memory] | None = None,
     latency: PlanLatency | None = None,
 ) -> list[Entry]:
     """Each method at the target, or without one at its published settings.
 
-    model: its name, for KernelWarehouse's published settings. Raises PlanError for a target that
-    none can meet, whatever it is.
+    methods: by default all that the network is for. model: its name, for KernelWarehouse's
+    published settings. Raises PlanError for a target that none can meet, whatever it is.
     """
-    return [_entry(network, target, find(name), model, memory, latency) for name in methods]
+    asked = [find(name) for name in methods or NAMES]
+    offered = [method for method in asked if methods or method.settings().suits(network)]
+    return [_entry(network, target, method, model, memory, latency) for method in offered]
 
 
 def _entry(

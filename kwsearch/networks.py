@@ -204,7 +204,7 @@ def _of_zoo(name: str) -> Source:
         raise zoo.UnknownModelError(f"{error}; others are {OTHERS}") from None
 
     def make(size: InputSize, num_classes: int | None, width: float) -> nn.Module:
-        options = {"in_channels": size[0]}
+        options: dict[str, int] = {"in_channels": size[0], **dict.fromkeys(entry.static, True)}
         if num_classes is not None:
             options["num_classes"] = num_classes
         if "img_size" in entry.options:

@@ -27,6 +27,7 @@ NAMES = (
     "fdconv",
     "kernel_dna",
     "pad_net",
+    "dymn",
 )
 
 

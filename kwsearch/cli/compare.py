@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     click.Choice(NAMES),
     "--methods",
     None,
-    f"Which methods: {', '.join(NAMES)}.  [default: all]",
+    f"Which methods: {', '.join(NAMES)}.  [default: all that the model is for]",
 )
 @click.option("--input", "input_size", type=SIZE, help="Input size.  [default: the model's]")
 @click.option("--classes", type=click.IntRange(min=1), help="Number of classes.")
@@ -70,9 +70,7 @@ def command(
     network = request.network()
     latency = step.plan_latency(request, network.input_size)
     memory = partial(step.memory_of, request, network.input_size) if step.of_memory else None
-    entries = compare.compare(
-        network, request.target, methods or NAMES, request.model, memory, latency
-    )
+    entries = compare.compare(network, request.target, methods, request.model, memory, latency)
     static_memory = None if memory is None else memory(None)
     static_ms = None if latency is None else latency(None).ms
     if html:

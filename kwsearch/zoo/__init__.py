@@ -9,7 +9,7 @@ import difflib
 import importlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -28,7 +28,12 @@ class UnknownModelError(ValueError):
 
 @dataclass(frozen=True)
 class ZooModel:
-    """One backbone. ``module`` holds a function called ``name`` that builds it."""
+    """One backbone.
+
+    ``module`` holds what builds it, under ``builder`` or else its own name, with ``arguments``.
+    options: positive integers that it takes beside. flags: those that are true or false. static:
+    flags that leave out its own dynamic convolutions, so that they can be planned.
+    """
 
     name: str
     input_size: tuple[int, int, int]  # (C, H, W) the published numbers refer to
@@ -36,11 +41,49 @@ class ZooModel:
     summary: str
     module: str
     options: tuple[str, ...] = ("num_classes", "in_channels")
+    flags: tuple[str, ...] = ()
+    static: tuple[str, ...] = ()
+    builder: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _imagenet(name: str, summary: str, module: str, *extra_options: str) -> ZooModel:
     options = ("num_classes", "in_channels", *extra_options)
     return ZooModel(name, (3, 224, 224), 1000, summary, module, options)
+
+
+# Ten seconds of sound as 128 mel bands, and AudioSet's classes.
+_MEL, _AUDIOSET = (1, 128, 1000), 527
+
+
+def _mn(tenths: int) -> ZooModel:
+    width = tenths / 10
+    return ZooModel(
+        f"mn{tenths:02}",
+        _MEL,
+        _AUDIOSET,
+        f"MobileNetV3 for spectrograms at width {width:g}",
+        "kwsearch.zoo.mn",
+        builder="MN",
+        arguments={"multiplier": width},
+    )
+
+
+def _dymn(tenths: int, replace_se: bool = False) -> ZooModel:
+    width = tenths / 10
+    where = "where MN has squeeze-and-excitation" if replace_se else "in every block"
+    return ZooModel(
+        f"dymn{tenths:02}{'_replace_se' if replace_se else ''}",
+        _MEL,
+        _AUDIOSET,
+        f"DyMN at width {width:g}: dynamic {where}",
+        "kwsearch.zoo.dymn",
+        ("num_classes", "in_channels", "num_kernels", "relu_pieces", "context_ratio"),
+        flags=("no_dyconv", "no_dyrelu", "no_ca", *(() if replace_se else ("replace_se",))),
+        static=("no_dyconv",),
+        builder="DyMN",
+        arguments={"multiplier": width, **({"replace_se": True} if replace_se else {})},
+    )
 
 
 MODELS: dict[str, ZooModel] = {
@@ -55,6 +98,9 @@ MODELS: dict[str, ZooModel] = {
         _imagenet("convnext_tiny", "ConvNeXt-T, MLPs as 1x1 convolutions", "kwsearch.zoo.convnext"),
         _imagenet("deit_tiny", "DeiT-Ti on 16x16 patches", "kwsearch.zoo.vit", "img_size"),
         ZooModel("resnet20", (3, 32, 32), 10, "CIFAR ResNet with 20 layers", "kwsearch.zoo.resnet"),
+        *(_mn(tenths) for tenths in (1, 2, 4, 5, 10, 20, 30, 40)),
+        *(_dymn(tenths) for tenths in (4, 10, 20)),
+        *(_dymn(tenths, replace_se=True) for tenths in (4, 10)),
     )
 }
 
@@ -68,30 +114,35 @@ def get(name: str) -> ZooModel:
     raise UnknownModelError(f"unknown model {name!r}: {hint}the zoo has {', '.join(MODELS)}")
 
 
-def create(name: str, *, width: float = 1.0, **kwargs: int) -> torch.nn.Module:
+def create(name: str, *, width: float = 1.0, **kwargs: int | bool) -> torch.nn.Module:
     """Build the model ``name`` with fresh weights.
 
     ``num_classes`` and ``in_channels`` are accepted everywhere, ``img_size`` (the side of the
-    square input) by deit_tiny. ``width`` scales every model's channels, each to a whole number
-    of at least 1. Under ``torch.device("meta")`` only the structure is built.
+    square input) by deit_tiny; DyMNs take ``num_kernels``, ``relu_pieces``, ``context_ratio`` and
+    the flags ``replace_se``, ``no_dyconv``, ``no_dyrelu`` and ``no_ca``. ``width`` scales every
+    model's channels, each to a whole number of at least 1. Under ``torch.device("meta")`` only the
+    structure is built.
 
     Raises `UnknownModelError`, `TypeError` for an option the model does not have, and
     `ValueError` for a value that is not a positive integer (``width``: a positive number).
     """
     entry = get(name)
-    unknown = [option for option in kwargs if option not in entry.options]
+    allowed = (*entry.options, *entry.flags)
+    unknown = [option for option in kwargs if option not in allowed]
     if unknown:
         raise TypeError(
-            f"{name} has no option {', '.join(map(repr, unknown))}; "
-            f"it accepts {', '.join(entry.options)}"
+            f"{name} has no option {', '.join(map(repr, unknown))}; it accepts {', '.join(allowed)}"
         )
     for option, value in kwargs.items():
-        if not isinstance(value, int) or value < 1:
+        if option in entry.flags:
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}: {option} must be True or False, not {value!r}")
+        elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: {option} must be a positive integer, not {value!r}")
     if not 0 < width < math.inf:
         raise ValueError(f"{name}: width must be a positive number, not {width!r}")
-    build = getattr(importlib.import_module(entry.module), name)
-    model: torch.nn.Module = build(**kwargs, width=width)
+    build = getattr(importlib.import_module(entry.module), entry.builder or name)
+    model: torch.nn.Module = build(**entry.arguments, **kwargs, width=width)
     return model
 
 
@@ -104,6 +155,9 @@ def load_weights(model: ModelT, state_dict: Mapping[str, Any]) -> ModelT:
     """
     import torch
 
+    translate = getattr(model, "from_published", None)
+    if translate is not None:
+        state_dict = translate(state_dict)
     own = model.state_dict()
     if any(tensor.is_meta for tensor in own.values()):
         raise ValueError(
@@ -139,7 +193,8 @@ def load_weights(model: ModelT, state_dict: Mapping[str, Any]) -> ModelT:
         raise ValueError(
             "the weights do not fit the model:\n"
             + "\n".join(problems)
-            + "\nresnets use torchvision's names, the other models timm's; num_classes, "
+            + "\nresnets use torchvision's names, networks for sound their authors', the others "
+            "timm's; num_classes, "
             "in_channels and img_size must be those of the weights"
         )
     model.load_state_dict(fitted)

@@ -20,7 +20,7 @@ _EXPANSION = 6
 _HEAD = 1280
 
 
-def _make_divisible(channels: float, divisor: int = 8) -> int:
+def make_divisible(channels: float, divisor: int = 8) -> int:
     """The nearest multiple of ``divisor`` that is at least 90 % of ``channels``."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
@@ -105,14 +105,14 @@ class MobileNetV2(nn.Module):
         width: float = 1.0,
     ) -> None:
         super().__init__()
-        stem = scaled(_make_divisible(32 * multiplier), width)
-        channels = scaled(_make_divisible(16 * multiplier), width)
+        stem = scaled(make_divisible(32 * multiplier), width)
+        channels = scaled(make_divisible(16 * multiplier), width)
         head = scaled(_HEAD, max(multiplier * width, 1.0))
         self.conv_stem = nn.Conv2d(in_channels, stem, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         stages = [nn.Sequential(SeparableBlock(stem, channels))]
         for full_width, repeats, first_stride in _STAGES:
-            out_channels = scaled(_make_divisible(full_width * multiplier), width)
+            out_channels = scaled(make_divisible(full_width * multiplier), width)
             blocks = []
             for index in range(repeats):
                 stride = first_stride if index == 0 else 1

@@ -16,6 +16,7 @@ from kwlayers import Network, Plan, Settings, Site, plan_network
 from kwlayers.families import recognise
 from kwlayers.stages import INFERRED, place
 from kwsearch import zoo
+from tests.zoo import IMAGES
 
 
 def trace(model: nn.Module) -> Network:
@@ -350,5 +351,5 @@ def test_a_network_of_stem_and_head_alone_is_no_family() -> None:
 
 
 def test_every_model_of_the_zoo_is_of_a_family() -> None:
-    families = Counter(recognise(network(name).sites).family.split()[0] for name in zoo.MODELS)  # type: ignore[union-attr]
+    families = Counter(recognise(network(name).sites).family.split()[0] for name in IMAGES)  # type: ignore[union-attr]
     assert families == {"resnet": 5, "mobilenetv2": 2, "convnext": 1, "vit": 1}

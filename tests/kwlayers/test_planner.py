@@ -30,8 +30,9 @@ from kwlayers.planner import lay_out
 from kwlayers.rules import NothingToConvert
 from kwlayers.sharing import why_static
 from kwsearch import zoo
+from tests.zoo import IMAGES
 
-MODELS = list(zoo.MODELS)
+MODELS = IMAGES
 
 
 @functools.cache

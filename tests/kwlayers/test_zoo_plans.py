@@ -15,8 +15,9 @@ from torch import nn
 import kwlayers
 from kwlayers import Network, Plan, Settings, plan_network
 from kwsearch import zoo
+from tests.zoo import IMAGES
 
-MODELS = list(zoo.MODELS)
+MODELS = IMAGES
 Budget = tuple[str, float]
 
 ratios = st.one_of(

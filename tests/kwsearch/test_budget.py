@@ -7,9 +7,10 @@ import pytest
 from kwlayers.plan import PlanError
 from kwlayers.planner import BudgetError, lay_out
 from kwlayers.sharing import Settings
-from kwsearch import published, zoo
+from kwsearch import published
 from kwsearch.budget import Target, meet, plan_ratio_of
 from kwsearch.networks import trace_model
+from tests.zoo import IMAGES
 
 
 def test_half_of_resnet50_is_the_published_setting() -> None:
@@ -43,7 +44,7 @@ def test_a_ratio_that_was_not_published_uses_the_defaults() -> None:
     assert [g.num_cells for g in outcome.plan.groups] == [16, 14, 14, 8]
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", IMAGES)
 def test_parameter_targets_are_met_from_below_and_leave_no_room_for_a_cell(name: str) -> None:
     network = trace_model(name)
     layout = lay_out(network, Settings())

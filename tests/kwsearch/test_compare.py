@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from kwlayers import Plan, PlanError, trace
-from kwlayers.methods import NAMES
 from kwsearch import cli, compare, zoo
 from kwsearch.budget import Target
 from kwsearch.memory import Memory
+from tests.zoo import ANYWHERE
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -40,7 +40,7 @@ AS_PUBLISHED = {
 def test_without_a_target_each_method_is_as_published(capsys: pytest.CaptureFixture[str]) -> None:
     data = found(capsys, "resnet18")
     totals = {entry["method"]: entry["params"]["total"] for entry in data["methods"]}
-    assert list(totals) == list(NAMES)
+    assert list(totals) == list(ANYWHERE)
     assert totals["kernel_warehouse"] == 11_932_148  # ResNet18 1x of its paper
     assert AS_PUBLISHED.items() <= totals.items()
     assert data["unreachable"] == []
@@ -62,8 +62,20 @@ def test_all_that_is_shown_adds_up_and_is_under_the_target(
         assert entry["deployed"] <= entry["params"]["total"]
         assert entry["deployed"] == entry["params"]["total"] or entry["method"] == "pad_net"
     others = {entry["method"]: entry["reason"] for entry in data["unreachable"]}
-    assert set(reached) | set(others) == set(NAMES)
+    assert set(reached) | set(others) == set(ANYWHERE)
     assert "below the floor of" in others["dcd"]
+
+
+def test_a_method_is_offered_where_the_network_is_its_kind(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = found(capsys, "dymn04")
+    totals = {entry["method"]: entry["params"]["total"] for entry in data["methods"]}
+    assert set(totals) == {*ANYWHERE, "dymn"}
+    assert totals["dymn"] == 1_961_239  # as published
+    _, out, _ = run(capsys, "resnet18", "--methods", "dymn,odconv")
+    assert "DyMN: no layer can be converted" in out
+    assert "dymn needs a block with a context" in out
 
 
 def test_a_ratio_is_kernels_of_each_layer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from kwlayers.dynamic import DynamicLayer
 from kwlayers.methods import NAMES, find
 from kwsearch.latency.calls import MODULE, Call, Spec, calls_of
 from kwsearch.networks import planning_model
+from tests.zoo import network_for
 
 SIZE = (3, 32, 32)
 
@@ -97,11 +98,12 @@ def test_a_dynamic_layer_is_its_attention_and_its_mixing() -> None:
 
 @pytest.mark.parametrize("method", [name for name in NAMES if name != "kernel_warehouse"])
 def test_a_layer_of_another_method_is_one_call(method: str) -> None:
-    model = planning_model("resnet18", SIZE)
-    plan = kwlayers.plan_model(model, SIZE, method=find(method).settings())
+    name, size = network_for(method)
+    model = planning_model(name, size)
+    plan = kwlayers.plan_model(model, size, method=find(method).settings())
     kwlayers.convert_(model.to("meta"), plan)
     layers = [module for module in model.modules() if isinstance(module, DynamicLayer)]
-    calls = calls_of(model, 8, SIZE, training=True)
+    calls = calls_of(model, 8, size, training=True)
     found = [call for call in calls if call.kind.startswith("layer ")]
     assert sum(calls[call] for call in found) == len(layers) > 0
     # Layers of one shape are one call; every kernel is there.

@@ -13,6 +13,7 @@ from kwlayers.methods import NAMES, find
 from kwsearch.latency.calls import Call, calls_of
 from kwsearch.latency.replay import Replay
 from kwsearch.networks import planning_model
+from tests.zoo import network_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,8 +55,8 @@ def test_so_can_those_of_other_networks(name: str, ratio: float | None, training
 @pytest.mark.parametrize("method", [name for name in NAMES if name != "kernel_warehouse"])
 def test_so_can_layers_of_all_methods(method: str, training: bool) -> None:
     """On numbers that are finite: every tensor of the layer was given some."""
-    size = (3, 32, 32)
-    model = planning_model("resnet18", size).to("meta")
+    name, size = network_for(method)
+    model = planning_model(name, size).to("meta")
     plan = kwlayers.plan_model(model, size, method=find(method).settings())
     kwlayers.convert_(model, plan)
     found = [call for call in calls_of(model, 2, size, training) if call.kind[:6] == "layer "]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import kwlayers
 from kwlayers.methods import find
 from kwlayers.ops.workspace import Workspace
-from kwsearch import zoo
 from kwsearch.memory import MOST_IMAGES, Memory, Step, largest_batch, memory_of
 from kwsearch.networks import build_model, planning_model
 from kwsearch.timing import peak_bytes
+from tests.zoo import IMAGES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,7 +104,7 @@ def test_it_is_what_the_profiler_sees(
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("ratio", [None, 0.5, 1, 2])
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", IMAGES)
 def test_it_is_what_the_profiler_sees_of_every_model(
     name: str, ratio: float | None, training: bool, batch: int
 ) -> None:

@@ -12,7 +12,7 @@ from xml.etree.ElementTree import Element, fromstring
 
 import pytest
 
-from kwlayers.methods import NAMES, find
+from kwlayers.methods import find
 from kwlayers.sharing import Settings
 from kwsearch import cli
 from kwsearch.budget import Target, meet
@@ -21,6 +21,7 @@ from kwsearch.pages import budget as pages
 from kwsearch.pages.curve import Curve, Point, curve_of
 from kwsearch.pages.figure import Axis, Box, Figure
 from tests.kwsearch.pages import SVG, Page, areas, loads_nothing, marks, scale
+from tests.zoo import ANYWHERE
 
 ROOT = Path(__file__).parents[2]
 ORACLES = {
@@ -88,7 +89,7 @@ def test_points_at_published_ratios_are_the_published_plans(curve: Curve, ratio:
     assert point.macs["mixing"] == counted["mixing_macs"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_parts_of_every_point_add_up_to_the_plan_by_every_method(name: str) -> None:
     curve = curve_of(trace_model("resnet20"), find(name).settings(), "resnet20")
     assert len(curve.points) >= 8

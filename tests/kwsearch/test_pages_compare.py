@@ -12,12 +12,12 @@ from xml.etree.ElementTree import fromstring
 
 import pytest
 
-from kwlayers.methods import NAMES
 from kwsearch import cli, compare
 from kwsearch.budget import Target
 from kwsearch.networks import trace_model
 from kwsearch.pages import compare as pages
 from tests.kwsearch.pages import SVG, Page, loads_nothing, scale
+from tests.zoo import ANYWHERE
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -55,7 +55,7 @@ def test_the_page_has_what_is_printed_and_all_parts(run: Run) -> None:
     for title, params in AS_PUBLISHED.items():
         assert page.row("methods", title)[0] == params
     methods = json.loads(out)["methods"]
-    assert len(methods) == len(NAMES) == len(page.tables["methods"]) - 1
+    assert len(methods) == len(ANYWHERE) == len(page.tables["methods"]) - 1
     for entry in methods:
         total, *params = page.row("methods", entry["title"])[:4]
         assert total == sum(params) == entry["deployed"]

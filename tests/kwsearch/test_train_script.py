@@ -30,6 +30,7 @@ from kwsearch import data, zoo
 from kwsearch.export.train_script import train_script
 from kwsearch.recipe import Recipe, load_recipe, parse_recipe
 from kwsearch.resolve import network_of, outcome_of
+from tests import zoo as swept
 
 RECIPE = """\
 format: 1
@@ -183,7 +184,7 @@ def test_a_name_with_quotes_and_backslashes_is_only_text(tmp_path: Path) -> None
     assert f"Train resnet20 as {name} plans it." in module.__doc__
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", swept.IMAGES)
 def test_the_network_of_the_script_is_the_zoo_s(name: str, tmp_path: Path) -> None:
     size = [3, 32, 32]
     text = f"format: 1\nmodel: {{name: {name}, num_classes: 7}}\ninput: {size}\n"

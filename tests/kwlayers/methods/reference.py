@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kwlayers import Plan, convert_, methods, trace
+from kwlayers.context import ContextBlock, ContextGenerator, DyReLUB
 from kwlayers.dynamic import DynamicLayer
 from kwlayers.layout import MethodSettings
 from kwlayers.rules import NothingToConvert
@@ -130,20 +131,51 @@ class _Block(nn.Module):
         return torch.relu(self.bn3(self.conv3(self.conv2(y))) + self.shortcut(x))
 
 
+class _SteeredBlock(ContextBlock):
+    """`_Block` with a context that any of its convolutions may take, and a Dy-ReLU."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.context_size = 8
+        plain = _Block(channels, out, stride)
+        for name, child in plain.named_children():
+            self.add_module(name, child)
+        self.context_gen = ContextGenerator(channels, 8, out, stride)
+        self.act = DyReLUB(out, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = self.context_gen(x)
+        y = torch.relu(self.bn1(self.convolve(self.conv1, x, context)))
+        y = self.act(self.convolve(self.conv2, y, context), context.vector, context.gates)
+        y = self.bn3(self.convolve(self.conv3, y, context))
+        return torch.relu(y + self.convolve(self.shortcut, x, context))
+
+
+class SmallSteered(Small):
+    """`Small`, with a context in each block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(_SteeredBlock(16, 16, 1), _SteeredBlock(16, 32, 2))
+
+
 def small(method: str = "", double: bool = True) -> nn.Module:
     """A network in which the method makes something dynamic."""
-    model = _small(False, double)
-    if method:
+    # Some want blocks that are alike, some a context.
+    for make in (Small, functools.partial(Small, alike=True), SmallSteered):
+        model = _small(make, double)
         try:
-            plan_of(model, for_small(method))
-        except NothingToConvert:  # it wants blocks that are alike
-            return _small(True, double)
-    return model
+            if method:
+                plan_of(model, for_small(method))
+        except NothingToConvert:
+            continue
+        return model
+    raise AssertionError(f"{method} makes nothing dynamic")
 
 
-def _small(alike: bool, double: bool) -> nn.Module:
+def _small(make: Callable[[], nn.Module], double: bool) -> nn.Module:
     torch.manual_seed(0)
-    model = Small(alike)
+    model = make()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):  # no norm that is the identity
