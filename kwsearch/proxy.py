@@ -20,6 +20,7 @@ from kwlayers.plan import Plan
 from kwlayers.schedule import TemperatureSchedule
 from kwsearch import checkpoint as checkpoints
 from kwsearch import data
+from kwsearch.distillation import offline_distillation
 from kwsearch.recipe import Proxy
 
 
@@ -29,9 +30,9 @@ class Diverged(ArithmeticError):
 
 @dataclass(frozen=True)
 class ProxyData:
-    """Images to train on and to score on, as bytes on the training device.
+    """Examples to train on and to score on, on the training device.
 
-    mean, std: (1, C, 1, 1) of the training images, in units of 0 to 1.
+    mean, std: (1, C, 1, 1) of the training examples as floats.
     """
 
     train: data.Images
@@ -41,8 +42,8 @@ class ProxyData:
     std: Tensor
 
     def batch(self, x: Tensor) -> Tensor:
-        """x: (B, c, H, W) bytes  out: (B, C, H, W) normalised; grey becomes every channel."""
-        x = (x.float() / 255 - self.mean) / self.std
+        """x: (B, c, H, W) as stored  out: (B, C, H, W) normalised; grey becomes every channel."""
+        x = (self.train.floats(x) - self.mean) / self.std
         return x.expand(-1, self.channels, -1, -1) if x.shape[1] == 1 else x
 
 
@@ -58,19 +59,33 @@ def load(proxy: Proxy, input_size: tuple[int, ...]) -> ProxyData:
         )
     channels, height, width = input_size
     size = (height, width) if proxy.resolution is None else (proxy.resolution, proxy.resolution)
-    images = data.load(proxy.data, "train", size=size)
+    images = data.load(proxy.data, "train", size=size, fold=proxy.fold)
+    _check_kind(images, proxy)
     if images.x.shape[1] not in (1, channels):
         raise data.DataError(
             f"{images.name} has {images.x.shape[1]} channels, the model takes {channels}: set "
             f"input to {images.x.shape[1]}x{height}x{width}"
         )
+    if proxy.teacher is not None:
+        images = data.taught(images, Path(proxy.teacher))
     if proxy.subset is not None:
         images = data.subset(images, proxy.subset, seed=0)
     train, valid = data.split_holdout(images, proxy.holdout, seed=0)
-    x = train.x.float() / 255
-    mean = x.mean(dim=(0, 2, 3), keepdim=True)
-    std = x.std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-3)
-    return ProxyData(train, valid, channels, mean, std)
+    return ProxyData(train, valid, channels, *train.statistics())
+
+
+def _check_kind(images: data.Images, proxy: Proxy) -> None:
+    if not isinstance(images, data.Clips):
+        return
+    if proxy.resolution is not None:
+        raise data.DataError(
+            f"proxy.resolution {proxy.resolution}: of images; {images.name} is sound, whose mel "
+            "bands and frames the recipe's input has, e.g. 1x128x500 for 5 seconds"
+        )
+    if proxy.augment == "flip":
+        raise data.DataError(
+            f"proxy.augment flip: it would turn time around in {images.name}; try shift, or none"
+        )
 
 
 _LOOKED_AT = 10  # batches, before training
@@ -79,7 +94,7 @@ _LOOKED_AT = 10  # batches, before training
 def load_test(proxy: Proxy, images: ProxyData) -> ProxyData:
     """`images` with the test images to score on. Raises data.DataError where there are none."""
     height, width = images.train.x.shape[-2:]
-    test = data.load(proxy.data, "test", size=(height, width))
+    test = data.load(proxy.data, "test", size=(height, width), fold=proxy.fold)
     return replace(images, valid=test)
 
 
@@ -179,19 +194,27 @@ class _Run:
     def train_epoch(self, splits: int) -> None:
         """Raises Diverged."""
         self.model.train()
-        for x, y in _batches(self.images, self.proxy, self.order):
+        for x, index in _batches(self.images, self.proxy, self.order):
             if self.temperature is not None:
                 self.temperature.step()
             self.optimizer.zero_grad(set_to_none=True)
-            sizes = micro_batch_sizes(len(y), splits)
-            for part, labels in zip(torch.split(x, sizes), torch.split(y, sizes), strict=True):
-                loss = F.cross_entropy(self.model(part), labels) * (len(labels) / len(y))
+            sizes = micro_batch_sizes(len(x), splits)
+            for part, rows in zip(torch.split(x, sizes), torch.split(index, sizes), strict=True):
+                loss = self._loss(self.model(part), rows) * (len(rows) / len(x))
                 if not math.isfinite(loss.item()):
                     epoch = len(self.accuracies) + 1
                     raise Diverged(f"the loss became {loss.item()} in epoch {epoch}")
                 loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self.rates.step()
+
+    def _loss(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Of some of the training examples, by their labels and what a teacher says of them."""
+        train = self.images.train
+        if train.teacher is None:
+            return F.cross_entropy(logits, train.y[rows])
+        weight = self.proxy.teacher_weight
+        return offline_distillation(logits, train.y[rows], train.teacher[rows], weight)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on bit for bit."""
@@ -252,15 +275,9 @@ def evaluate(model: nn.Module, images: ProxyData, batch_size: int) -> float:
 
 def moved(images: ProxyData, device: torch.device) -> ProxyData:
     """The same on that device."""
-
-    def there(part: data.Images) -> data.Images:
-        return data.Images(
-            part.x.to(device), part.y.to(device), part.num_classes, part.name, part.classes
-        )
-
     return ProxyData(
-        there(images.train),
-        there(images.valid),
+        images.train.to(device),
+        images.valid.to(device),
         images.channels,
         images.mean.to(device),
         images.std.to(device),
@@ -270,11 +287,12 @@ def moved(images: ProxyData, device: torch.device) -> ProxyData:
 def _batches(
     images: ProxyData, proxy: Proxy, order: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of an epoch, (B, C, H, W), and which training examples are in each, (B,)."""
     shuffled = torch.randperm(len(images.train.y), generator=order)
     sizes = _batch_sizes(images, proxy)
     for index in torch.split(shuffled[: sum(sizes)], sizes):
-        x = augment(images.train.x[index], proxy.augment, order)
-        yield images.batch(x), images.train.y[index]
+        x = augment(images.train.x[index], proxy.augment, order, type(images.train))
+        yield images.batch(x), index.to(x.device)
 
 
 def _batch_sizes(images: ProxyData, proxy: Proxy) -> list[int]:
@@ -283,15 +301,18 @@ def _batch_sizes(images: ProxyData, proxy: Proxy) -> list[int]:
     return [proxy.batch_size] * whole + ([rest] if rest > 1 or not whole else [])
 
 
-def augment(x: Tensor, how: str, generator: torch.Generator) -> Tensor:
-    """x: (B, C, H, W). `shift` moves each batch by up to an eighth of its size in zero padding;
-    `flip` does so too and mirrors images at random.
+def augment(
+    x: Tensor, how: str, generator: torch.Generator, kind: type[data.Images] = data.Images
+) -> Tensor:
+    """x: (B, C, H, W), of that kind. `shift` moves each batch by up to its kind's reach, an eighth
+    of the width, in a padding of silence; `flip` does so too and mirrors images at random.
     """
     if how == "none":
         return x
-    reach = max(x.shape[-1] // 8, 1)
-    top, left = torch.randint(0, 2 * reach + 1, (2,), generator=generator).tolist()
-    padded = F.pad(x, (reach,) * 4)
+    rows, columns = kind.reach((x.shape[-2], x.shape[-1]))
+    top = int(torch.randint(0, 2 * rows + 1, (1,), generator=generator))
+    left = int(torch.randint(0, 2 * columns + 1, (1,), generator=generator))
+    padded = F.pad(x, (columns, columns, rows, rows), value=kind.silence)
     x = padded[..., top : top + x.shape[-2], left : left + x.shape[-1]]
     if how == "flip":
         mirrored = torch.rand(len(x), generator=generator).to(x.device) < 0.5

@@ -1,4 +1,4 @@
-"""Image data sets for short proxy trainings, whole in memory as uint8.
+"""Data sets for short proxy trainings, whole in memory: images as uint8, sound as log-mels.
 
 >>> from kwsearch import data
 >>> train = data.load("digits")
@@ -11,12 +11,15 @@ Nothing is downloaded, nothing a file names is run, and every problem is a `Data
 
 from __future__ import annotations
 
+from kwsearch.data.audio_folder import Clips
 from kwsearch.data.errors import DataError
 from kwsearch.data.images import Images, Split, fingerprint, resize, split_holdout, subset
 from kwsearch.data.loading import NAMES, load, places
+from kwsearch.data.teacher import taught
 
 __all__ = [
     "NAMES",
+    "Clips",
     "DataError",
     "Images",
     "Split",
@@ -26,4 +29,5 @@ __all__ = [
     "resize",
     "split_holdout",
     "subset",
+    "taught",
 ]

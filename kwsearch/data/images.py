@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from kwsearch.data.errors import DataError
 
 Split = Literal["train", "test"]
+ImagesT = TypeVar("ImagesT", bound="Images")
 
 # Resizing goes through float, four times the bytes: so many images at a time.
 _CHUNK = 1024
@@ -21,13 +23,43 @@ _CHUNK = 1024
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """x: (N, C, H, W) uint8   y: (N,) int64 in 0..num_classes-1   classes: their names, or ()."""
+    """x: (N, C, H, W) uint8   y: (N,) int64 in 0..num_classes-1   classes: their names, or ().
+
+    names: of the examples, as a teacher's file has them, or (). teacher: (N, num_classes) float32,
+    a teacher's logits of each, or None.
+    """
 
     x: torch.Tensor = field(repr=False)
     y: torch.Tensor = field(repr=False)
     num_classes: int
     name: str
     classes: tuple[str, ...] = ()
+    names: tuple[str, ...] = field(default=(), repr=False)
+    teacher: torch.Tensor | None = field(default=None, repr=False)
+
+    # What is beside an example, in its own numbers.
+    silence: ClassVar[float] = 0.0
+
+    @staticmethod
+    def floats(x: torch.Tensor) -> torch.Tensor:
+        """Some of `x` as numbers from 0 to 1."""
+        return x.float() / 255
+
+    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of each channel of `floats`, (1, C, 1, 1), to train on."""
+        x = self.floats(self.x)
+        deviation = x.std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-3)
+        return x.mean(dim=(0, 2, 3), keepdim=True), deviation
+
+    @staticmethod
+    def reach(size: tuple[int, int]) -> tuple[int, int]:
+        """How far an example of `size` (H, W) may be moved up or down, and to the sides."""
+        return (max(size[1] // 8, 1),) * 2
+
+    def to(self: ImagesT, device: torch.device | str) -> ImagesT:
+        """The same on that device."""
+        teacher = None if self.teacher is None else self.teacher.to(device)
+        return replace(self, x=self.x.to(device), y=self.y.to(device), teacher=teacher)
 
     def __post_init__(self) -> None:
         if self.x.ndim != 4 or self.x.dtype != torch.uint8 or 0 in self.x.shape:
@@ -162,8 +194,12 @@ def _random(seed: int) -> np.random.RandomState:
 
 
 def _select(images: Images, mask: torch.Tensor) -> Images:
-    x, y = images.x[mask.to(images.x.device)], images.y[mask.to(images.y.device)]
-    return replace(images, x=x, y=y)
+    def chosen(part: torch.Tensor) -> torch.Tensor:
+        return part[mask.to(part.device)]
+
+    names = tuple(itertools.compress(images.names, mask.tolist()))
+    teacher = None if images.teacher is None else chosen(images.teacher)
+    return replace(images, x=chosen(images.x), y=chosen(images.y), names=names, teacher=teacher)
 
 
 def _described(tensor: torch.Tensor) -> str:

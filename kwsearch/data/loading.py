@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kwsearch.data import cifar, idx, image_folder, npz
+from kwsearch.data import audio_folder, cifar, idx, image_folder, npz
 from kwsearch.data.errors import DataError
 from kwsearch.data.images import Images, Split, check_size, resize
 from kwsearch.files import is_url
@@ -73,22 +73,34 @@ _KNOWN = {
         cifar.LOOKED_FOR,
         _CIFAR_ADVICE,
     ),
+    "esc50": _Known(
+        ("ESC-50", "ESC-50-master"),
+        50,
+        audio_folder.holds,
+        audio_folder.LOOKED_FOR,
+        "try unpacking an archive of https://github.com/karolpiczak/ESC-50 there",
+    ),
 }
 NAMES = ("digits", *_KNOWN)
 _PATHS = (
     "or the path or URL of a folder of IDX files, a CIFAR folder, a folder of class folders, "
-    "or a .npz file"
+    "an ESC-50 folder or a .npz file"
 )
 
 
 def load(
-    source: str | Path, split: Split = "train", *, size: tuple[int, int] | None = None
+    source: str | Path,
+    split: Split = "train",
+    *,
+    size: tuple[int, int] | None = None,
+    fold: int | None = None,
 ) -> Images:
     """One split of a data set, in memory.
 
     source: one of `NAMES`, or a path, or a URL such as s3://bucket/images; a name wins over a
     folder called so, `./digits` is the path. size: (H, W) to resize to; needed where the images of
-    a folder differ in size.
+    a folder differ in size. Of sound it is mel bands and frames, 100 a second, and the clips are
+    `audio_folder.Clips`. fold: of ESC-50's, the test part; 1 if None.
 
     Raises DataError.
     """
@@ -97,9 +109,11 @@ def load(
     if size is not None:
         check_size(size)
     try:
-        images = _read(source, split, size)
+        images = _read(source, split, size, fold)
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error})") from error
+    if fold is not None and not isinstance(images, audio_folder.Clips):
+        raise DataError(f"{source}: fold {fold} of images; only ESC-50's sound has folds")
     return images if size is None else resize(images, size)
 
 
@@ -112,20 +126,22 @@ def places(name: str) -> list[Path]:
     return [root / folder for root in roots for folder in _KNOWN[name].folders]
 
 
-def _read(source: str | Path, split: Split, size: tuple[int, int] | None) -> Images:
+def _read(
+    source: str | Path, split: Split, size: tuple[int, int] | None, fold: int | None
+) -> Images:
     if source == "digits":
         return _digits(split)
     if isinstance(source, str) and source in _KNOWN:
-        return _named(source, split)
+        return _named(source, split, size, fold)
     if isinstance(source, str) and is_url(source):
         from kwsearch.data.remote import fetched
 
-        return _read(fetched(source), split, size)
+        return _read(fetched(source), split, size, fold)
     path = Path(os.path.expanduser(source))
     if source == "" or not os.path.exists(path):
         raise _nothing_at(source, path)
     if path.is_dir():
-        return _folder(path, split, size)
+        return _folder(path, split, size, fold)
     if path.suffix.lower() == ".npz":
         return npz.read(path, split)
     raise DataError(
@@ -151,11 +167,11 @@ def _digits(split: Split) -> Images:
     )
 
 
-def _named(name: str, split: Split) -> Images:
+def _named(name: str, split: Split, size: tuple[int, int] | None, fold: int | None) -> Images:
     known, tried = _KNOWN[name], places(name)
     for folder in tried:
         if known.holds(folder):
-            images = _folder(folder, split, None)
+            images = _folder(folder, split, size, fold)
             return replace(
                 images,
                 name=name,
@@ -170,17 +186,21 @@ def _named(name: str, split: Split) -> Images:
     )
 
 
-def _folder(folder: Path, split: Split, size: tuple[int, int] | None) -> Images:
+def _folder(
+    folder: Path, split: Split, size: tuple[int, int] | None, fold: int | None
+) -> Images:
     if idx.holds(folder):
         return idx.read(folder, split)
     layout = cifar.find(folder)
     if layout is not None:
         return cifar.read(folder, split, layout)
+    if audio_folder.holds(folder):  # before images, whose train/ it shares
+        return audio_folder.read(folder, split, size, fold)
     if image_folder.holds(folder):
         return image_folder.read(folder, split, size)
     raise DataError(
         f"{folder}: no images found; looked for {idx.LOOKED_FOR}; {cifar.LOOKED_FOR}; "
-        f"{image_folder.LOOKED_FOR}"
+        f"{image_folder.LOOKED_FOR}; {audio_folder.LOOKED_FOR}"
     )
 
 

@@ -474,6 +474,9 @@ class Proxy(_Section):
     resolution: AtLeast4 | None = Field(
         default=None, description="side of the images; null is the recipe's input"
     )
+    fold: AtLeast1 | None = Field(
+        default=None, description="of sound in folds, which one is the test part; null is the first"
+    )
     epochs: AtLeast1 = Field(default=5, description="epochs of a full trial")
     subset: AtLeast1 | None = Field(default=None, description="examples to use; null is all")
     holdout: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, lt=1)] = Field(
@@ -504,6 +507,11 @@ class Proxy(_Section):
         default=None,
         description="epochs of the static network of warm_start; null is those of a full trial",
     )
+    teacher: Text | None = Field(
+        default=None,
+        description="a .npz of names and logits of the training examples, to distil from",
+    )
+    teacher_weight: Portion = Field(default=0.9, description="of the teacher in the loss")
 
     @property
     def starts_static(self) -> bool:

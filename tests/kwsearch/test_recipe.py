@@ -797,8 +797,8 @@ def test_overrides_create_sections_that_are_absent_or_null() -> None:
 WRONG_OVERRIDES = [
     ("proxy.epochs=x", "proxy.epochs: not a whole number (got 'x'; allowed a whole number >= 1)"),
     ("proxy.epoch=3", "proxy.epoch: unknown key, did you mean 'epochs'? (allowed data, resolution, "
-     "epochs, subset, holdout, batch_size, optimizer, lr, momentum, weight_decay, "
-     "temperature_epochs, augment, threads, device, init, init_epochs)"),
+     "fold, epochs, subset, holdout, batch_size, optimizer, lr, momentum, weight_decay, "
+     "temperature_epochs, augment, threads, device, init, init_epochs, teacher, teacher_weight)"),
     ("proxy.epochs", "not KEY=VALUE (allowed e.g. proxy.epochs=3)"),
     ("=3", "not KEY=VALUE (allowed e.g. proxy.epochs=3)"),
     ("proxy..epochs=3", "not KEY=VALUE (allowed e.g. proxy.epochs=3)"),
