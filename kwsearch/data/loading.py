@@ -186,9 +186,7 @@ def _named(name: str, split: Split, size: tuple[int, int] | None, fold: int | No
     )
 
 
-def _folder(
-    folder: Path, split: Split, size: tuple[int, int] | None, fold: int | None
-) -> Images:
+def _folder(folder: Path, split: Split, size: tuple[int, int] | None, fold: int | None) -> Images:
     if idx.holds(folder):
         return idx.read(folder, split)
     layout = cifar.find(folder)

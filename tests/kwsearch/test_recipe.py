@@ -247,6 +247,7 @@ def test_what_is_left_out_has_the_documented_default() -> None:
         "proxy": {
             "data": "digits",
             "resolution": None,
+            "fold": None,
             "epochs": 5,
             "subset": None,
             "holdout": 0.2,
@@ -261,6 +262,8 @@ def test_what_is_left_out_has_the_documented_default() -> None:
             "device": "auto",
             "init": "scratch",
             "init_epochs": None,
+            "teacher": None,
+            "teacher_weight": 0.9,
         },
         "training": {
             "epochs": 300,
@@ -1292,7 +1295,7 @@ def test_the_schema_is_valid_and_describes_every_key() -> None:
     others = [find(name) for name in NAMES if name != "kernel_warehouse"]
     by_method = sum(len(allowed_of(m.settings)) + len(allowed_of(m.group)) for m in others)
     named = len(others) * (2 + 3)  # name and rules; method, name and layers
-    own = 10 + 2 + 9 + 8 + 3 + 1 + 9 + 21 + 2 + 3 + 13 + 2 + 4 + 16 + 7
+    own = 10 + 2 + 9 + 8 + 3 + 1 + 9 + 21 + 2 + 3 + 13 + 2 + 4 + 19 + 7
     assert seen == own + by_method + named
 
 
