@@ -48,7 +48,7 @@ class ContextBlock(nn.Module):
 
 
 class Steering(nn.Module):
-    """A module that steers what its block computes: its own layers are never made dynamic."""
+    """A module that makes factors or kernels of its input: its own layers stay static."""
 
 
 class ContextGenerator(Steering):

@@ -42,6 +42,7 @@ class Site:
     block: the repeated block that holds it. beside: the first layer to read the same tensor.
     constant: whether its input is the same for every image.
     context: the numbers of the context that its block makes (`kwlayers.context`); 0 without one.
+    followed: whether a module with weights that is no site (an LSTM, …) runs after it.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Site:
     beside: str = ""
     constant: bool = False
     context: int = 0
+    followed: bool = False
 
     @property
     def kernel(self) -> geometry.Shape:

@@ -74,6 +74,7 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Network:
             block=blocks[name],
             constant=name in constant,
             context=contexts.get(name, 0),
+            followed=calls.positions[name] > 0 and calls.first[name]["order"] < calls.weighed,
         )
         for name, module, reason in found
     )
@@ -224,7 +225,7 @@ def candidates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
         elif id(module) in inside:
             reason = f"{inside[id(module)]} reads its weight without calling it"
         elif id(module) in steering:
-            reason = f"{steering[id(module)]} steers its block with it"
+            reason = f"{steering[id(module)]} makes factors or kernels with it"
         elif any(getattr(module, hooks) for hooks in _HOOKS):
             reason = "it carries hooks"
         elif type(module.weight) not in (nn.Parameter, Tensor):
@@ -325,7 +326,8 @@ class _Calls:
 
     positions, samples: output positions and kernels needed, summed over calls. entries: numbers
     of the inputs. first: of the first call, as `Site` has it. weights_read: layers whose weight
-    something other than their own call asked for.
+    something other than their own call asked for. weighed: how many layers had been called when
+    another module with weights last ran.
     """
 
     def __init__(self) -> None:
@@ -334,6 +336,7 @@ class _Calls:
         self.entries: Counter[str] = Counter()
         self.first: dict[str, dict[str, Any]] = {}
         self.weights_read: set[str] = set()
+        self.weighed = 0
         # Kept, so that no other tensor gets the same identity.
         self._inputs: dict[int, tuple[Tensor, str]] = {}
 
@@ -347,6 +350,10 @@ class _Calls:
             module.register_forward_hook(calls.hook(name), with_kwargs=True)
             for name, module in layers.items()
         ]
+        for other in _others(twin, set(layers)):
+            module = twin.get_submodule(other.name)
+            if not any(isinstance(child, _LAYERS) for child in module.modules()):
+                handles.append(module.register_forward_hook(calls.weigh))
         for name, module in layers.items():
             module.__class__ = _watched(type(module), name, calls.weights_read)
         dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
@@ -359,6 +366,9 @@ class _Calls:
             for handle in handles:
                 handle.remove()
         return calls
+
+    def weigh(self, module: nn.Module, args: Any, out: Any) -> None:
+        self.weighed = len(self.first)
 
     def hook(self, name: str) -> Any:
         def record(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:

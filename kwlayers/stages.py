@@ -74,9 +74,9 @@ def _infer(sites: Sequence[Site]) -> dict[str, Label]:
 
 
 def _last(sites: Sequence[Site]) -> Site | None:
-    """The layer that is called last, convertible or not."""
+    """The layer that is called last, convertible or not; None if other weights follow it."""
     called = sorted((site for site in sites if site.positions), key=lambda site: site.order)
-    return called[-1] if called else None
+    return called[-1] if called and not called[-1].followed else None
 
 
 def _static(called: Sequence[Site], last: Site | None) -> dict[str, str]:

@@ -57,6 +57,7 @@ def recount_plan(
     x_shape = (1, *plan.network.input_size)
     with _single_operators(), talk_to_stderr():
         static, unseen = _fvcore(network, x_shape)
+        recurrent = _recurrent(network, x_shape, plan)
         # The published form does the operations that are counted; faster ones do others.
         convert_(network, plan, backend="published")
         counted, _ = _fvcore(network, x_shape)
@@ -74,12 +75,23 @@ def recount_plan(
     otherwise: Counter[str] = Counter()
     for group in plan.groups:
         otherwise.update(group.counted_otherwise(plan.of(group)))
+    if recurrent:
+        otherwise["recurrent layers, which it does not see"] = recurrent
     apart = [(why, more) for why, more in otherwise.items() if more]
     return [
         Recount("parameters of the built network", built, cost.params.total),
         Recount("FlopCounterMode / 2", flops, cost.macs.total, tuple(apart)),
         Recount("fvcore", sum(counted.values()), cost.macs.total, (*reasons, *apart)),
     ]
+
+
+def _recurrent(network: nn.Module, x_shape: tuple[int, ...], plan: Plan) -> int:
+    """What the static network's recurrent layers, which are one operator each, add to a count."""
+    from torch import nn
+
+    if not any(isinstance(module, nn.RNNBase) for module in network.modules()):
+        return 0
+    return _flop_counter(network, x_shape) - plan.network.macs
 
 
 @contextmanager

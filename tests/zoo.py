@@ -5,7 +5,11 @@ from __future__ import annotations
 from kwlayers.methods import NAMES
 from kwsearch import zoo
 
-IMAGES = [name for name, model in zoo.MODELS.items() if model.input_size[0] == 3]
+IMAGES = [
+    name
+    for name, model in zoo.MODELS.items()
+    if len(model.input_size) == 3 and model.input_size[0] == 3
+]
 assert "resnet18" in IMAGES
 
 # Methods that take networks of any kind; the others want a block of their own kind.

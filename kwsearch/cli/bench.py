@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 @click.command("bench")
-@click.argument("what", type=click.Choice(["model", "layers"]), default="model")
-@several(click.STRING, "--model", "resnet18", "Models.  [default: resnet18]")
+@click.argument("what", type=click.Choice(["model", "layers", "dymn"]), default="model")
+@several(click.STRING, "--model", None, "Models.  [default: resnet18; dymn: dymn10]")
 @several(RATIO, "--ratio", "1", "Ratios b, planned as by `budget`.  [default: 1]")
 @several(COUNT, "--batch", "16", "Images per step.  [default: 16]")
-@several(COUNT, "--size", None, "Pixels on a side.  [default: the model's]")
+@several(COUNT, "--size", None, "Pixels on a side; dymn: frames.  [default: the model's]")
 @trust_option
 @click.option("--train", is_flag=True, help="Training steps, too: forward, loss and backward.")
 @click.option(
@@ -73,11 +73,13 @@ def command(
     fresh process: memory that earlier ones freed would spare the published form its page faults.
     Shown are medians and quartiles, and the peak memory of one step. `layers` times every
     backend on each distinct layer instead, in one process, and says whether the best is chosen.
+    `dymn` times a DyMN by the published form of its convolutions and Dy-ReLUs and by ours.
 
     \b
     kwsearch bench --model resnet18,resnet50 --ratio 1 --train
     kwsearch bench --model resnet18 --batch 1,16 --size 32,224 --json -o bench.json
     kwsearch bench layers --model mobilenetv2_100 --threads 1
+    kwsearch bench dymn --batch 4 --train
     """
     _check(what, output, options)
     if tuned_malloc:
@@ -97,11 +99,12 @@ def command(
     results = _Results(timing.record(device, command_line), what, output)
     problem = None
     try:
-        cases = _cases(options)
-        if what == "model":
-            _bench_models(cases, results, seconds or 10.0, rounds)
+        if what == "dymn":
+            _bench_dymn(options, results, seconds or 10.0, rounds)
+        elif what == "model":
+            _bench_models(_cases(options), results, seconds or 10.0, rounds)
         else:
-            _bench_layers(cases, results, seconds or 1.0, rounds)
+            _bench_layers(_cases(options), results, seconds or 1.0, rounds)
     except KeyboardInterrupt:
         results.interrupt()
     except BenchFailed as error:
@@ -122,6 +125,13 @@ def _check(what: str, output: Path | None, options: Mapping[str, Any]) -> None:
         raise click.UsageError(f"-o {output}: there is no folder {output.parent}")
     if what == "layers" and options["backend"]:
         raise click.UsageError("bench layers times every backend: --backend is for bench model")
+    if what == "dymn":
+        given = [k for k in ("backend", "channels_last", "trust") if options[k]]
+        given += [k for k, v in (("dtype", "float32"), ("device", "cpu")) if options[k] != v]
+        given += ["ratio"] if options["ratio"] != [1.0] else []
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise click.UsageError(f"bench dymn takes no {names}")
 
 
 def _tune_malloc() -> None:
@@ -146,7 +156,7 @@ def _cases(options: Mapping[str, Any]) -> list[Case]:
     shared = ("dtype", "device", "channels_last", "backend", "trust")
     settings = {name: options[name] for name in shared}
     cases = []
-    for model, ratio in itertools.product(options["model"], options["ratio"]):
+    for model, ratio in itertools.product(options["model"] or ["resnet18"], options["ratio"]):
         default = source(model).input_size
         sizes = options["size"] or (default or ())[-1:]
         if not sizes:
@@ -164,7 +174,7 @@ class _Results:
 
     def __init__(self, record: dict[str, Any], what: str, path: Path | None) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.data = {**record, {"model": "cases", "layers": "layers"}[what]: self.rows}
+        self.data = {**record, {"model": "cases"}.get(what, what): self.rows}
         self.path = path
         self.interrupted = False
 
@@ -231,6 +241,30 @@ def _bench_layers(
         results.add(row)
 
 
+def _bench_dymn(
+    options: Mapping[str, Any], results: _Results, seconds: float, rounds: int | None
+) -> None:
+    from kwsearch import timing, zoo
+    from kwsearch.bench import BenchFailed
+    from kwsearch.bench_dymn import Case, check, measure
+
+    models = options["model"] or ["dymn10"]
+    if others := [name for name in models if zoo.get(name).builder != "DyMN"]:
+        raise click.UsageError(f"--model {', '.join(others)}: bench dymn is of DyMNs")
+    for model in models:
+        click.echo(f"comparing {model}", err=True)
+        check(model)
+    steps = ("forward", "train") if options["train"] else ("forward",)
+    sizes = options["size"] or [1000]
+    for each in itertools.product(models, options["batch"], sizes, steps):
+        case = Case(*each)
+        click.echo(f"timing {case}", err=True)
+        try:
+            results.add(timing.apart(measure, case, seconds, rounds))
+        except ChildProcessError as error:
+            raise BenchFailed(f"{case}: {error}") from None
+
+
 # Tables -------------------------------------------------------------------------------------
 
 
@@ -242,6 +276,9 @@ def _print(results: _Results) -> None:
         out.print(terminal.plain(line), soft_wrap=True)
     if "cases" in results.data:
         out.print(_case_table(results.rows))
+        return
+    if "dymn" in results.data:
+        out.print(_dymn_table(results.rows))
         return
     for _, group in itertools.groupby(results.rows, key=_case_words):
         out.print(_layer_table(list(group)))
@@ -283,6 +320,30 @@ def _case_table(rows: Iterable[Mapping[str, Any]]) -> Table:
                 f"{speedup:.2f}" if ours else "",
                 _range(row["published_over_ours_quartiles"], "{:.2f}".format) if ours else "",
                 f"{row['peak_bytes'][kind] / 1e6:,.1f}",
+            )
+        table.add_section()
+    return table
+
+
+def _dymn_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """A line for each kind."""
+    from kwsearch.bench_dymn import KINDS
+
+    table = _table(("case", "form"), ("median ms", "quartiles", "/ ours", "(quartiles)", "peak MB"))
+    for row in rows:
+        words = [row["model"], f"batch {row['batch']}, {row['frames']} frames"]
+        words.append(f"{row['step']}, {row['rounds']} rounds")
+        for text, kind in zip(words, KINDS, strict=True):
+            found = row[kind]
+            ours = kind == "ours"
+            table.add_row(
+                text,
+                kind,
+                _ms(found["seconds"]),
+                _range(found["quartiles"], _ms),
+                "" if ours else f"{found['over_ours']:.2f}",
+                "" if ours else _range(found["over_ours_quartiles"], "{:.2f}".format),
+                f"{found['peak_bytes'] / 1e6:,.1f}",
             )
         table.add_section()
     return table

@@ -52,12 +52,13 @@ def _print_zoo(as_json: bool) -> None:
         ]
         click.echo(json.dumps(entries, indent=2))
         return
+    widest = max(map(len, zoo.MODELS))
     for model in zoo.MODELS.values():
         size = "x".join(map(str, model.input_size))
         ratios = ", ".join(published.fraction(e.ratio) for e in published.of_model(model.name))
         note = f"; published at {ratios}" if ratios else ""
         click.echo(
-            f"{model.name:<16} {size:<10} {model.num_classes:>5} classes  {model.summary}{note}"
+            f"{model.name:<{widest}} {size:<13} {model.num_classes:>5} classes  {model.summary}{note}"
         )
     click.echo("timm:NAME and torchvision:NAME build theirs (`kwsearch models timm:resnext` lists")
     click.echo("names), package.module:function with --trust your own.")

@@ -36,7 +36,7 @@ class ZooModel:
     """
 
     name: str
-    input_size: tuple[int, int, int]  # (C, H, W) the published numbers refer to
+    input_size: tuple[int, ...]  # (C, H, W), of videos (C, T, H, W), of the published numbers
     num_classes: int
     summary: str
     module: str
@@ -54,6 +54,17 @@ def _imagenet(name: str, summary: str, module: str, *extra_options: str) -> ZooM
 
 # Ten seconds of sound as 128 mel bands, and AudioSet's classes.
 _MEL, _AUDIOSET = (1, 128, 1000), 527
+
+
+def _sign(trunk: str) -> ZooModel:
+    return ZooModel(
+        f"sign_{trunk}",
+        (3, 160, 224, 224),
+        1296,  # PHOENIX14's glosses and a blank
+        f"sign language from videos: {trunk} per frame, BiLSTM",
+        "kwsearch.zoo.sign",
+        flags=("dcac",),
+    )
 
 
 def _mn(tenths: int) -> ZooModel:
@@ -101,6 +112,7 @@ MODELS: dict[str, ZooModel] = {
         *(_mn(tenths) for tenths in (1, 2, 4, 5, 10, 20, 30, 40)),
         *(_dymn(tenths) for tenths in (4, 10, 20)),
         *(_dymn(tenths, replace_se=True) for tenths in (4, 10)),
+        *(_sign(trunk) for trunk in ("resnet18", "resnet34")),
     )
 }
 
@@ -119,9 +131,9 @@ def create(name: str, *, width: float = 1.0, **kwargs: int | bool) -> torch.nn.M
 
     ``num_classes`` and ``in_channels`` are accepted everywhere, ``img_size`` (the side of the
     square input) by deit_tiny; DyMNs take ``num_kernels``, ``relu_pieces``, ``context_ratio`` and
-    the flags ``replace_se``, ``no_dyconv``, ``no_dyrelu`` and ``no_ca``. ``width`` scales every
-    model's channels, each to a whole number of at least 1. Under ``torch.device("meta")`` only the
-    structure is built.
+    the flags ``replace_se``, ``no_dyconv``, ``no_dyrelu`` and ``no_ca``, networks for sign language
+    ``dcac``. ``width`` scales every model's channels, each to a whole number of at least 1. Under
+    ``torch.device("meta")`` only the structure is built.
 
     Raises `UnknownModelError`, `TypeError` for an option the model does not have, and
     `ValueError` for a value that is not a positive integer (``width``: a positive number).

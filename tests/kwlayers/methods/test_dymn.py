@@ -70,8 +70,8 @@ def test_every_convolution_of_blocks_with_a_context_is_dynamic_and_no_other() ->
 @pytest.mark.parametrize("name", ["blocks.0.context_gen.conv_f", "blocks.0.act.coef_net.0"])
 def test_what_steers_a_block_stays_as_it_is(name: str) -> None:
     site = trace(SmallSteered(), (3, 12, 12))[name]
-    assert "steers its block" in site.fixed
-    with pytest.raises(PlanError, match="steers its block"):
+    assert "makes factors or kernels with it" in site.fixed
+    with pytest.raises(PlanError, match="makes factors or kernels"):
         plan_of(SmallSteered(), settings("kernel_warehouse")).from_groups(
             trace(SmallSteered(), (3, 12, 12)),
             [{"name": "a", "layers": [name], "num_cells": 1, "cell": [1, 1, 1, 1], "ratio": 1}],
