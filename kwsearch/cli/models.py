@@ -57,8 +57,7 @@ def _print_zoo(as_json: bool) -> None:
         size = "x".join(map(str, model.input_size))
         ratios = ", ".join(published.fraction(e.ratio) for e in published.of_model(model.name))
         note = f"; published at {ratios}" if ratios else ""
-        click.echo(
-            f"{model.name:<{widest}} {size:<13} {model.num_classes:>5} classes  {model.summary}{note}"
-        )
+        name, classes = model.name.ljust(widest), f"{model.num_classes:>5} classes"
+        click.echo(f"{name} {size:<13} {classes}  {model.summary}{note}")
     click.echo("timm:NAME and torchvision:NAME build theirs (`kwsearch models timm:resnext` lists")
     click.echo("names), package.module:function with --trust your own.")
