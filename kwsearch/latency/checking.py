@@ -20,9 +20,10 @@ def check(
     table: Table, steps: Iterable[Step], note: Callable[[Subject, Mode, str], None]
 ) -> Iterator[Check]:
     """Predict each step, measure it, and yield both. Steps that the table has as wholes are left
-    out, and with a note those that it says nothing about or that cannot run. Where the machine was
-    slow, and where prediction and measurement do not agree, it is measured again, and the last
-    measurement counts, whatever it is.
+    out, and with a note those that it says nothing about or that cannot run. Measured times are
+    those of a machine on which the anchor takes as long as it usually did for the table. Where the
+    machine was slow, and where prediction and measurement do not agree, it is measured again, and
+    the last measurement counts, whatever it is.
     """
     predictor, known = Predictor(table), {whole.key for whole in table.wholes}
     device = str(table.circumstances["device"])
@@ -35,7 +36,8 @@ def check(
             predicted = predictor.step(step.calls, step.mode.batch, step.mode.training)
             for _ in range(1 + _AGAIN):
                 (times,) = measure([making], device)
-                agrees = predicted.low <= 1e3 * times.median <= predicted.high
+                ms = 1e3 * times.median * usual / times.anchor
+                agrees = predicted.low <= ms <= predicted.high
                 if agrees and times.anchor <= (1 + DRIFT) * usual:
                     break
         except (TableError, RuntimeError, MemoryError) as error:
@@ -45,7 +47,7 @@ def check(
             step.name,
             step.mode.batch,
             step.mode.training,
-            1e3 * times.median,
+            ms,
             predicted.ms,
             predicted.low,
             predicted.high,

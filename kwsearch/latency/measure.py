@@ -17,7 +17,8 @@ ROUNDS = 7
 _LONG, _FEW = 2.0, 4
 # Quartiles further apart than this part of the median are measured in more rounds.
 _SPREAD, MORE = 0.15, 14
-_ANCHORS, _PRODUCTS = 5, 12
+_ANCHORS = 5
+_PRODUCTS, _COPIES, _CALLS = 12, 2, 400
 
 
 class Timed(Protocol):
@@ -29,7 +30,7 @@ class Timed(Protocol):
 
 @dataclass(frozen=True)
 class Times:
-    """Quartiles of seconds, and the median of the anchor's meanwhile."""
+    """Quartiles of seconds, each as if the anchor had taken its median; and that median."""
 
     first: float
     median: float
@@ -45,8 +46,9 @@ class Times:
 
 @dataclass
 class Anchor:
-    """A fixed piece of work, by which it shows how fast the machine is: a product, which computes,
-    and a copy, which waits for memory that others may be using, too.
+    """A fixed piece of work, by which it shows how fast the machine is: products, which compute,
+    copies, which wait for memory that others may be using, too, and calls that do next to nothing,
+    of which small layers are made. Each takes about a third of it.
 
     The best of a few in a row: how fast it is should not depend on what was in the caches.
     """
@@ -59,21 +61,30 @@ class Anchor:
         self._a = torch.ones(192, 192, device=self.device)
         self._x = torch.ones(2**22, device=self.device)
         self._copy = torch.empty_like(self._x)
+        self._small = torch.ones(8, device=self.device)
 
-    def run(self) -> None:
-        """Once more."""
+    def run(self) -> float:
+        """Once more. Returns its seconds."""
         took = []
         for _ in range(_ANCHORS):
             begun = self._clock()
             for _ in range(_PRODUCTS):
                 self._a @ self._a
-            self._copy.copy_(self._x)
+            for _ in range(_COPIES):
+                self._copy.copy_(self._x)
+            for _ in range(_CALLS):
+                self._small.add_(0.0)
             took.append(self._clock() - begun)
         self.times.append(min(took))
+        return self.times[-1]
 
 
 def measure(making: Sequence[Callable[[], Timed]], device: str = "cpu") -> list[Times]:
-    """Time what these make, side by side: each once in every round, after one that warms up."""
+    """Time what these make, side by side: each once in every round, after one that warms up.
+
+    Seconds are divided by what the anchor took just before: so a machine that slows down changes
+    both, and not what is found.
+    """
     with talk_to_stderr():
         return _measured(making, device)
 
@@ -94,14 +105,19 @@ def _measured(making: Sequence[Callable[[], Timed]], device: str) -> list[Times]
             chosen = {name for name in chosen if _scattered(found[int(name)])}
             if not chosen:
                 break
-        anchor.run()
+        pace = anchor.run()
         for name in turns(names, round_):
             if name in chosen:
-                found[int(name)].append(timed[int(name)].seconds())
+                found[int(name)].append(timed[int(name)].seconds() / pace)
     usual = quartiles(anchor.times)[1]
-    return [Times(*quartiles(seconds), len(seconds), usual) for seconds in found]
+    return [_times(paces, usual) for paces in found]
 
 
-def _scattered(seconds: Sequence[float]) -> bool:
-    first, median, third = quartiles(seconds)
+def _times(paces: Sequence[float], usual: float) -> Times:
+    first, median, third = (usual * pace for pace in quartiles(paces))
+    return Times(first, median, third, len(paces), usual)
+
+
+def _scattered(paces: Sequence[float]) -> bool:
+    first, median, third = quartiles(paces)
     return third - first > _SPREAD * median

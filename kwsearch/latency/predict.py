@@ -47,10 +47,13 @@ class Latency:
 
 
 class Predictor:
-    """Times of calls and steps by a table. Raises TableError where it has nothing to say."""
+    """Times of calls and steps by a table, of the machine as fast as its anchor usually was there.
+
+    Raises TableError where it has nothing to say.
+    """
 
     def __init__(self, table: Table) -> None:
-        self.table = table
+        self.table = table.steadied()
         self._known: dict[str, tuple[float, float, str]] = {}
         self._fitted: dict[str, Fitted] = {}
         self._wholes: dict[tuple[int, bool], _Whole] = {}

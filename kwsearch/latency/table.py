@@ -7,9 +7,9 @@ import json
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -18,7 +18,7 @@ from kwsearch.files import alone, write_whole
 from kwsearch.latency.calls import Call
 from kwsearch.latency.measure import Times
 
-FORMAT = 1
+FORMAT = 2
 # How much slower than usual the machine may be: a part of the anchor's time.
 DRIFT = 0.1
 # What a time is of: tables that differ in one of these have nothing in common.
@@ -86,6 +86,9 @@ class Whole:
         return re.split(" b = | plan | at ", self.name)[0]
 
 
+Measured = TypeVar("Measured", bound=Entry | Whole)
+
+
 @dataclass(frozen=True)
 class Check:
     """A whole step that the table had no part in, measured against the prediction."""
@@ -120,6 +123,15 @@ class Table:
         """The usual nanoseconds of the anchor: lower quartile, for the machine at its best."""
         found = sorted(one.anchor_ns for one in self.measured())
         return float(found[len(found) // 4]) if found else 0.0
+
+    def steadied(self) -> Table:
+        """The same times as if the anchor had taken its usual time in all of them."""
+        usual = self.anchor()
+        entries = (_steadied(entry, usual / max(entry.anchor_ns, 1)) for entry in self.measured())
+        found = Table(self.circumstances, checks=self.checks)
+        for one in entries:
+            found.add([one]) if isinstance(one, Entry) else found.wholes.append(one)
+        return found
 
     def drifted(self) -> set[str]:
         """Keys of calls and whole steps that were measured while the machine was slower."""
@@ -221,6 +233,13 @@ class Table:
             table.wholes.append(Whole(name, batch, training, tuple(calls), *times))
         table.checks = [Check(*row) for row in kept["checks"]]
         return table
+
+
+def _steadied(one: Measured, factor: float) -> Measured:
+    """As if the anchor had taken that many times as long."""
+    took = "median_ns" if isinstance(one, Entry) else "measured_ns"
+    names = ("first_ns", took, "third_ns", "anchor_ns")
+    return replace(one, **{name: round(factor * getattr(one, name)) for name in names})
 
 
 @contextmanager

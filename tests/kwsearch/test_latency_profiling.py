@@ -51,7 +51,42 @@ class _Scripted:
         return next(self.left)
 
 
-def test_all_are_timed_in_every_round_and_the_scattered_ones_in_more() -> None:
+@pytest.fixture
+def pace(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the anchor takes in each round, one after the other; the last stays."""
+    left = [1.0]
+
+    def run(anchor: measure.Anchor) -> float:
+        anchor.times.append(left.pop(0) if left[1:] else left[0])
+        return anchor.times[-1]
+
+    monkeypatch.setattr(measure.Anchor, "run", run)
+    return left
+
+
+def test_a_machine_that_slows_down_changes_nothing(pace: list[float]) -> None:
+    pace[:] = [1.0, 1.0, 2.0, 2.0, 1.0, 3.0, 1.0]
+    # After a round to warm up, as much slower as the anchor is.
+    slower = [9.0, *(4 * one for one in pace)]
+    (found,) = measure.measure([lambda: _Scripted(slower, [], "one")])
+    assert (found.first, found.median, found.third) == (4, 4, 4)
+    assert (found.anchor, found.rounds) == (1.0, measure.ROUNDS)
+
+
+def test_seconds_are_those_of_the_usual_anchor(pace: list[float]) -> None:
+    pace[:] = [2.0]
+    (found,) = measure.measure([lambda: _Scripted([6.0], [], "one")])
+    assert (found.median, found.anchor) == (6.0, 2.0)
+
+
+def test_the_anchor_says_what_it_took() -> None:
+    anchor = measure.Anchor()
+    took = [anchor.run(), anchor.run()]
+    assert anchor.times == took
+    assert all(0 < one < 10 for one in took)
+
+
+def test_all_are_timed_in_every_round_and_the_scattered_ones_in_more(pace: list[float]) -> None:
     log: list[str] = []
     scripts = {"steady": [1.0], "wild": [1.0, 2.0]}
     making: list[Callable[[], Timed]] = [
@@ -229,6 +264,18 @@ def test_a_check_measures_steps_that_the_table_had_no_part_in(machine: _Machine)
     ]  # fmt: skip
     # The same calls in the same time: whole steps are to their calls as those of the table.
     assert [one.error for one in found] == pytest.approx([0, 0])
+
+
+def test_a_machine_of_another_speed_is_told_as_well(machine: _Machine) -> None:
+    """Calls, whole steps and the check are each measured at a speed of their own."""
+    table = new_table()
+    for number, _ in enumerate(Profile(table, steps("net"), lambda: None).run()):
+        machine.anchor = 1.05e-3 if number == 0 else 1e-3  # within what is not measured again
+    machine.anchor = 1.08e-3
+    found = list(check(table, steps("held out"), lambda *_: None))
+    assert [one.error for one in found] == pytest.approx([0, 0], abs=1e-4)
+    usual = 1e-6 * table.anchor()
+    assert [one.measured_ms for one in found] == pytest.approx([usual, usual], rel=1e-6)
 
 
 def test_the_summary_of_checks() -> None:
