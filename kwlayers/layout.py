@@ -127,7 +127,13 @@ class Layout:
         if any(group.grows for group in self.groups):
             return None
         plan = self.as_laid_out()
-        return plan if plan.cost().deployed <= params else None
+        deployed = plan.cost().deployed
+        if deployed > params:
+            return None
+        note = (
+            f"{deployed:,} of {params:,} parameters are used: {self.groups[0].method} needs no more"
+        )
+        return replace(plan, notes=(*plan.notes, note)) if deployed < params else plan
 
     def as_laid_out(self) -> Plan:
         """The plan with the sizes that groups have."""

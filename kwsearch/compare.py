@@ -91,7 +91,7 @@ def _entry(
         plan = meet(network, wanted, settings).plan
     except PlanError as error:
         return Entry(method, settings, None, str(error).splitlines()[0])
-    took, ms, missing = None, None, []
+    took, ms, missing = None, None, _idle(network, wanted, plan)
     try:
         took = None if memory is None else memory(plan)
     except PlanError as error:
@@ -101,6 +101,19 @@ def _entry(
     except PlanError as error:
         missing.append(f"no latency: {error}")
     return Entry(method, settings, plan, "; ".join(missing), took, ms)
+
+
+# Less of a budget than this, and a method is said not to use it.
+_USED = 0.9
+
+
+def _idle(network: Network, target: Target, plan: Plan) -> list[str]:
+    """That a plan is far below what the target allows, if it is."""
+    if not target or target.ratio is not None:
+        return []
+    deployed, allowed = plan.cost().deployed, target.params_of(network)
+    few = deployed < _USED * allowed
+    return [f"has use for {deployed:,} of the {allowed:,} parameters only"] if few else []
 
 
 def table(

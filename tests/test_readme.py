@@ -155,6 +155,28 @@ def test_the_comparison_shown_is_what_is_printed(
         assert any(other.startswith(start) for other in printed), line
 
 
+def test_the_lines_of_sound_build_the_network() -> None:
+    code = next(block for block in blocks("python") if 'zoo.create("dymn10"' in block)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    # Its 527 classes made 50.
+    assert sum(p.numel() for p in scope["model"].parameters()) == 10_548_479 - 477 * 1281
+
+
+def test_the_lines_of_microcontrollers_run_as_they_stand() -> None:
+    code = next(block for block in blocks("python") if "micronas" in block)
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 1, 128, 9), torch.tensor([0, 1, 2, 3])
+    scope: dict[str, Any] = {"x_train": x, "y_train": y, "x_valid": x, "y_valid": y}
+    exec(code, scope)
+    found = scope["found"]
+    assert found.bytes <= 10_000
+    assert found.broken == ()
+    model = scope["model"]
+    assert sum(p.numel() for p in model.parameters()) == found.params
+    assert model(x).shape == (4, 6)
+
+
 def test_the_standalone_lines_run_as_they_stand() -> None:
     import kwlayers
 

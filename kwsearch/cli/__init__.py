@@ -104,6 +104,7 @@ def _exit_code(error: ValueError) -> int | None:
     codes = {
         "BudgetError": NO_PLAN,
         "DoesNotFit": NO_PLAN,
+        "ExportFailed": FAILED,
         "StudyFailed": FAILED,
         "Unreachable": NO_PLAN,
     }

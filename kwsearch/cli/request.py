@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -83,8 +84,10 @@ class Request:
             key, value = _setting(one)
             options[key] = value
         if unknown := sorted(set(options) - set(settings.names)):
+            close = difflib.get_close_matches(unknown[0], settings.names, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
             raise PlanError(
-                f"{method.name} has no {' and no '.join(unknown)}; its settings are "
+                f"{method.name} has no {' and no '.join(unknown)}: {hint}its settings are "
                 f"{', '.join(settings.names)}"
             )
         self.settings = settings.changed(**options)

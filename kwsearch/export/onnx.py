@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from kwlayers.dynamic import DynamicLayer
-from kwsearch.export.errors import ExportError
+from kwsearch.export.errors import ExportError, ExportFailed
 
 _LIMIT = 2**31 - 2**26  # of an ONNX file, less what a graph takes
 
@@ -52,7 +52,7 @@ def export_onnx(model: nn.Module, input_size: Sequence[int], path: str | os.Path
                 dynamic_shapes=({0: "batch"},),
             )
     except Exception as error:
-        raise ExportError(f"the model cannot be written as ONNX: {_reason(error)}") from error
+        raise ExportFailed(f"the model cannot be written as ONNX: {_reason(error)}") from error
     assert made is not None
     for node in made.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, larger than small models
@@ -96,7 +96,7 @@ def _program(model: nn.Module, input_size: Sequence[int]) -> ExportedProgram:
             program = torch.export.export(twin, (x,), dynamic_shapes=({0: batch},))
     except Exception as error:
         shown = "x".join(map(str, size))
-        raise ExportError(
+        raise ExportFailed(
             f"the model cannot be exported for inputs of {shown} in batches of any size: "
             f"{_reason(error)}"
         ) from error
@@ -125,7 +125,7 @@ def _leave_out_temperatures(program: ExportedProgram) -> None:
 def _need(what: str, packages: list[str]) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(
+        raise ExportFailed(
             f"{what} needs {' and '.join(missing)}, not installed here: "
             f"`pip install {' '.join(missing)}`"
         )

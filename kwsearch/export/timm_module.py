@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kwlayers.plan import Network
 from kwlayers.sites import trace
 from kwsearch import __version__, zoo
-from kwsearch.export.errors import ExportError
+from kwsearch.export.errors import ExportError, ExportFailed
 from kwsearch.resolve import network_of, outcome_of, outputs_of
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ from typing import Any
 
 import kwlayers
 $imports
+from kwlayers.schedule import Tempered
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
@@ -124,7 +125,7 @@ class _Cooling:
     def __call__(self, model: nn.Module, args: Any) -> None:
         if model.training:
             for module in model.modules():
-                if isinstance(module, kwlayers.Attention):
+                if isinstance(module, Tempered):
                     if module.temperature.element_size() < 4:
                         raise TypeError(
                             f"a temperature in {module.temperature.dtype} cannot fall in small "
@@ -223,8 +224,10 @@ def _static(timm: Any, model: str, network: Network, classes: int) -> _Static:
         found, twin = _of_timm(timm, *TIMM_NAMES[model], network, classes)
         if _layers(twin) == _layers(network):
             return found
+    entry = zoo.get(model)
     call = f'zoo.create("{model}", num_classes=num_classes, in_channels=in_chans'
-    call += ", img_size=INPUT[1])" if "img_size" in zoo.get(model).options else ")"
+    call += "".join(f", {flag}=True" for flag in entry.static)
+    call += ", img_size=INPUT[1])" if "img_size" in entry.options else ")"
     code = f"{_REFUSAL.substitute(model=model)}model = {call}"
     return _Static("timm and kwsearch", "from kwsearch import zoo", code)
 
@@ -301,11 +304,11 @@ def _timm() -> Any:
     try:
         return importlib.import_module("timm")
     except ImportError:
-        raise ExportError(
+        raise ExportFailed(
             'a module for timm needs timm, not installed here: pip install "kwsearch[zoo]"'
         ) from None
     except RuntimeError as error:  # of torchvision, which timm imports
-        raise ExportError(
+        raise ExportFailed(
             f"importing timm fails: {error}; timm, torchvision and torch must go together"
         ) from error
 

@@ -162,10 +162,13 @@ def _model(name: str, size: networks.InputSize) -> tuple[set[_Import], str]:
     kind, colon, rest = name.partition(":")
     if not colon:
         entry = zoo.get(name)
-        options = ["num_classes=CLASSES", "in_channels=INPUT[0]"]
+        function = entry.builder or name
+        options = [f"{key}={value!r}" for key, value in entry.arguments.items()]
+        options += ["num_classes=CLASSES", "in_channels=INPUT[0]"]
         options += ["img_size=INPUT[1]"] if "img_size" in entry.options else []
-        imports, code = _pruned(entry.module, {name})
-        return imports, f"{code}\n\n\n{_make_model(name, options)}"
+        options += [f"{flag}=True" for flag in entry.static]
+        imports, code = _pruned(entry.module, {function})
+        return imports, f"{code}\n\n\n{_make_model(function, options)}"
     options = [json.dumps(rest), "num_classes=CLASSES"]
     if kind == "timm":
         options += ["in_chans=INPUT[0]"]
@@ -215,45 +218,68 @@ def _make_model(function: str, options: list[str]) -> str:
 def _pruned(module: str, wanted: set[str]) -> tuple[set[_Import], str]:
     """What `wanted` of a module of the zoo needs: imports, and source in its order.
 
-    Helpers imported from other modules of the zoo come first.
+    What it needs of other modules of ours that a network is made of comes first, each once.
+    """
+    needed: dict[str, set[str]] = {}
+    outer: set[_Import] = set()
+    _collect(module, wanted, needed, outer)
+    return outer, "\n\n\n".join(_source(name, needed[name]) for name in reversed(needed))
+
+
+def _collect(
+    module: str, wanted: set[str], needed: dict[str, set[str]], outer: set[_Import]
+) -> None:
+    """Names of modules of the zoo into `needed`, each module after all that import it; imports of
+    others into `outer`.
+    """
+    imports, pieces = _parsed(module)
+    names = needed.pop(module, set()) | wanted
+    for _ in pieces:
+        used = [_names(node) for node, _ in pieces if _defined(node) & names]
+        names = names.union(*used)
+    needed[module] = names
+    inner: dict[str, set[str]] = {}
+    for bound, found in sorted(imports.items()):
+        if bound not in names or found.module == "__future__":
+            continue
+        if found.module.startswith("kwsearch."):
+            assert found.name is not None, found
+            inner.setdefault(found.module, set()).add(found.name)
+        else:
+            outer.add(found)
+    for name, members in inner.items():
+        _collect(name, members, needed, outer)
+
+
+def _parsed(module: str) -> tuple[dict[str, _Import], list[tuple[ast.stmt, str]]]:
+    """A module's imports by the names that they bind, and its other statements with their source,
+    comments above them included.
     """
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
     text = Path(spec.origin).read_text("utf-8")
-    tree, lines = ast.parse(text), text.split("\n")
+    lines = text.split("\n")
     imports: dict[str, _Import] = {}
-    pieces: list[tuple[ast.stmt, set[str], str]] = []
+    pieces: list[tuple[ast.stmt, str]] = []
     before = 0
-    for node in tree.body:
+    for node in ast.parse(text).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             imports |= _imported(node)
         elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-            # With the comments above it.
-            piece = "\n".join(lines[before : node.end_lineno]).strip("\n")
-            pieces.append((node, _defined(node), piece))
+            pieces.append((node, "\n".join(lines[before : node.end_lineno]).strip("\n")))
         before = node.end_lineno or 0
-    needed = set(wanted)
-    for _ in pieces:
-        used = [_names(node) for node, defined, _ in pieces if defined & needed]
-        needed = needed.union(*used)
-    kept = [(node, piece) for node, defined, piece in pieces if defined & needed]
+    return imports, pieces
+
+
+def _source(module: str, names: set[str]) -> str:
+    """The statements of a module that define any of these."""
+    kept = [(node, piece) for node, piece in _parsed(module)[1] if _defined(node) & names]
     code = kept[0][1]
     for (last, _), (node, piece) in pairwise(kept):
         simple = not any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in (last, node))
         code += ("\n" if simple else "\n\n\n") + piece
-    outer, helpers = set(), []
-    for bound, found in sorted(imports.items()):
-        if bound not in needed or found.module == "__future__":
-            continue
-        if found.module.startswith("kwsearch."):
-            assert found.name is not None, found
-            more, helper = _pruned(found.module, {found.name})
-            outer |= more
-            helpers.append(helper)
-        else:
-            outer.add(found)
-    return outer, "\n\n\n".join([*helpers, code])
+    return code
 
 
 def _imported(node: ast.Import | ast.ImportFrom) -> dict[str, _Import]:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from kwlayers.context import ContextBlock, ContextGenerator, DyReLUB
 from kwlayers.methods.dymn import ContextConv2d
 from kwsearch.zoo.mn import (
+    HEAD,
     NORM,
+    STEM,
     Activation,
     InvertedResidual,
     Shape,
@@ -34,8 +36,8 @@ from kwsearch.zoo.mobilenetv2 import make_divisible
 __all__ = ["DyMN"]
 
 # Of the context, at width 1; and the kernels of the convolutions.
-_LEAST_CONTEXT, _MOST_CONTEXT = 32, 128
-_STEM, _HEAD = 16, 1280
+_LEAST_CONTEXT = 32
+_MOST_CONTEXT = 128
 
 
 class DyMNBlock(ContextBlock):
@@ -131,7 +133,7 @@ class DyMN(nn.Module):
         no_ca: bool = False,
     ) -> None:
         super().__init__()
-        stem = channels(_STEM, multiplier, width)
+        stem = channels(STEM, multiplier, width)
         least, most = (channels(c, multiplier, width) for c in (_LEAST_CONTEXT, _MOST_CONTEXT))
         self.in_c = nn.Sequential(*conv_norm(in_channels, stem, 3, stride=2), Activation(True))
         self.layers = nn.ModuleList()
@@ -145,7 +147,7 @@ class DyMN(nn.Module):
             self.layers.append(DyMNBlock(shape, context, kernels, pieces, not no_ca))
             last = shape.out_channels
         self.out_c = nn.Sequential(*conv_norm(last, 6 * last), Activation(True))
-        self.classifier = classifier(6 * last, channels(_HEAD, multiplier, width), num_classes)
+        self.classifier = classifier(6 * last, channels(HEAD, multiplier, width), num_classes)
         self.apply(init_weights)
 
     def embed(self, x: Tensor) -> Tensor:

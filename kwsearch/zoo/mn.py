@@ -23,7 +23,8 @@ __all__ = ["MN"]
 
 NORM: dict[str, Any] = {"eps": 1e-3, "momentum": 0.01}
 DROPOUT = 0.2
-_STEM, _HEAD = 16, 1280
+STEM = 16
+HEAD = 1280
 # (in, kernel, expanded, out, squeeze-and-excitation, hardswish, stride) of each block at width 1.
 _BLOCKS = (
     (16, 3, 16, 16, False, False, 1),
@@ -190,7 +191,7 @@ class MN(nn.Module):
         width: float = 1.0,
     ) -> None:
         super().__init__()
-        stem = channels(_STEM, multiplier, width)
+        stem = channels(STEM, multiplier, width)
         blocks = list(shapes(multiplier, width))
         last = blocks[-1].out_channels
         self.features = nn.Sequential(
@@ -198,7 +199,7 @@ class MN(nn.Module):
             *(InvertedResidual(shape, shape.squeezed) for shape in blocks),
             nn.Sequential(*conv_norm(last, 6 * last), Activation(True)),
         )
-        self.classifier = classifier(6 * last, channels(_HEAD, multiplier, width), num_classes)
+        self.classifier = classifier(6 * last, channels(HEAD, multiplier, width), num_classes)
         self.apply(init_weights)
 
     def embed(self, x: Tensor) -> Tensor:

@@ -457,7 +457,7 @@ def test_other_counters_agree_on_every_method_and_its_recipe_is_read_again(
     [
         (("--method", "odcon"), "is not one of"),
         (("--method", "odconv", "--set", "num_kernels"), "expected KEY=VALUE"),
-        (("--method", "odconv", "--set", "cells=3"), "odconv has no cells; its settings are"),
+        (("--method", "odconv", "--set", "cells=3"), "odconv has no cells: its settings are"),
         (("--method", "odconv", "--set", "num_kernels=0"), "num_kernels 0: allowed is a whole"),
         (("--method", "odconv", "--cell-ratio", "0.5"), "odconv has no cell_ratio"),
         (("--method", "odconv", "--ratio", "0.5"), "whole kernel or more, ratio 1"),

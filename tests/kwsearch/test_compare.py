@@ -78,6 +78,21 @@ def test_a_method_is_offered_where_the_network_is_its_kind(
     assert "dymn needs a block with a context" in out
 
 
+def test_a_method_that_cannot_use_the_budget_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    args = (
+        "resnet20",
+        "--input",
+        "1x28x28",
+        "--total-ratio",
+        "2",
+        "--methods",
+        "kernel_dna,odconv",
+    )
+    _, out, _ = run(capsys, *args)
+    assert "KernelDNA: has use for 185,662 of the 544,372 parameters only" in out
+    assert "ODConv: has use" not in out
+
+
 def test_a_ratio_is_kernels_of_each_layer(capsys: pytest.CaptureFixture[str]) -> None:
     data = found(capsys, "resnet18", "--ratio", "4", "--methods", "odconv,dyconv,dcd")
     assert {e["method"]: e["params"]["total"] for e in data["methods"]} == {

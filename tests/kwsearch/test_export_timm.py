@@ -23,6 +23,7 @@ from kwsearch.export.timm_module import TIMM_NAMES, module_name, timm_module, wr
 from kwsearch.networks import trace_model
 from kwsearch.recipe import Recipe, load_recipe, parse_recipe
 from kwsearch.resolve import network_of, outcome_of
+from tests.zoo import IMAGES
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 pytestmark = pytest.mark.usefixtures("timm", "one_thread")
@@ -83,7 +84,7 @@ def train_a_step(model: Any, channels: int, side: int, classes: int) -> None:
 # The network ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", IMAGES)
 def test_timm_builds_the_layers_of_the_zoo_under_the_same_names(
     name: str, timm: ModuleType
 ) -> None:
