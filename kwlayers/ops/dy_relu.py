@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
+
+from kwlayers.ops.device import stands
 
 # Of pieces at a time: they stay in a core's cache where samples are small enough.
 _CHUNK_BYTES = 2**20
@@ -27,8 +30,15 @@ def dy_relu(x: Tensor, slopes: Tensor, offsets: Tensor, gates: Sequence[Tensor] 
     Has first derivatives; torch.func, compilers and tracing get `dy_relu_ref`, which has any.
     Raises ValueError for shapes that do not fit.
     """
+    if torch.compiler.is_compiling():
+        return dy_relu_ref(x, slopes, offsets, gates)
+    tensors = (x, slopes, offsets, *gates)
+    if has_torch_function(tensors):  # one function, like torch's own
+        found: Tensor = handle_torch_function(dy_relu, tensors, x, slopes, offsets, gates)
+        return found
     _check(x, slopes, offsets, gates)
-    if x.is_meta or torch.compiler.is_compiling() or _watched():
+    # Without data, where only multiply-adds count, operators that the counter knows.
+    if (x.is_meta and not stands()) or _watched():
         return dy_relu_ref(x, slopes, offsets, gates)
     out: Tensor = _DyReLU.apply(x, slopes, offsets, *gates)  # type: ignore[no-untyped-call]
     return out

@@ -117,6 +117,14 @@ def test_a_layer_of_another_method_is_one_call(method: str) -> None:
     assert convs == len(static)
 
 
+def test_a_dy_relu_with_its_gates_is_one_call() -> None:
+    name, size = network_for("dymn")
+    model = planning_model(name, size).to("meta")
+    kinds = by_kind(calls_of(model, 2, size, training=True))
+    assert kinds["dy_relu training"] == 15
+    assert not any(kind.startswith(("addcmul", "maximum")) for kind in kinds)
+
+
 def test_tokens_of_a_linear_layer_are_no_calls_of_their_own() -> None:
     """Nor does its input count as read by another call, whose gradient would be added up."""
     model = nn.Sequential(nn.Linear(12, 32), nn.Linear(32, 64), nn.Linear(64, 32), nn.Flatten())

@@ -70,6 +70,13 @@ def test_so_can_layers_of_all_methods(method: str, training: bool) -> None:
             assert all(torch.isfinite(tensor).all() for tensor in run.own), call
 
 
+def test_so_can_a_dy_relu() -> None:
+    name, size = network_for("dymn")
+    found = calls_of(planning_model(name, size).to("meta"), 2, size, training=True)
+    for call in [call for call in found if call.kind.startswith("dy_relu")][:3]:
+        assert Replay(call).seconds() > 0, call
+
+
 def test_the_clock_is_read_around_calls_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that ticks whenever it is read says how often it was."""
     monkeypatch.setattr(Replay, "_start", lambda replay: 0.0)

@@ -22,17 +22,21 @@ from tests.zoo import IMAGES
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def plan_of(name: str, size: tuple[int, ...], ratio: float | None) -> kwlayers.Plan | None:
+def plan_of(name: str, size: tuple[int, ...], ratio: float | str | None) -> kwlayers.Plan | None:
+    """ratio: of KernelWarehouse, or another method by its name, as published."""
     if ratio is None:
         return None
+    if isinstance(ratio, str):
+        settings = find(ratio).settings()
+        return kwlayers.plan_model(planning_model(name, size), size, method=settings)
     return kwlayers.plan_model(planning_model(name, size), size, ratio=ratio)
 
 
-def counted(name: str, size: tuple[int, ...], ratio: float | None, step: Step) -> Memory:
+def counted(name: str, size: tuple[int, ...], ratio: float | str | None, step: Step) -> Memory:
     return memory_of(partial(planning_model, name, size), plan_of(name, size, ratio), size, step)
 
 
-def measured(name: str, size: tuple[int, ...], ratio: float | None, step: Step) -> int:
+def measured(name: str, size: tuple[int, ...], ratio: float | str | None, step: Step) -> int:
     """What the profiler sees in the second step, and what was there before."""
     from kwsearch import memory
 
@@ -109,6 +113,25 @@ def test_it_is_what_the_profiler_sees_of_every_model(
     name: str, ratio: float | None, training: bool, batch: int
 ) -> None:
     check(name, 64, ratio, Step(batch, training), within=0.05)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    ("name", "ratio"),
+    [
+        ("mn04", None),
+        pytest.param("dymn04", None, marks=pytest.mark.slow),
+        pytest.param("dymn04", 1, marks=pytest.mark.slow),
+        ("dymn04", "dymn"),
+    ],
+)
+def test_so_it_is_of_networks_for_sound(
+    name: str, ratio: float | str | None, training: bool
+) -> None:
+    size, step = (1, 64, 100), Step(4, training)
+    assert counted(name, size, ratio, step).total == pytest.approx(
+        measured(name, size, ratio, step), rel=0.05
+    )
 
 
 @pytest.mark.parametrize(
