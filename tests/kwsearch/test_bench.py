@@ -107,6 +107,7 @@ def test_apart_is_another_process_with_the_same_threads() -> None:
     assert APART(torch.get_num_threads) == 1
 
 
+@pytest.mark.slow
 def test_apart_passes_errors_on_and_notices_a_death() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         APART(int, "seven")
@@ -236,6 +237,7 @@ def test_equal_paths_pass_and_much_is_compared() -> None:
     assert "by gemm" in found.what
 
 
+@pytest.mark.slow
 def test_the_paths_of_the_case_are_compared_not_those_of_the_check() -> None:
     large = Case("resnet18", 1.0, 16, 224)
     (found,) = bench_equality.check(large)
@@ -419,6 +421,7 @@ def test_a_layer_has_the_static_layers_output() -> None:
             assert (static.transpose(1, 2) if call.linear else static).shape == mixed.shape
 
 
+@pytest.mark.slow
 def test_refused_backends_show_as_a_dash(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     def nowhere(*given: Any) -> Tensor:
         raise ValueError("nothing here")

@@ -136,6 +136,7 @@ needs_proc = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_proc
 def test_killed_workers_and_drivers_lose_and_double_nothing(tmp_path: Path) -> None:
     kills = kill_all(tmp_path, trials=6, kills=1, epoch_s=0.02, seed=0)

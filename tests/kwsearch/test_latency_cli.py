@@ -420,6 +420,7 @@ def limited(directory: Path, lut: Path, *more: str) -> test_optimize.optimize.St
     return test_optimize.study(directory, *overrides)[0]
 
 
+@pytest.mark.slow
 def test_every_plan_of_a_search_keeps_the_limit_of_latency(lut: Path, tmp_path: Path) -> None:
     few = "search.trials=6"
     free = test_optimize.run(limited(tmp_path / "free", lut, few), test_optimize.score)
@@ -448,6 +449,7 @@ def test_every_plan_of_a_search_keeps_the_limit_of_latency(lut: Path, tmp_path: 
         assert latency(Plan.from_groups(network, trial.user_attrs["groups"])).high <= limit
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_the_latency(
     run: Run, lut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

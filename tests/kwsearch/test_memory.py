@@ -138,9 +138,9 @@ def test_so_it_is_of_networks_for_sound(
     "settings",
     [
         {"optimizer": "adamw"},
-        {"channels_last": True},
+        pytest.param({"channels_last": True}, marks=pytest.mark.slow),
         pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
-        {"dtype": "bfloat16", "training": False},
+        pytest.param({"dtype": "bfloat16", "training": False}, marks=pytest.mark.slow),
         {"checkpointing": True},
     ],
     ids=str,
@@ -190,6 +190,7 @@ def test_kernels_of_samples_are_kept_where_the_published_form_is_taken() -> None
     assert (second - first) / 4 > kernels
 
 
+@pytest.mark.slow
 def test_checkpointing_and_autocast_need_less() -> None:
     size = (3, 32, 32)
     usual = counted("resnet20", size, 1, Step(32))

@@ -917,6 +917,7 @@ def test_budgets_of_a_sweep_are_of_the_budgets_kind(tmp_path: Path) -> None:
         study(tmp_path, *SWEEP, "search.sampler=nsgaii")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
 def test_samplers_of_a_sweep_see_their_own_budget_only(tmp_path: Path, sampler: str) -> None:
     """How accurate the plans of another budget are changes nothing but which is best there."""
@@ -1369,6 +1370,7 @@ def test_a_network_that_gives_no_classes_is_refused_before_anything_is_trained(
         run(search, score)
 
 
+@pytest.mark.slow
 def test_own_code_is_trained_in_processes_of_their_own(
     tmp_path: Path, own_code: Callable[[str], str]
 ) -> None:

@@ -115,6 +115,7 @@ def search(folder: Path, *overrides: str) -> int:
     return run(["optimize", str(folder / "r.yaml"), *overrides, "--run-dir", str(folder / "run")])
 
 
+@pytest.mark.slow
 def test_all_trials_of_a_study_start_from_static_networks_of_their_width(tmp_path: Path) -> None:
     assert search(tmp_path, "--quiet") == 0
     files = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("static_*.pt"))
@@ -145,6 +146,7 @@ def test_a_static_start_is_the_untrained_static_network(images: proxy.ProxyData)
         torch.testing.assert_close(kept[0].train()(x), static(x), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_search_may_start_from_untrained_static_networks(tmp_path: Path) -> None:
     assert search(tmp_path, "proxy.init=static", "search.trials=2", "--quiet") == 0
     assert not list((tmp_path / "run" / "checkpoints").glob("static_*.pt"))

@@ -13,6 +13,7 @@ from torch import nn
 from kwlayers.plan import PlanError
 from kwsearch import zoo
 from kwsearch.static_twin import NoTwin, static_twin
+from tests.zoo import IMAGES
 
 # What each architecture's width scales, from its paper's table of channels.
 CHANNELS = {
@@ -72,7 +73,7 @@ def test_half_of_resnet20_by_hand() -> None:
     assert twin.macs == macs
 
 
-LARGE = ("resnet101", "mobilenetv2_100", "resnet34")
+LARGE = ("resnet101", "mobilenetv2_100", "resnet34", "resnet50", "convnext_tiny")
 
 
 def quick_or_slow(name: str, *more: float) -> object:
@@ -80,7 +81,7 @@ def quick_or_slow(name: str, *more: float) -> object:
     return pytest.param(name, *more, marks=pytest.mark.slow if name in LARGE else ())
 
 
-@pytest.mark.parametrize("name", [quick_or_slow(name) for name in zoo.MODELS])
+@pytest.mark.parametrize("name", [quick_or_slow(name) for name in IMAGES])
 def test_the_budget_of_the_published_network_gives_that_network(name: str) -> None:
     with torch.device("meta"):
         published = params_of(zoo.create(name))
@@ -92,13 +93,13 @@ def test_the_budget_of_the_published_network_gives_that_network(name: str) -> No
 @pytest.mark.parametrize(
     ("name", "ratio"),
     [
-        *(quick_or_slow(name, 0.7) for name in zoo.MODELS),
+        *(quick_or_slow(name, 0.7) for name in IMAGES),
         ("mobilenetv2_100", 1.3),
         ("convnext_tiny", 2.0),
     ],
 )
 def test_it_keeps_the_budget_and_the_next_wider_one_does_not(name: str, ratio: float) -> None:
-    assert set(CHANNELS) == set(zoo.MODELS)
+    assert set(CHANNELS) == set(IMAGES)
     entry = zoo.get(name)
     budget = int(ratio * params_of(on_meta(name, 1.0)))
     twin = static_twin(name, budget, entry.input_size, entry.num_classes)
@@ -110,7 +111,10 @@ def test_it_keeps_the_budget_and_the_next_wider_one_does_not(name: str, ratio: f
     assert params_of(on_meta(name, wider)) > budget
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2_100", "convnext_tiny", "deit_tiny", "resnet50"])
+@pytest.mark.parametrize(
+    "name",
+    [quick_or_slow(n) for n in ("mobilenetv2_100", "convnext_tiny", "deit_tiny", "resnet50")],
+)
 def test_a_twin_takes_its_images_and_has_its_classes(name: str) -> None:
     twin = static_twin(name, 2_000_000, (1, 32, 32), 7)
     model = twin.create()

@@ -75,6 +75,7 @@ def test_inference_takes_less_and_has_no_optimizer(
     assert "memory of a forward pass, batch 8, float32, on cpu: " in out
 
 
+@pytest.mark.slow
 def test_nothing_fits_a_memory_below_the_weights(
     run: Callable[..., tuple[int, str, str]],
 ) -> None:

@@ -936,6 +936,7 @@ def test_the_script_runs_alone(folder: Path, tmp_path: Path) -> None:
     assert checkpoint(tmp_path / "out")["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_two_processes_see_as_many_images_as_one(
     folder: Path, script: ModuleType, tmp_path: Path
 ) -> None:

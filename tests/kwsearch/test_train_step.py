@@ -101,6 +101,7 @@ def test_trials_on_gpus_share_them_in_turns(monkeypatch: pytest.MonkeyPatch) -> 
     assert train_step.gpus(Proxy()) == ["3", "5"]
 
 
+@pytest.mark.slow
 def test_the_memory_limit_turns_away_plans_before_they_are_trained(tmp_path: Path) -> None:
     from tests.kwsearch import test_optimize
 

@@ -347,6 +347,7 @@ def test_the_zoo_knows_them() -> None:
         assert model.classifier.out_features == entry.num_classes
 
 
+@pytest.mark.slow
 def test_other_counters_differ_by_the_recurrent_layers_only() -> None:
     size = (3, 20, 32, 32)
     model = build_model("sign_resnet18", size, 7)

@@ -79,6 +79,15 @@ def for_small(method: str, **changes: Any) -> Any:
     return settings(method, **narrow, **changes)
 
 
+def to_count(cases: Iterable[Any]) -> list[Any]:
+    """Cases of which those of the deepest backbones are slow, where others are like them."""
+    deep = ("resnet50", "resnet101", "resnet34")
+    return [
+        pytest.param(*case, marks=pytest.mark.slow if case[0] in deep else ())
+        for case in map(tuple, cases)
+    ]
+
+
 def to_build(cases: Iterable[Any], name: int = 0) -> list[Any]:
     """Cases of which those of large backbones are slow. name: where a case has the backbone's."""
     return [
