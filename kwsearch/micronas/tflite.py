@@ -1,0 +1,270 @@
+"""An int8 TensorFlow Lite file of a trained network, what it gets right, and the memory it needs.
+
+litert-torch converts, ai-edge-quantizer calibrates and rounds after training: weights per channel,
+activations per tensor, biases int32, input and output int8. The file has the operators of
+`kwsearch.micronas.space.operators` in their order, but for the first convolution, which the
+converter makes depthwise as its input has one channel: its cycles are not those of a table of
+conv2d. The converter leaves transposes and explicit zeros around convolutions of channels first
+whose output has several readers, so tensors are (B, T, S, C) here, and padding is the convolution's
+own where both ends get as many zeros.
+
+The interpreter does not tell its arena, so both sizes are computed from the file, where a tensor
+lives from the operator that writes it to the last that reads it:
+
+- live_bytes is the largest sum of tensors alive, which no arena goes below.
+- arena_bytes places the tensors largest first, each at the lowest free offset that is a multiple of
+  16, as TensorFlow Lite Micro's greedy planner. The kernels' scratch and what the interpreter keeps
+  for itself come on top.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kwsearch.micronas.peak_memory import peak_bytes
+from kwsearch.micronas.space import Operator
+from kwsearch.micronas.supernet import Network, SameConv2d, same_padding
+
+ALIGNMENT = 16
+PACKAGES = ("litert_torch", "ai_edge_quantizer", "ai_edge_litert")
+_PER_LINE = 12
+
+
+class TFLiteError(ValueError):
+    """A file that cannot be made or checked."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Of one file. predicted_bytes: `peak_bytes` of the network it was made of."""
+
+    accuracy: float
+    file_bytes: int
+    live_bytes: int
+    arena_bytes: int
+    predicted_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Arena by prediction."""
+        return self.arena_bytes / self.predicted_bytes
+
+
+class _ChannelsLast(nn.Module):
+    """A network with its softmax. x: (B, T, S, 1)  out: (B, classes) probabilities"""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = {"input": x}
+        for one in self.network.operators:
+            made[one.name] = out = self._run(one, [made[name] for name in one.inputs])
+        return out
+
+    def _run(self, one: Operator, inputs: list[Tensor]) -> Tensor:
+        if one.key.kind == "add":
+            return inputs[0] + inputs[1]
+        (x,) = inputs
+        if one.key.kind == "conv2d":
+            conv = self.network.convs[one.name.replace(".", "_")]
+            assert isinstance(conv, SameConv2d)
+            x = _conv(x, conv)
+            return F.relu(x) if one.relu else x
+        return x.mean((1, 2)) if one.key.kind == "gap2d" else torch.softmax(x, 1)
+
+
+def _conv(x: Tensor, conv: SameConv2d) -> Tensor:
+    """x: (B, H, W, C)  out: (B, H', W', O)"""
+    sides = zip(x.shape[1:3], conv.kernel_size, conv.stride, strict=True)
+    (top, bottom), (left, right) = (same_padding(*side) for side in sides)
+    padding = (top, left)
+    if (top, left) != (bottom, right):
+        x, padding = F.pad(x, (0, 0, left, right, top, bottom)), (0, 0)
+    out = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride, padding)
+    return out.permute(0, 2, 3, 1)
+
+
+def export(model: Network, windows: Tensor, path: Path) -> None:
+    """Write a trained network as int8; the ranges of its activations are those over `windows`.
+
+    windows: (N, 1, T, S), some of the training set, normalised as in training. The file takes one
+    window (1, T, S, 1). The model is not changed. Raises TFLiteError.
+    """
+    _need()
+    _check_windows(model, windows)
+    x = windows.detach().float().cpu().permute(0, 2, 3, 1).contiguous()
+    training = [part for part in model.modules() if part.training]
+    try:
+        path.write_bytes(_quantized(_ChannelsLast(model).eval(), x))
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _quantized(model: nn.Module, x: Tensor) -> bytes:
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")  # of torch's and the packages' private functions
+        import litert_torch
+        from ai_edge_quantizer import quantizer, recipe
+
+        floating = str(Path(folder) / "float.tflite")
+        litert_torch.convert(model, (x[:1],)).export(floating)
+        made = quantizer.Quantizer(floating, recipe.static_wi8_ai8())
+        data = {"serving_default": [{"args_0": one[None].numpy()} for one in x]}
+        ranges = made.calibrate(data, num_threads=1)
+        found = made.quantize(ranges, enable_progress_report=False).quantized_model
+    return bytes(found)
+
+
+def header(path: Path, name: str) -> Path:
+    """Write the file beside itself as a C header with the array `name` and `name`_len; its path.
+
+    Raises TFLiteError for a name that is none in C.
+    """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise TFLiteError(
+            f"name {name!r}: must be letters, digits and _, and not begin with a digit"
+        )
+    content = path.read_bytes()
+    rows = [content[i : i + _PER_LINE] for i in range(0, len(content), _PER_LINE)]
+    numbers = "\n".join(f"    {', '.join(f'0x{byte:02x}' for byte in row)}," for row in rows)
+    target = path.with_suffix(".h")
+    target.write_text(
+        "#pragma once\n\n#ifndef __cplusplus\n#include <stdalign.h>\n#endif\n\n"
+        f"alignas({ALIGNMENT}) static const unsigned char {name}[] = {{\n{numbers}\n}};\n"
+        f"static const unsigned int {name}_len = {len(content)};\n",
+        encoding="ascii",
+    )
+    return target
+
+
+def check(path: Path, network: tuple[Operator, ...], x: Tensor, y: Tensor) -> Check:
+    """Run the file in the LiteRT interpreter. x: (N, 1, T, S)  y: (N,) classes
+
+    network: what it was made of. Raises TFLiteError.
+    """
+    _need()
+    if len(x) == 0 or x.shape[0] != len(y):
+        raise TFLiteError(f"{len(x)} windows and {len(y)} classes: must be as many, at least one")
+    right = int((run(path, x).argmax(1) == y.cpu()).sum())
+    content = path.read_bytes()
+    lives = tensors(content)
+    arena = max(end for _, end in placed(lives))
+    return Check(right / len(x), len(content), live(lives), arena, peak_bytes(network))
+
+
+def run(path: Path, x: Tensor) -> Tensor:
+    """x: (N, 1, T, S)  out: (N, classes) probabilities, of int8"""
+    _need()
+    import numpy as np
+    from ai_edge_litert.interpreter import Interpreter
+
+    net = Interpreter(str(path), num_threads=1)
+    net.allocate_tensors()
+    (read,), (written,) = net.get_input_details(), net.get_output_details()
+    if (size := tuple(x[:1].permute(0, 2, 3, 1).shape)) != tuple(read["shape"]):
+        raise TFLiteError(f"windows of {size}: {path} takes {tuple(map(int, read['shape']))}")
+    (scale, zero), (out_scale, out_zero) = read["quantization"], written["quantization"]
+    rows = []
+    for one in x.detach().float().cpu().permute(0, 2, 3, 1).numpy():
+        whole = np.clip(np.round(one / scale) + zero, -128, 127).astype(np.int8)
+        net.set_tensor(read["index"], whole[None])
+        net.invoke()
+        rows.append(torch.from_numpy(net.get_tensor(written["index"])[0].astype(np.float32)))
+    found: Tensor = (torch.stack(rows) - out_zero) * out_scale
+    return found
+
+
+@dataclass(frozen=True)
+class Life:
+    """Of a tensor: its bytes, and the first and the last operator that it is there for."""
+
+    nbytes: int
+    first: int
+    last: int
+
+
+def tensors(content: bytes) -> list[Life]:
+    """Those of a file's operators that are no constants."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    model: Any = schema.ModelT.InitFromPackedBuf(content, 0)
+    graph = model.subgraphs[0]
+    written = {int(one) for op in graph.operators for one in op.outputs}
+    spans: dict[int, tuple[int, int]] = {}
+    for number, op in enumerate(graph.operators):
+        for one in map(int, (*op.inputs, *op.outputs)):
+            if one in written or one in graph.inputs:
+                spans[one] = (spans.get(one, (number, number))[0], number)
+    wide = {schema.TensorType.INT8: 1, schema.TensorType.INT32: 4, schema.TensorType.FLOAT32: 4}
+    found = []
+    for one, span in spans.items():
+        tensor = graph.tensors[one]
+        found.append(Life(math.prod(map(int, tensor.shape)) * wide[tensor.type], *span))
+    return found
+
+
+def operator_names(content: bytes) -> list[str]:
+    """The operators of a file in their order, as TensorFlow Lite calls them."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
+    model: Any = schema.ModelT.InitFromPackedBuf(content, 0)
+    codes = [one.builtinCode for one in model.operatorCodes]
+    return [names[codes[op.opcodeIndex]] for op in model.subgraphs[0].operators]
+
+
+def live(lives: list[Life]) -> int:
+    """The largest sum of bytes that are there at once."""
+    ends = range(max(one.last for one in lives) + 1)
+    return max(sum(one.nbytes for one in lives if one.first <= i <= one.last) for i in ends)
+
+
+def placed(lives: list[Life]) -> list[tuple[int, int]]:
+    """Offsets where each begins and ends in an arena, largest first."""
+    done: list[tuple[Life, int, int]] = []
+    for one in sorted(lives, key=lambda life: -life.nbytes):
+        size = -(-one.nbytes // ALIGNMENT) * ALIGNMENT
+        begin = 0
+        for other, start, end in sorted(done, key=lambda place: place[1]):
+            if other.last < one.first or one.last < other.first:
+                continue
+            if begin + size <= start:
+                break
+            begin = max(begin, end)
+        done.append((one, begin, begin + size))
+    return [(start, end) for _, start, end in done]
+
+
+def _check_windows(model: Network, windows: Tensor) -> None:
+    steps, sensors, channels = model.operators[0].key.inputs[0]
+    size = (channels, steps, sensors)
+    if windows.dim() != 4 or tuple(windows.shape[1:]) != size or not len(windows):
+        raise TFLiteError(
+            f"windows of shape {tuple(windows.shape)}: must be (N, {', '.join(map(str, size))}), "
+            "at least one"
+        )
+    if not windows.isfinite().all():
+        raise TFLiteError("windows: some values are not finite; calibrate with clean ones")
+
+
+def _need() -> None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TFLiteError(
+            f"int8 TensorFlow Lite needs {' and '.join(missing)}, not installed here: "
+            '`pip install "kwsearch[mcu]"`'
+        )
