@@ -32,7 +32,7 @@ class Diverged(ArithmeticError):
 class ProxyData:
     """Examples to train on and to score on, on the training device.
 
-    mean, std: (1, C, 1, 1) of the training examples as floats.
+    mean, std: (1, C, 1, 1) of the training examples as floats; (1, 1, 1, S) of series.
     """
 
     train: data.Images
@@ -75,16 +75,23 @@ def load(proxy: Proxy, input_size: tuple[int, ...]) -> ProxyData:
 
 
 def _check_kind(images: data.Images, proxy: Proxy) -> None:
-    if not isinstance(images, data.Clips):
+    if isinstance(images, data.Clips):
+        kind, size = "sound, whose mel bands and frames", "1x128x500 for 5 seconds"
+        mirrored = "time"
+    elif isinstance(images, data.Series):
+        kind, size = "time series, whose samples and sensors", "1x128x9"
+        mirrored = "the order of sensors"
+    else:
         return
     if proxy.resolution is not None:
         raise data.DataError(
-            f"proxy.resolution {proxy.resolution}: of images; {images.name} is sound, whose mel "
-            "bands and frames the recipe's input has, e.g. 1x128x500 for 5 seconds"
+            f"proxy.resolution {proxy.resolution}: of images; {images.name} is {kind} the "
+            f"recipe's input has, e.g. {size}"
         )
     if proxy.augment == "flip":
         raise data.DataError(
-            f"proxy.augment flip: it would turn time around in {images.name}; try shift, or none"
+            f"proxy.augment flip: it would turn {mirrored} around in {images.name}; try shift, or "
+            "none"
         )
 
 

@@ -1,4 +1,4 @@
-"""Data sets for short proxy trainings, whole in memory: images as uint8, sound as log-mels.
+"""Data sets for short proxy trainings, in memory: images, log-mels of sound, time series.
 
 >>> from kwsearch import data
 >>> train = data.load("digits")
@@ -15,6 +15,7 @@ from kwsearch.data.audio_folder import Clips
 from kwsearch.data.errors import DataError
 from kwsearch.data.images import Images, Split, fingerprint, resize, split_holdout, subset
 from kwsearch.data.loading import NAMES, load, places
+from kwsearch.data.series import Series, windows
 from kwsearch.data.teacher import taught
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Clips",
     "DataError",
     "Images",
+    "Series",
     "Split",
     "fingerprint",
     "load",
@@ -30,4 +32,5 @@ __all__ = [
     "split_holdout",
     "subset",
     "taught",
+    "windows",
 ]

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kwsearch.data import audio_folder, cifar, idx, image_folder, npz
+from kwsearch.data import audio_folder, cifar, idx, image_folder, npz, ts, uci_har
 from kwsearch.data.errors import DataError
 from kwsearch.data.images import Images, Split, check_size, resize
+from kwsearch.data.series import Series
 from kwsearch.files import is_url
 
 _SYSTEM = Path("/usr/share/datasets")
@@ -80,11 +81,19 @@ _KNOWN = {
         audio_folder.LOOKED_FOR,
         "try unpacking an archive of https://github.com/karolpiczak/ESC-50 there",
     ),
+    "uci_har": _Known(
+        ("UCI HAR Dataset", "uci-har"),
+        6,
+        uci_har.holds,
+        uci_har.LOOKED_FOR,
+        "try unpacking the archive of https://archive.ics.uci.edu/dataset/240 there",
+    ),
 }
 NAMES = ("digits", *_KNOWN)
 _PATHS = (
     "or the path or URL of a folder of IDX files, a CIFAR folder, a folder of class folders, "
-    "an ESC-50 folder or a .npz file"
+    "an ESC-50 folder, a UCI-HAR folder, a folder of NAME_TRAIN.ts and NAME_TEST.ts, "
+    "or a _TRAIN.ts or .npz file"
 )
 
 
@@ -100,7 +109,9 @@ def load(
     source: one of `NAMES`, or a path, or a URL such as s3://bucket/images; a name wins over a
     folder called so, `./digits` is the path. size: (H, W) to resize to; needed where the images of
     a folder differ in size. Of sound it is mel bands and frames, 100 a second, and the clips are
-    `audio_folder.Clips`. fold: of ESC-50's, the test part; 1 if None.
+    `audio_folder.Clips`. Of time series it is samples and sensors: the windows, which are
+    `series.Series`, are padded to it or cut at it from a recording. fold: of ESC-50's, the test
+    part; 1 if None.
 
     Raises DataError.
     """
@@ -113,7 +124,8 @@ def load(
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error})") from error
     if fold is not None and not isinstance(images, audio_folder.Clips):
-        raise DataError(f"{source}: fold {fold} of images; only ESC-50's sound has folds")
+        kind = "time series" if isinstance(images, Series) else "images"
+        raise DataError(f"{source}: fold {fold} of {kind}; only ESC-50's sound has folds")
     return images if size is None else resize(images, size)
 
 
@@ -143,9 +155,11 @@ def _read(
     if path.is_dir():
         return _folder(path, split, size, fold)
     if path.suffix.lower() == ".npz":
-        return npz.read(path, split)
+        return npz.read(path, split, size)
+    if path.suffix.lower() == ".ts":
+        return ts.read(path, split, size)
     raise DataError(
-        f"{source}: not a folder and not a .npz file; allowed {', '.join(NAMES)}, {_PATHS}"
+        f"{source}: not a folder, a .npz or a .ts file; allowed {', '.join(NAMES)}, {_PATHS}"
     )
 
 
@@ -192,13 +206,18 @@ def _folder(folder: Path, split: Split, size: tuple[int, int] | None, fold: int 
     layout = cifar.find(folder)
     if layout is not None:
         return cifar.read(folder, split, layout)
-    if audio_folder.holds(folder):  # before images, whose train/ it shares
+    if uci_har.holds(folder):  # it and sound before images, whose train/ they share
+        return uci_har.read(folder, split, size)
+    if audio_folder.holds(folder):
         return audio_folder.read(folder, split, size, fold)
+    if ts.holds(folder):
+        return ts.read(folder, split, size)
     if image_folder.holds(folder):
         return image_folder.read(folder, split, size)
     raise DataError(
         f"{folder}: no images found; looked for {idx.LOOKED_FOR}; {cifar.LOOKED_FOR}; "
-        f"{image_folder.LOOKED_FOR}; {audio_folder.LOOKED_FOR}"
+        f"{image_folder.LOOKED_FOR}; {audio_folder.LOOKED_FOR}; {uci_har.LOOKED_FOR}; "
+        f"{ts.LOOKED_FOR}"
     )
 
 

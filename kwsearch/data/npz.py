@@ -1,4 +1,10 @@
-"""A .npz file of arrays x_train, y_train, x_test, y_test, or x and y; never pickled objects."""
+"""A .npz file of arrays x_train, y_train, x_test, y_test, or x and y; never pickled objects.
+
+x are images. Time series are called series instead: windows (N, samples, sensors) with a label
+each, or one recording (samples, sensors) with a label for each sample, from which windows are cut
+that overlap by half. A series without parts has every fifth window as test, as images have, and a
+recording its last fifth, so that no window is in both.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +15,15 @@ import torch
 
 from kwsearch.data.errors import DataError
 from kwsearch.data.images import Images, Split
+from kwsearch.data.series import Series, finite, fitted, windows
 
-_TRY = "try np.savez(path, x_train=…, y_train=…, x_test=…, y_test=…)"
+_TRY = (
+    "try np.savez(path, x_train=…, y_train=…, x_test=…, y_test=…), "
+    "of time series with series_train=… and series_test=…"
+)
 _MAX_CHANNELS = 4
-_KNOWN = ("x", "y", "x_train", "y_train", "x_test", "y_test")
+_IMAGES = ("x", "y", "x_train", "y_train", "x_test", "y_test")
+_SERIES = ("series", "series_train", "series_test")
 
 
 def is_test(index: np.ndarray) -> np.ndarray:
@@ -21,31 +32,97 @@ def is_test(index: np.ndarray) -> np.ndarray:
     return mask
 
 
-def read(path: Path, split: Split) -> Images:
-    """One split; of plain x and y every fifth image, from the first, is test."""
+def read(path: Path, split: Split, size: tuple[int, int] | None = None) -> Images:
+    """One split; of plain x and y every fifth image, from the first, is test.
+
+    size: (samples, sensors) of series, which windows are padded to or cut from a recording at.
+    """
     arrays = _arrays(path)
+    series = [name for name in _SERIES if name in arrays]
+    if not series:
+        return _images(path, arrays, split)
+    beside = [name for name in arrays if name.startswith("x")]
+    if beside:
+        raise DataError(
+            f"{path}: holds {', '.join(series)} and {', '.join(beside)}; allowed series or images, "
+            "in a file each"
+        )
+    return _series(path, arrays, split, size)
+
+
+def _images(path: Path, arrays: dict[str, np.ndarray], split: Split) -> Images:
     in_parts = "x_train" in arrays or "x_test" in arrays
     ending = f"_{split}" if in_parts else ""
     x, y = _array(path, arrays, f"x{ending}"), _array(path, arrays, f"y{ending}")
     _check_shapes(path, x, y)
     pixels = _as_nchw(path, _as_uint8(path, x))
-    labels = {name: _as_labels(path, arrays[name]) for name in arrays if name.startswith("y")}
+    labels = _all_labels(path, arrays)
     y = labels[f"y{ending}"]
     if not in_parts:
-        part = is_test(np.arange(len(y))) == (split == "test")
-        if not part.any():
-            raise DataError(f"{path}: {len(y)} image(s) leave none for {split}; {_TRY}")
+        part = _part(path, len(y), split)
         pixels, y = pixels[part], y[part]
     return Images(
         x=torch.from_numpy(pixels),
         y=torch.from_numpy(y),
-        num_classes=1 + max(int(each.max(initial=0)) for each in labels.values()),
+        num_classes=_num_classes(labels),
         name=path.name,
     )
 
 
+def _series(
+    path: Path, arrays: dict[str, np.ndarray], split: Split, size: tuple[int, int] | None
+) -> Series:
+    in_parts = "series_train" in arrays or "series_test" in arrays
+    ending = f"_{split}" if in_parts else ""
+    where = f"{path}: series{ending}"
+    x = _array(path, arrays, f"series{ending}")
+    _array(path, arrays, f"y{ending}")
+    labels = _all_labels(path, arrays)
+    y = labels[f"y{ending}"]
+    if x.ndim not in (2, 3) or 0 in x.shape or x.dtype.kind not in "fiu" or len(x) != len(y):
+        raise DataError(
+            f"{where} is {x.dtype} of shape {x.shape} with {len(y)} labels; allowed numbers of "
+            "shape (N, samples, sensors), or (samples, sensors) of one recording, and as many "
+            "labels as the first"
+        )
+    x = finite(where, x)
+    if x.ndim == 2:
+        if size is None:
+            raise DataError(
+                f"{where} is one recording of {len(x):,} samples; give the samples of a window "
+                f"and the sensors, e.g. size=(128, {x.shape[1]})"
+            )
+        if not in_parts:
+            border = len(x) - len(x) // 5
+            kept = slice(border, None) if split == "test" else slice(border)
+            x, y, where = x[kept], y[kept], f"{where}, its {split} part,"
+        x, y = windows(x, y, size[0], max(size[0] // 2, 1), where)
+    elif not in_parts:
+        part = _part(path, len(y), split)
+        x, y = x[part], y[part]
+    return Series(
+        x=fitted(x, size, path.name),
+        y=torch.from_numpy(y),
+        num_classes=_num_classes(labels),
+        name=path.name,
+    )
+
+
+def _part(path: Path, count: int, split: Split) -> np.ndarray:
+    """Which of so many examples are of the split, of which the file says nothing."""
+    part: np.ndarray = is_test(np.arange(count)) == (split == "test")
+    if not part.any():
+        raise DataError(f"{path}: {count} example(s) leave none for {split}; {_TRY}")
+    return part
+
+
+def _num_classes(labels: dict[str, np.ndarray]) -> int:
+    return 1 + max(int(each.max(initial=0)) for each in labels.values())
+
+
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """The file's arrays of the six names we know."""
+    """The file's arrays of the names we know."""
+    known = (*_IMAGES, *_SERIES)
     # Opened here, because np.load leaves some damaged files open.
     with path.open("rb") as file:
         try:
@@ -55,11 +132,11 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise DataError(f"{path}: one array without a name (.npy), not a .npz file; {_TRY}")
         with opened:
-            arrays = {name: _member(path, opened, name) for name in _KNOWN if name in opened.files}
+            arrays = {name: _member(path, opened, name) for name in known if name in opened.files}
             if not arrays:
                 raise DataError(
                     f"{path}: holds {', '.join(opened.files) or 'nothing'}; "
-                    f"looked for {', '.join(_KNOWN)}; {_TRY}"
+                    f"looked for {', '.join(known)}; {_TRY}"
                 )
             return arrays
 
@@ -123,10 +200,14 @@ def _as_nchw(path: Path, x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x if first else x.transpose(0, 3, 1, 2))
 
 
+def _all_labels(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: _as_labels(path, arrays[name]) for name in arrays if name.startswith("y")}
+
+
 def _as_labels(path: Path, y: np.ndarray) -> np.ndarray:
-    if y.dtype.kind not in "iu" or y.shape not in ((len(y),), (len(y), 1)):
+    if y.dtype.kind not in "iu" or y.shape not in ((y.size,), (y.size, 1)):
         raise DataError(
             f"{path}: labels are {y.dtype} of shape {y.shape}; "
-            "allowed whole numbers of shape (N,), the class of each image from 0"
+            "allowed whole numbers of shape (N,), the class of each example from 0"
         )
     return y.reshape(-1).astype(np.int64)

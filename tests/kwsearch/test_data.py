@@ -242,7 +242,7 @@ def test_a_label_beyond_a_known_data_sets_classes_is_refused(nowhere: Path) -> N
 
 
 def test_unknown_names_and_paths_say_what_is_allowed(nowhere: Path) -> None:
-    allowed = "digits, fashion_mnist, mnist, cifar10, cifar100, esc50, or the path or URL of"
+    allowed = "digits, fashion_mnist, mnist, cifar10, cifar100, esc50, uci_har, or the path or"
     refused("fashion-mnist", "'fashion-mnist' (did you mean fashion_mnist?)", allowed)
     refused("CIFAR10", "did you mean cifar10?")
     assert "did you mean" not in refused("zzz", "unknown data set 'zzz'", allowed)
@@ -252,7 +252,7 @@ def test_unknown_names_and_paths_say_what_is_allowed(nowhere: Path) -> None:
     refused("set.npz", str(nowhere / "work/set.npz"), allowed)
     refused(Path("digits"), str(nowhere / "work/digits"))
     Path("notes.txt").write_text("text")
-    refused("notes.txt", "not a folder and not a .npz file", allowed)
+    refused("notes.txt", "not a folder, a .npz or a .ts file", allowed)
 
 
 def test_a_name_wins_over_a_folder_and_a_path_reaches_the_folder(nowhere: Path) -> None:
@@ -789,7 +789,7 @@ def test_npz_without_parts_is_split_every_fifth(tmp_path: Path) -> None:
         ({"x": GREY, "y": [0, -1]}, "label -1 is out of range"),
         ({"x": np.zeros((2, 3, 3, 3), "u1"), "y": [0, 1]}, "cannot tell the channels"),
         ({"x": np.zeros((2, 9, 9, 9), "u1"), "y": [0, 1]}, "cannot tell the channels"),
-        ({"x": GREY[:1], "y": [0]}, "1 image(s) leave none for train"),
+        ({"x": GREY[:1], "y": [0]}, "1 example(s) leave none for train"),
     ],
 )
 def test_npz_files_that_do_not_fit_are_refused(
