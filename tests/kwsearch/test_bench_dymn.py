@@ -58,6 +58,7 @@ def test_forms_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> Non
         bench_dymn.check("dymn04")
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_line_for_each_form() -> None:
     options = ("--model", "dymn04", "--size", "40", "--batch", "1", "--rounds", "2")
     done = run(*options, "--json")

@@ -94,7 +94,7 @@ def check(name: str, side: int, ratio: float | None, step: Step, within: float) 
         ("resnet20", 32, None),
         ("resnet20", 32, 0.5),
         ("mobilenetv2_050", 32, 1),
-        ("deit_tiny", 32, 1),
+        pytest.param("deit_tiny", 32, 1, marks=pytest.mark.slow),
         pytest.param("resnet18", 32, 1, marks=pytest.mark.slow),
     ],
 )

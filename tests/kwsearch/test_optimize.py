@@ -1196,6 +1196,7 @@ def test_the_front_holds_what_no_other_trial_beats() -> None:
     assert [trial.number for trial in front(trials)] == [6, 0, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_data_and_starts_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def test_parts_add_up_to_the_total_beside_the_static_network(
     assert f"{totals[0]:,} bytes, {totals[0] / totals[1]:.2f} x static" in out
 
 
+@pytest.mark.slow
 def test_a_limit_says_how_many_images_fit_and_json_says_the_same(
     run: Callable[..., tuple[int, str, str]],
 ) -> None:
