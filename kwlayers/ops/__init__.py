@@ -19,6 +19,7 @@ from kwlayers.ops.paths import PATHS, paths_of
 from kwlayers.ops.portable import kw_conv_portable
 from kwlayers.ops.published import kw_conv_published
 from kwlayers.ops.reference import kw_conv_ref
+from kwlayers.ops.watched import watched
 from kwlayers.ops.workspace import MEBIBYTE
 
 __all__ = [
@@ -81,7 +82,7 @@ def _run(
     workspace_mb: float | None,
 ) -> Tensor:
     nbytes = workspace_bytes(x, workspace_mb)
-    if x.shape[0] == 0 or (backend is None and _needs_plain(x)):
+    if x.shape[0] == 0 or (backend is None and watched()):
         backend = "reference" if backend == "reference" else "published"
     compiled = torch.compiler.is_compiling() or (is_fake(x) and not stands())
     if compiled and backend not in _PLAIN:
@@ -133,14 +134,6 @@ def _check(x: Tensor, attention: Tensor, cells: Tensor, geometry: ConvGeometry) 
 @functools.lru_cache(maxsize=4096)
 def _mixtures(kernel: tuple[int, ...], cell: tuple[int, ...]) -> int:
     return Blocks.of(kernel, cell).mixtures
-
-
-def _needs_plain(x: Tensor) -> bool:
-    """Whether something looks through the operation that sees torch's own only."""
-    return (
-        torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
 
 
 def _plain(

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
 from kwlayers.ops.device import stands
+from kwlayers.ops.watched import watched
 
 # Of pieces at a time: they stay in a core's cache where samples are small enough.
 _CHUNK_BYTES = 2**20
@@ -38,7 +39,7 @@ def dy_relu(x: Tensor, slopes: Tensor, offsets: Tensor, gates: Sequence[Tensor] 
         return found
     _check(x, slopes, offsets, gates)
     # Without data, where only multiply-adds count, operators that the counter knows.
-    if (x.is_meta and not stands()) or _watched():
+    if (x.is_meta and not stands()) or watched():
         return dy_relu_ref(x, slopes, offsets, gates)
     out: Tensor = _DyReLU.apply(x, slopes, offsets, *gates)  # type: ignore[no-untyped-call]
     return out
@@ -58,14 +59,6 @@ def _piece(x: Tensor, slopes: Tensor, offsets: Tensor, m: int) -> Tensor:
     maps = (1,) * (x.dim() - 2)
     slope, offset = (c[..., m].reshape(*c.shape[:2], *maps) for c in (slopes, offsets))
     return torch.addcmul(offset, x, slope)
-
-
-def _watched() -> bool:
-    """Whether something looks through the operation that sees torch's own only."""
-    return (
-        torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
 
 
 def _check(x: Tensor, slopes: Tensor, offsets: Tensor, gates: Sequence[Tensor]) -> None:

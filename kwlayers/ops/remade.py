@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from kwlayers.ops import portable
 from kwlayers.ops.geometry import ConvGeometry
+from kwlayers.ops.watched import watched
 
 Make = Callable[..., Tensor]
 # Beside the kernels themselves: their gradient, and one of what makes them.
@@ -58,13 +59,7 @@ def _run(
     shared: Sequence[Tensor],
     nbytes: int | None,
 ) -> Tensor:
-    plain = (
-        torch.compiler.is_compiling()
-        or x.shape[0] == 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
-    if plain:
+    if torch.compiler.is_compiling() or x.shape[0] == 0 or watched():
         return _convolve(x, make(*each, *shared), geometry)
     step = _samples(x, geometry, nbytes)
     if not torch.is_grad_enabled():

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kwsearch.data import mel_cache
-from kwsearch.data.errors import DataError
+from kwsearch.data.errors import DataError, few
 from kwsearch.data.images import Images, Split
 from kwsearch.data.mel import HOP, MELS, SAMPLE_RATE, SILENCE, LogMel, frames
 
@@ -199,7 +199,7 @@ def _esc50(root: Path, split: Split, fold: int, samples: int) -> ClipFiles:
     missing = [row.filename for row in rows if not (root / "audio" / row.filename).is_file()]
     if missing:
         raise DataError(
-            f"{root / 'audio'}: {_few(missing)} of {table} missing; try unpacking the archive again"
+            f"{root / 'audio'}: {few(missing)} of {table} missing; try unpacking the archive again"
         )
     num_classes = 1 + max(row.target for row in rows)
     categories = {row.target: row.category for row in rows}
@@ -257,12 +257,12 @@ def _class_folders(root: Path, split: Split, samples: int) -> ClipFiles:
     unknown = sorted(set(found) - set(classes))
     if unknown:
         raise DataError(
-            f"{root / split}: class {_few(unknown)} is not among the {len(classes)} classes of "
-            f"{root / 'train'}; allowed {_few(classes)}"
+            f"{root / split}: class {few(unknown)} is not among the {len(classes)} classes of "
+            f"{root / 'train'}; allowed {few(classes)}"
         )
     empty = [name for name, paths in found.items() if not paths]
     if empty or not found:
-        where = f"class folder {_few(empty)}" if empty else "any class folder"
+        where = f"class folder {few(empty)}" if empty else "any class folder"
         raise DataError(
             f"{root / split}: no sound in {where}; allowed {', '.join(sorted(_ENDINGS))}; "
             "try deleting the empty folder"
@@ -300,7 +300,3 @@ def _package(name: str, path: Path) -> Any:
             f"{path}: reading sound needs {name}, which cannot be imported "
             f"({' '.join(str(error).split())}); try pip install 'kwsearch[audio]'"
         ) from None
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", … ({len(names)} in all)" if len(names) > 5 else "")

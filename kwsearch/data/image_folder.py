@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kwsearch.data.errors import DataError
+from kwsearch.data.errors import DataError, few
 from kwsearch.data.images import Images, Split
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}
@@ -71,7 +71,7 @@ def _files(root: Path, split: Split) -> tuple[tuple[str, ...], list[list[Path]]]
             if unknown:
                 raise DataError(
                     f"{place}: class {', '.join(unknown[:5])} is not among the "
-                    f"{len(classes)} classes of {root / 'train'}; allowed {_few(list(classes))}"
+                    f"{len(classes)} classes of {root / 'train'}; allowed {few(list(classes))}"
                 )
             return tuple(classes), [found.get(name, []) for name in classes]
     raise DataError(
@@ -89,7 +89,7 @@ def _files_split_by_name(root: Path, split: Split) -> tuple[tuple[str, ...], lis
     empty = [name for name, paths in chosen.items() if not paths]
     if (split == "train" and empty) or len(empty) == len(classes):
         raise DataError(
-            f"{root}: the split by file name leaves no {split} image of {_few(empty)}; "
+            f"{root}: the split by file name leaves no {split} image of {few(empty)}; "
             "give more images, or arrange them as train/<class>/ and val/<class>/"
         )
     return tuple(classes), list(chosen.values())
@@ -103,7 +103,7 @@ def _class_folders(folder: Path) -> dict[str, list[Path]]:
     empty = [name for name, images in classes.items() if not images]
     if empty:
         raise DataError(
-            f"{folder}: no image in class folder {_few(empty)}; allowed {_ALLOWED}; "
+            f"{folder}: no image in class folder {few(empty)}; allowed {_ALLOWED}; "
             "try deleting the empty folder"
         )
     return classes
@@ -170,7 +170,3 @@ def _decode(path: Path, size: tuple[int, int] | None) -> np.ndarray:
 
 def _height_width(image: np.ndarray) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", … ({len(names)} in all)" if len(names) > 5 else "")

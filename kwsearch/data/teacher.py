@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kwsearch.data.errors import DataError
+from kwsearch.data.errors import DataError, few
 from kwsearch.data.images import Images
 
 _TRY = "try np.savez(path, names=…, logits=…)"
@@ -39,12 +39,12 @@ def read_logits(path: Path, names: Sequence[str], num_classes: int) -> Tensor:
     if len(rows) != len(found):
         values, counts = np.unique(found, return_counts=True)
         twice = values[counts > 1].tolist()
-        raise DataError(f"{path}: {_few(twice)} more than once in names; allowed one row of each")
+        raise DataError(f"{path}: {few(twice)} more than once in names; allowed one row of each")
     missing = [name for name in wanted if name not in rows]
     if missing:
         raise DataError(
             f"{path}: no logits of {len(missing):,} of {len(wanted):,} training examples: "
-            f"{_few(missing)}; its names are {_few(found.tolist())}; allowed a row for each example"
+            f"{few(missing)}; its names are {few(found.tolist())}; allowed a row for each example"
         )
     chosen = logits[[rows[name] for name in wanted]]
     # After the rounding to float32, which may overflow.
@@ -53,7 +53,7 @@ def read_logits(path: Path, names: Sequence[str], num_classes: int) -> Tensor:
     finite = np.isfinite(chosen).all(axis=1)
     if not finite.all():
         wrong = [name for name, fine in zip(wanted, finite, strict=True) if not fine]
-        raise DataError(f"{path}: logits of {_few(wrong)} are not finite; allowed finite numbers")
+        raise DataError(f"{path}: logits of {few(wrong)} are not finite; allowed finite numbers")
     return torch.from_numpy(chosen)
 
 
@@ -87,8 +87,3 @@ def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
             f"(N, classes), a row for each of the {len(names)} names"
         )
     return names, logits
-
-
-def _few(names: Sequence[object]) -> str:
-    more = f", … ({len(names)} in all)" if len(names) > 5 else ""
-    return ", ".join(map(str, names[:5])) + more
