@@ -116,6 +116,7 @@ class Driver:
     trial, up to a rung's epochs, for an attempt, in so many micro-batches; its answer is the
     value at that rung, or a mapping with that as "value" and further attributes of the trial.
     keeps: whether a trial is never stopped (baselines). forget: clear up after a finished trial.
+    begins: the index of the rung that a trial trains for first.
 
     Trials compete with those of their own budget only.
     """
@@ -130,6 +131,7 @@ class Driver:
         job: Callable[[FrozenTrial, int, int, int], Job],
         keeps: Callable[[FrozenTrial], bool],
         forget: Callable[[int], None],
+        begins: Callable[[FrozenTrial], int] = lambda trial: 0,
     ) -> None:
         self.study = study
         self.executor = executor
@@ -139,6 +141,7 @@ class Driver:
         self.job = job
         self.keeps = keeps
         self.forget = forget
+        self.begins = begins
         self._storage = study._storage
         self._open: dict[int, _Run] = {}  # unfinished trials
         self._queue: list[int] = []  # of them, those that wait for a slot
@@ -193,6 +196,7 @@ class Driver:
             reached = -1 if frozen.last_step is None else frozen.last_step
             stops = [rung.step for rung in self.rules.rungs]
             run.rung = next((i for i, stop in enumerate(stops) if reached <= stop), len(stops) - 1)
+            run.rung = max(run.rung, self.begins(frozen))
             self._open[run.number] = run
             if reached == stops[run.rung]:
                 # Finished but not told, or paused: what it was at that rung is decided again.
@@ -237,7 +241,8 @@ class Driver:
             self._exhausted = True
             self.watcher.say(f"no more trials: {error}")
             return None
-        run = self._open[frozen.number] = _Run(frozen.number, frozen._trial_id, budget_of(frozen))
+        run = _Run(frozen.number, frozen._trial_id, budget_of(frozen), self.begins(frozen))
+        self._open[frozen.number] = run
         return run
 
     def _begun(self) -> int:

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from kwsearch.trials import LATENCY, REASON, accuracy_of, baseline
+from kwsearch.trials import FLASH, LATENCY, PEAK, REASON, accuracy_of, baseline
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from kwsearch.optimize import Watcher
+    from kwsearch.study import Watcher
 
 
 class EventLog:
@@ -50,7 +50,8 @@ class EventLog:
     def start(self, trial: FrozenTrial, attempt: int, until: int) -> None:
         facts = {
             key: trial.user_attrs.get(key)
-            for key in ("budget", "fingerprint", "params", "macs", LATENCY)
+            for key in ("budget", "fingerprint", "params", "macs", LATENCY, PEAK, FLASH)
+            if key in trial.user_attrs or key not in (PEAK, FLASH)
         }
         kind = baseline(trial)
         self._write("start", trial=trial.number, attempt=attempt, until=until, kind=kind, **facts)

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from kwsearch.executors import Cancelled, Event, Executor, Failed, Finished, Job, Lost, Reported
 from kwsearch.failures import LOSSES, NO_SPACE, Errors, disk_is_full, weight_of
 from kwsearch.interrupts import counted
-from kwsearch.trials import FINGERPRINT, baseline, is_static
+from kwsearch.trials import FINGERPRINT, NAMES, baseline, is_static
 from kwsearch.verdict import Verdict, judge
 
 _KEY = "final"
@@ -187,6 +187,5 @@ def results(attributes: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> Fin
 
 def name_of(trial: FrozenTrial) -> str:
     """A finalist in words."""
-    if is_static(trial):
-        return "static network"
-    return "uniform plan" if baseline(trial) else f"trial {trial.number}"
+    kind = baseline(trial)
+    return f"trial {trial.number}" if kind is None else NAMES[kind]

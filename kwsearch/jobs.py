@@ -15,15 +15,16 @@ from kwsearch.recipe import Proxy, Recipe, Search
 from kwsearch.run_directory import CHECKPOINTS, SearchError
 from kwsearch.rungs import Rung, phase_of
 from kwsearch.trial import Trained
-from kwsearch.trials import AGAIN, FINGERPRINT, TEMPERATURE
+from kwsearch.trials import AGAIN, ARCHITECTURE, FINGERPRINT, SUPERNET, TEMPERATURE
 
 TRAINING, FINAL = "kwsearch.trial:train_trial", "kwsearch.trial:train_final"
-SCORING = "kwsearch.trial:score_trial"
+SCORING, SEARCHING = "kwsearch.trial:score_trial", "kwsearch.trial:search_trial"
 
 
 class Jobs:
     """Of a study of `recipe`. checkpoints: their folder. trust: whether networks may be own code.
-    training, final: what trains, in place of those of `kwsearch.trial` (for simulations).
+    training, final, searching: what trains trials, finalists and supernets, in place of those of
+    `kwsearch.trial` (for simulations).
     """
 
     def __init__(
@@ -34,11 +35,16 @@ class Jobs:
         trust: bool,
         training: str = TRAINING,
         final: str = FINAL,
+        searching: str = SEARCHING,
     ) -> None:
         self._search, self._proxy = recipe.search or Search(), recipe.proxy or Proxy()
         self._recipe = recipe.model_copy(update={"plan": None}).model_dump_json()
         self._rungs, self._checkpoints, self._trust = tuple(rungs), checkpoints, trust
-        self._training, self._final = training, final
+        self._training, self._final, self._searching = training, final, searching
+
+    def begins(self, trial: FrozenTrial) -> int:
+        """The rung that a trial trains for first: its supernet's, if it has one."""
+        return int(self._search.strategy == "differentiable" and SUPERNET not in trial.user_attrs)
 
     def of_trial(self, trial: FrozenTrial, rung: int, attempt: int, splits: int) -> Job:
         """Bring it to a rung, from the last checkpoint of the phase that the rung is in."""
@@ -46,6 +52,15 @@ class Jobs:
         checkpoint = self._checkpoint(f"{trial.number}-{phase.first}")
         again = trial.user_attrs.get(AGAIN, 0)
         seed = seed_of(self._search.seed, trial.user_attrs[FINGERPRINT], again)
+        if self._search.strategy == "differentiable" and rung == 0:
+            own = seed_of(self._search.seed, f"supernet {trial.user_attrs[SUPERNET]}")
+            searching = {
+                "recipe": self._recipe,
+                "proxy": self._proxy.model_dump_json(),
+                "seed": own,
+                "checkpoint": str(checkpoint),
+            }
+            return Job(trial.number, attempt, self._searching, searching, self._proxy.threads)
         if self._rungs[rung].epochs == 0:
             trained = self._trained(trial, self._proxy, seed, checkpoint, splits)
             scoring = {"trained": trained, "name": self._search.zero_cost}
@@ -107,6 +122,7 @@ class Jobs:
             splits,
             self._trust,
             self._proxy.model_dump_json() if self._proxy.init == "warm_start" else None,
+            trial.user_attrs.get(ARCHITECTURE),
         )
 
 

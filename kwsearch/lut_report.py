@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kwsearch.latency import operators
 from kwsearch.latency.checking import summary
 from kwsearch.latency.table import MUST_AGREE, Check, Entry, Table
 from kwsearch.terminal import new_table
@@ -19,7 +20,11 @@ def parts(table: Table) -> list[str | Text]:
     """The circumstances, calls by kind, whole steps, checks."""
     kept = table.circumstances
     found: list[str | Text] = [f"{name}: {kept[name]}" for name in MUST_AGREE if kept.get(name)]
+    if "clock_mhz" in kept:
+        found.append(f"clock: {kept['clock_mhz']:g} MHz")
     found.append(_kinds(table))
+    if fits := operators.summary(table):
+        return [*found, *fits]
     if table.wholes:
         found.append(_wholes(table))
     slow = len(table.drifted())

@@ -207,6 +207,8 @@ def _of_zoo(name: str) -> Source:
         options: dict[str, int] = {"in_channels": size[0], **dict.fromkeys(entry.static, True)}
         if num_classes is not None:
             options["num_classes"] = num_classes
+        if "sensors" in entry.options:
+            options |= {"steps": size[1], "sensors": size[2]}
         if "img_size" in entry.options:
             options["img_size"] = _side(name, size)
         try:

@@ -1,41 +1,27 @@
-"""The study: what is proposed, how it is trained, and what came of it. Nothing is lost.
+"""The search for a plan: every trial is one on the budget, trained by the recipe's proxy.
 
 The first trials of a budget are its baselines, which always finish: the uniform plan and a static
-network within the budget, if there is one. The driver decides, an executor trains, the journal in
-the run directory remembers.
+network within the budget, if there is one.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import math
-import secrets
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
-from kwlayers.plan import counted
-from kwsearch import dry_run, engines, finals, networks
-from kwsearch.database import StorageError, masked
-from kwsearch.driver import Driver, Rules, SpaceExhausted
-from kwsearch.driver import Watcher as DriverWatcher
-from kwsearch.dry_run import Forecast
-from kwsearch.events import EventLog
-from kwsearch.executors import Executor, Job
-from kwsearch.failures import StudyFailed, disk_is_full
-from kwsearch.jobs import FINAL, TRAINING, Jobs, checkpoint_folder
+from kwsearch import dry_run, networks
+from kwsearch.driver import SpaceExhausted
+from kwsearch.dry_run import PlanForecast
+from kwsearch.failures import StudyFailed
 from kwsearch.latency.plans import PlanLatency
 from kwsearch.latency.table import TableError
-from kwsearch.proposals import GENERATION, Budget, Proposer
-from kwsearch.recipe import Proxy, Recipe, Search
+from kwsearch.proposals import Budget, Proposer
 from kwsearch.resolve import (
     check_replannable,
     create_model,
@@ -45,201 +31,72 @@ from kwsearch.resolve import (
     outputs_of,
     settings_of,
     targets_of,
-    versions,
 )
-from kwsearch.results import (
-    Found,
-    Result,
-    finalists,
-    found_of,
-    named,
-    rungs_of,
-    settled,
-    under,
-    write_best,
-)
-from kwsearch.run_directory import (
-    BEST,
-    EVENTS,
-    JOURNAL,
-    SearchError,
-    holds_study,
-    mend,
-    prepare,
-    sole_driver,
-    write_down,
-    write_trials,
-)
+from kwsearch.results import Found, Result, under, write_best
+from kwsearch.run_directory import JOURNAL, SearchError
 from kwsearch.space import Space, fingerprint
 from kwsearch.static_twin import NoTwin, Twin, static_twin
-from kwsearch.storage import Place, give_up, has_study
+from kwsearch.study import Study
 from kwsearch.train_step import train_bytes
-from kwsearch.trials import baseline
 
 if TYPE_CHECKING:
     from kwlayers.plan import Network, Plan
     from kwsearch.proxy import ProxyData
 
-__all__ = ["Result", "SearchError", "SpaceExhausted", "Study", "StudyFailed"]
+__all__ = ["JOURNAL", "PlanStudy", "Result", "SearchError", "SpaceExhausted", "StudyFailed"]
 
 
-class Watcher(DriverWatcher, finals.Watcher, Protocol):
-    """Who is told how it goes."""
+class PlanStudy(Study):
+    """A search for a plan. Raises SearchError for a recipe without a budget, too."""
 
-    def known(self, trials: Sequence[FrozenTrial]) -> None:
-        """The trials that a resumed study has already."""
-
-
-class Study:
-    """A search in a run directory.
-
-    watcher is told how it goes; echo takes every event as a line of JSON, too. trust: whether
-    the network may be the user's own code, here and in the workers; a resumed study asks again.
-    address: of the cluster that runs its trials. storage: the URL of a database, None for a journal
-    in the directory; name: of the study in it, by default the directory's.
-
-    Raises SearchError for what a user can mend: a directory with another recipe's study, one
-    that another process is using, a recipe without a budget.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        directory: Path,
-        *,
-        resume: bool,
-        watcher: Watcher,
-        command: str = "",
-        echo: Callable[[str], object] | None = None,
-        trust: bool = False,
-        address: str | None = None,
-        storage: str | None = None,
-        name: str | None = None,
-    ) -> None:
-        self.recipe = recipe
-        self.trust = trust
-        self.address = address
-        self.place = Place.of(directory, storage, name)
-        self.search = recipe.search or Search()
-        self.proxy = recipe.proxy or Proxy()
-        self.directory = directory
-        self.watcher = watcher
-        self.command = command
-        self.echo = echo
-        self.targets = targets_of(recipe)
-        if not self.targets:
-            raise SearchError("the recipe has no budget to search under: add budget: {ratio: 0.5}")
-        check_replannable(recipe)
-        self._check_choices()
-        self.rungs = rungs_of(self.search, self.proxy)
-        self._resume = resume
-        self._notes: list[str] = []
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._counted: dict[str, int] = {}
 
-    def _check_choices(self) -> None:
-        """Raise SearchError for settings that exclude each other."""
+    def _check_recipe(self) -> None:
+        self.targets = targets_of(self.recipe)
+        if not self.targets:
+            raise SearchError("the recipe has no budget to search under: add budget: {ratio: 0.5}")
+        check_replannable(self.recipe)
+        super()._check_recipe()
         search = self.search
-        if search.pruner != "halving" and search.zero_cost is not None:
-            raise SearchError("search.zero_cost is a rung: set search.pruner to halving")
+        for name in ("peak_memory", "flash"):
+            if getattr(search.space.limits, name) is not None:
+                raise SearchError(
+                    f"search.space.limits.{name}: of the architectures of micronas; plans have "
+                    "macs, train_memory and latency_ms"
+                )
+        if search.strategy != "sampler":
+            raise SearchError(
+                f"search.strategy {search.strategy}: trains a supernet, which micronas has: leave "
+                "it out"
+            )
         if search.sampler == "nsgaii" and len(self.targets) > 1:
             raise SearchError(
                 "search.sampler nsgaii breeds one population, search.budgets needs one for each: "
                 "use tpe, gp or random"
             )
-        if self.search.deterministic and self.search.pruner == "median":
-            raise SearchError(
-                "search.deterministic decides at rungs: set search.pruner to halving or none"
-            )
-        if self.proxy.starts_static and self.search.space.temperature_epochs:
+        if self.proxy.starts_static and search.space.temperature_epochs:
             raise SearchError(
                 f"search.space.temperature_epochs: with proxy.init {self.proxy.init} the "
                 "temperature is 0: leave one of them out"
             )
-        longest = max(self.search.space.temperature_epochs, default=0)
+        longest = max(search.space.temperature_epochs, default=0)
         if longest > self.proxy.epochs:
             raise SearchError(
                 f"search.space.temperature_epochs: {longest} is more than proxy.epochs, "
                 f"{self.proxy.epochs}"
             )
 
-    def run(
-        self, executor: Executor | None = None, function: str = TRAINING, final: str = FINAL
-    ) -> Result:
-        """Train until the study has its trials or its time is up; then the finalists.
+    def _proposer(self) -> Callable[[optuna.Study], FrozenTrial]:
+        return Proposer(self.search, self.budgets, self.watcher.say, self._fits)
 
-        executor: where, by default `search.workers` processes here. function, final: what trains,
-        in place of those of `kwsearch.trial` (for simulations).
-        """
-        with contextlib.ExitStack() as stack:
-            if begun := holds_study(self.directory):
-                stack.enter_context(sole_driver(self.directory))
-            prepare(self.directory, self.recipe, self._resume)
-            self._plan_spaces()
-            self._check_memory()
-            held_out, data = self._check_images() if function == TRAINING else (0, {})
-            if not begun:
-                stack.enter_context(sole_driver(self.directory))
-            self._note_provenance(data)
-            log = EventLog(self.directory / EVENTS, self.watcher, self.echo)
-            self.watcher = stack.enter_context(log)
-            for note in self._notes:
-                self.watcher.say(note)
-            own = self._provenance.get("id")
-            folder = checkpoint_folder(self.directory, self.search.checkpoints, own)
-            self._jobs = Jobs(self.recipe, self.rungs, folder, self.trust, function, final)
-            if executor is None:
-                uniform = self.budgets[-1].space.uniform
-                executor = engines.executor_of(
-                    self.search,
-                    self.proxy,
-                    lambda: self._train_bytes(uniform),
-                    self.watcher.say,
-                    self.place,
-                    self.address,
-                )
-                stack.callback(executor.close)
-            if self.place.url is None and mend(self.directory / JOURNAL):
-                self.watcher.say("the last line of the journal was torn and is dropped")
-            storage = stack.enter_context(self.place.opened(self.watcher.say))
-            self.study = study = self._open(storage)
-            driver = Driver(
-                study,
-                executor,
-                self._rules(),
-                self.watcher,
-                Proposer(self.search, self.budgets, self.watcher.say, self._fits),
-                self._jobs.of_trial,
-                lambda trial: baseline(trial) is not None,
-                self._forget,
-            )
-            left = 0
-            try:
-                try:
-                    driver.run()
-                    if driver.complete:
-                        left = self._run_finals(executor, driver.rules.deadline)
-                        if not left:
-                            executor.finish()
-                except BaseException:
-                    give_up(storage)
-                    with contextlib.suppress(StorageError):
-                        self._result(held_out)
-                    raise
-                result = self._result(held_out)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                raise disk_is_full(error) from error
-            unfinished = left > 0 or not driver.complete
-            if time.monotonic() >= driver.rules.deadline and unfinished:
-                self.watcher.say("time is up; --resume goes on")
-            return result
+    def _slot_bytes(self) -> int:
+        return self._train_bytes(self.budgets[-1].space.uniform)
 
-    def _result(self, held_out: int) -> Result:
-        """What there is until now, the best plans written down."""
-        trials = tuple(_finished(self.study))
-        found = self._found(trials)
-        return Result(self.recipe, trials, held_out, found, self.rungs, self._warnings())
+    def _write(self, path: Path, found: Found) -> Path | None:
+        recipe = under(self.recipe, found.budget)
+        return write_best(path, recipe, self.network, found, self._provenance, self.trust)
 
     def _trace(self) -> Network:
         """The network, which must be one that trains on images. Raises PlanError."""
@@ -253,7 +110,7 @@ class Study:
         outputs_of(self.recipe, size, self.trust)
         return network
 
-    def _plan_spaces(self) -> None:
+    def _prepare(self) -> None:
         self.network = self._trace()
         self.latency = self._latency()
         self.budgets = [
@@ -269,9 +126,9 @@ class Study:
                 for value, target in self.targets.items()
             }
 
-    def forecast(self) -> Forecast:
+    def forecast(self) -> PlanForecast:
         """What the search would be, without starting it and without data."""
-        self._plan_spaces()
+        self._prepare()
         spaces = [budget.space for budget in self.budgets]
         uniform = spaces[-1].uniform
         latency = None if self.latency is None else self.latency(uniform)
@@ -354,41 +211,6 @@ class Study:
                     f"at batch {self.proxy.batch_size}: lower proxy.batch_size or proxy.resolution"
                 )
 
-    def _note_provenance(self, data: dict[str, Any]) -> None:
-        """Write the recipe down, with the command that started the study and its data."""
-        begun = prepare(self.directory, self.recipe, self._resume)
-        if begun is None:
-            if self._resume:
-                self._notes.append(f"{self.directory} has no trials yet: a new study")
-            begun = {
-                # In the name of its checkpoints' folder in a place that other studies have, too.
-                "id": secrets.token_hex(4),
-                "command": self.command,
-                "versions": versions(),
-                "seed": self.search.seed,
-            }
-        self._provenance = {**self.recipe.provenance, **begun, **data}
-        if warnings := self._warnings():
-            self._provenance["warnings"] = list(warnings)
-        write_down(self.directory, self.recipe, self._provenance)
-
-    def _check_images(self) -> tuple[int, dict[str, Any]]:
-        """Before the first trial: there are images, and they fit; how many are held out, and what
-        the provenance says of them.
-        """
-        from kwsearch import proxy
-        from kwsearch.data import fingerprint as fingerprint_images
-
-        if self.recipe.proxy is None:
-            self._notes.append("the recipe has no proxy section: trials train on digits by default")
-        if self.search.executor == "local":
-            proxy.device_of(self.proxy)
-        images = proxy.load(self.proxy, input_of(self.recipe))
-        self._check_fit(images)
-        data = f"{images.train.name} {fingerprint_images(images.train)}"
-        held_out = len(images.valid.y)
-        return held_out, {"data": data, "held_out": held_out}
-
     def _check_fit(self, images: ProxyData) -> None:
         """Before the first trial: the model takes these images and has their classes."""
         size = (images.channels, *images.train.x.shape[-2:])
@@ -398,98 +220,3 @@ class Study:
                 f"{images.train.name} has {images.train.num_classes} classes, the model "
                 f"{outputs}: set model.num_classes={images.train.num_classes}"
             )
-
-    def _open(self, storage: BaseStorage) -> optuna.Study:
-        if not self.place.begun and self.place.url and has_study(storage, self.place.study):
-            raise SearchError(
-                f"{masked(self.place.url)} has a study {self.place.study} already, and "
-                f"{self.directory} is not its run directory: give another --study, or its --run-dir"
-            )
-        self.place.mark()
-        study = optuna.create_study(
-            storage=storage,
-            study_name=self.place.study,
-            direction="maximize",
-            load_if_exists=True,
-            pruner=self._pruner(),
-        )
-        self.watcher.known(_finished(study))
-        return study
-
-    def _rules(self) -> Rules:
-        search = self.search
-        return Rules(
-            trials=search.trials,
-            rungs=self.rungs,
-            eta=search.eta,
-            calibration=search.calibration * len(self.budgets),
-            tau=search.rung_tau,
-            generation=GENERATION if search.deterministic else 0,
-            deadline=time.monotonic() + (search.timeout or math.inf),
-        )
-
-    def _pruner(self) -> optuna.pruners.BasePruner:
-        if self.search.pruner == "median":
-            return optuna.pruners.MedianPruner(
-                n_startup_trials=4, n_warmup_steps=settled(self.proxy)
-            )
-        return optuna.pruners.NopPruner()
-
-    def _run_finals(self, executor: Executor, deadline: float) -> int:
-        """The verdict's trainings, once the search is over; how many are left."""
-        trials = _finished(self.study)
-        if not self.search.finalists:
-            return 0
-        found = found_of([*self.targets], trials, self.study.user_attrs)
-        chosen = finalists(found, self.search.finalists)
-        trainings = [
-            finals.Training(trial.number, seed)
-            for seed in range(self.search.seeds)
-            for trial in chosen
-        ]
-        by_number = {trial.number: trial for trial in chosen}
-        self.study.set_user_attr(finals.FINALISTS, sorted(by_number))
-
-        def job(training: finals.Training, attempt: int, splits: int) -> Job:
-            number = -1 - trainings.index(training)
-            trial = by_number[training.number]
-            return self._jobs.of_final(trial, training.seed, number, attempt, splits)
-
-        left = sum(t.key not in self.study.user_attrs for t in trainings)
-        if left:
-            self.watcher.say(
-                f"verdict: {counted(len(chosen), 'finalist')}, "
-                f"{counted(self.search.seeds, 'seed')} each: {counted(left, 'training')} in full"
-            )
-        finals.run(
-            self.study,
-            executor,
-            trainings,
-            job,
-            self.watcher,
-            lambda: time.monotonic() >= deadline,
-        )
-        known = self.study.user_attrs
-        for training in trainings:
-            if training.key in known:
-                self._jobs.forget_final(training.number, training.seed)
-        return sum(training.key not in known for training in trainings)
-
-    def _forget(self, number: int) -> None:
-        """A trial is told: it is in the table, and needs no checkpoint."""
-        write_trials(self.directory, _finished(self.study))
-        self._jobs.forget(number)
-
-    def _found(self, trials: Sequence[FrozenTrial]) -> tuple[Found, ...]:
-        """What each budget gave, its best plan written down."""
-        found = []
-        for one in found_of([*self.targets], trials, self.study.user_attrs):
-            path = self.directory / named([*self.targets], one.budget, BEST)
-            recipe = under(self.recipe, one.budget)
-            written = write_best(path, recipe, self.network, one, self._provenance, self.trust)
-            found.append(replace(one, best_path=written))
-        return tuple(found)
-
-
-def _finished(study: optuna.Study) -> list[FrozenTrial]:
-    return [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]

@@ -79,10 +79,9 @@ class Proposer:
 
     def __call__(self, study: optuna.Study) -> FrozenTrial:
         """Raises SpaceExhausted if no budget has a plan that is not trained."""
-        known = _without_doubles(study)
-        left = [t for t in known if t.state == TrialState.RUNNING and LEASE not in t.user_attrs]
-        if left:  # asked for by an earlier driver, and never begun
-            return left[0]
+        known = without_doubles(study)
+        if (left := asked_for(known)) is not None:
+            return left
         while (budget := self._next_budget(known)) is not None:
             try:
                 made = self._fill(budget, known)
@@ -92,10 +91,7 @@ class Proposer:
                 self._exhausted.add(budget.value)
                 self.say(f"budget {budget.value:.12g}: {error}")
             else:
-                # At once, so that a kill leaves all of it or nothing.
-                count = len(study.get_trials(deepcopy=False))
-                study._storage.create_new_trial(study._study_id, template_trial=made)
-                return study.get_trials(deepcopy=False)[count]
+                return entered(study, made)
         raise SpaceExhausted("all plans of every budget are trained")
 
     def _next_budget(self, known: Sequence[FrozenTrial]) -> Budget | None:
@@ -110,13 +106,12 @@ class Proposer:
         """The next trial, with what it trains: asked of a copy of the study that has the plans of
         one budget only. Static networks have no choices, and other budgets other accuracies.
         """
-        # By trial, so that a resumed study draws what an uninterrupted one would.
-        seed = (self.search.seed * 1_000_003 + len(known)) % 2**32
+        seed = sampler_seed(self.search, len(known))
         own = [trial for trial in known if budget_of(trial) == budget.value]
-        sampler = self._sampler(seed, len(own))
-        blind = isinstance(sampler, (optuna.samplers.RandomSampler, _Even))
-        study = _copy([] if blind else [trial for trial in own if not is_static(trial)])
-        study.sampler = sampler
+        study = copy_of(
+            [trial for trial in own if not is_static(trial)],
+            sampler_of(self.search, seed, len(own)),
+        )
         given = self._given(budget, own, known)
         if given is not None:
             study.enqueue_trial(given)
@@ -181,28 +176,34 @@ class Proposer:
             facts[TEMPERATURE] = candidate.temperature_epochs
         return facts
 
-    def _sampler(self, seed: int, place: int) -> BaseSampler:
-        """The sampler of the trial at `place` among those of its budget."""
-        search, samplers = self.search, optuna.samplers
-        if search.sampler == "random":
-            return samplers.RandomSampler(seed=seed)
-        if place < search.startup:
-            return _Even(search.seed, place)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            if search.sampler == "gp":
-                return samplers.GPSampler(
-                    seed=seed, n_startup_trials=0, warn_independent_sampling=False
-                )
-            if search.sampler == "nsgaii":
-                return samplers.NSGAIISampler(seed=seed, population_size=GENERATION)
-            return samplers.TPESampler(
-                seed=seed,
-                multivariate=True,
-                group=True,
-                constant_liar=True,
-                n_startup_trials=0,
+
+def sampler_seed(search: Search, trials: int) -> int:
+    """By trial, so that a resumed study draws what an uninterrupted one would."""
+    return (search.seed * 1_000_003 + trials) % 2**32
+
+
+def sampler_of(search: Search, seed: int, place: int) -> BaseSampler:
+    """The sampler of the trial at `place` among those of its budget."""
+    samplers = optuna.samplers
+    if search.sampler == "random":
+        return samplers.RandomSampler(seed=seed)
+    if place < search.startup:
+        return _Even(search.seed, place)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if search.sampler == "gp":
+            return samplers.GPSampler(
+                seed=seed, n_startup_trials=0, warn_independent_sampling=False
             )
+        if search.sampler == "nsgaii":
+            return samplers.NSGAIISampler(seed=seed, population_size=GENERATION)
+        return samplers.TPESampler(
+            seed=seed,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            n_startup_trials=0,
+        )
 
 
 class _Even(BaseSampler):
@@ -245,12 +246,14 @@ class _Even(BaseSampler):
         return math.exp(low + share * (high - low))
 
 
-def _copy(trials: Sequence[FrozenTrial]) -> optuna.Study:
-    """A study in memory that has these trials: all that a sampler looks at."""
+def copy_of(trials: Sequence[FrozenTrial], sampler: BaseSampler) -> optuna.Study:
+    """A study in memory that has these trials: all that a sampler looks at, if it looks."""
+    if isinstance(sampler, (optuna.samplers.RandomSampler, _Even)):
+        trials = ()
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.create_study(direction="maximize")
+        study = optuna.create_study(direction="maximize", sampler=sampler)
     finally:
         optuna.logging.set_verbosity(verbosity)
     study.add_trials(
@@ -269,7 +272,20 @@ def _copy(trials: Sequence[FrozenTrial]) -> optuna.Study:
     return study
 
 
-def _without_doubles(study: optuna.Study) -> list[FrozenTrial]:
+def asked_for(known: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """A trial that an earlier driver asked for, and that never began."""
+    left = (t for t in known if t.state == TrialState.RUNNING and LEASE not in t.user_attrs)
+    return next(left, None)
+
+
+def entered(study: optuna.Study, made: FrozenTrial) -> FrozenTrial:
+    """A new trial of a study: at once, so that a kill leaves all of it or nothing."""
+    count = len(study.get_trials(deepcopy=False))
+    study._storage.create_new_trial(study._study_id, template_trial=made)
+    return study.get_trials(deepcopy=False)[count]
+
+
+def without_doubles(study: optuna.Study) -> list[FrozenTrial]:
     """Its trials. A database that made one, and went away before it said so, made another: told."""
     found, seen = [], set()
     for trial in study.get_trials(deepcopy=False):

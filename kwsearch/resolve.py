@@ -146,6 +146,13 @@ def outcome_of(recipe: Recipe, network: Network) -> Outcome:
     Raises PlanError for a plan that cannot be or has more parameters than the budget, BudgetError
     for a budget that no plan meets.
     """
+    if recipe.of_architectures and methods.find(recipe.method.name).name == "kernel_warehouse":
+        with located(recipe, "model"):
+            raise PlanError(
+                "model: the recipe is about architectures of micronas and has no plan; `kwsearch "
+                "budget` counts an architecture, `kwsearch optimize` looks for one, and with a "
+                "budget the recipe is about plans of the largest"
+            )
     settings, target = settings_of(recipe), target_of(recipe)
     with located(recipe):
         if recipe.plan is None:

@@ -10,24 +10,46 @@ from typing import TYPE_CHECKING, Any
 from kwlayers.plan import Network, Plan, counted
 from kwsearch import finals, verdict
 from kwsearch.finals import Finals
-from kwsearch.recipe import Proxy, Recipe, RecipePlan, Search, section_of, write_recipe
+from kwsearch.recipe import (
+    MicroNAS,
+    Proxy,
+    Recipe,
+    RecipePlan,
+    Search,
+    section_of,
+    write_recipe,
+)
 from kwsearch.resolve import KINDS, target_of, targets_of
 from kwsearch.run_directory import BEST, SearchError
 from kwsearch.rungs import Rung, as_rungs, geometric
 from kwsearch.rungs import check as check_rungs
-from kwsearch.trials import LATENCY, UNIFORM, accuracy_of, baseline, best_of, budget_of
+from kwsearch.trials import (
+    ARCHITECTURE,
+    FLASH,
+    LATENCY,
+    NAMES,
+    PEAK,
+    UNIFORM,
+    accuracy_of,
+    baseline,
+    best_of,
+    budget_of,
+)
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from kwsearch.snapshot import Snapshot
 
+# What a best recipe's provenance says it takes.
+_COSTS = ("params", "macs", LATENCY, PEAK, FLASH)
+
 
 @dataclass(frozen=True)
 class Found:
-    """What was found under one budget. budget: as the recipe gives it."""
+    """What was found under one budget. budget: as the recipe gives it; None of architectures."""
 
-    budget: float
+    budget: float | None
     trials: tuple[FrozenTrial, ...]
     finals: Finals | None = None
     best_path: Path | None = None
@@ -81,7 +103,7 @@ def result_from(study: Snapshot) -> Result:
     """
     recipe = study.recipe
     trials = tuple(trial for trial in study.trials if trial.state.is_finished())
-    values = [*targets_of(recipe)]
+    values = values_of(recipe)
     budgets = []
     for found in found_of(values, trials, study.attributes):
         path = study.directory / named(values, found.budget, BEST)
@@ -100,8 +122,13 @@ def result_from(study: Snapshot) -> Result:
     )
 
 
+def values_of(recipe: Recipe) -> list[float | None]:
+    """The budgets of a study, by value; architectures are searched under none."""
+    return [None] if recipe.of_architectures else [*targets_of(recipe)]
+
+
 def found_of(
-    values: Sequence[float], trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]
+    values: Sequence[float | None], trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]
 ) -> tuple[Found, ...]:
     """What each budget gave, of a study's finished trials and its attributes."""
     found = []
@@ -123,6 +150,9 @@ def finalists(budgets: Iterable[Found], top: int) -> list[FrozenTrial]:
 
 def rungs_of(search: Search, proxy: Proxy) -> tuple[Rung, ...]:
     """Where trials stop. Raises SearchError for rungs that do not end in the full trial."""
+    if search.strategy == "differentiable":
+        supernet = search.supernet.epochs
+        return Rung(supernet, supernet), Rung(proxy.epochs, supernet + proxy.epochs)
     if search.pruner != "halving":
         return as_rungs([(proxy.epochs, None, None)])
     stops = [(stop.epochs, stop.subset, stop.resolution) for stop in search.rungs]
@@ -141,8 +171,10 @@ def settled(proxy: Proxy) -> int:
     return min(falling + 1, proxy.epochs)
 
 
-def under(recipe: Recipe, value: float) -> Recipe:
-    """The recipe with a budget of the same kind in place of its own, and no sweep."""
+def under(recipe: Recipe, value: float | None) -> Recipe:
+    """The recipe with a budget of the same kind in place of its own, and no sweep; None: as is."""
+    if value is None:
+        return recipe
     (kind,) = (name for name, given in vars(target_of(recipe)).items() if given is not None)
     search = recipe.search
     if search is not None and search.budgets:
@@ -152,7 +184,9 @@ def under(recipe: Recipe, value: float) -> Recipe:
 
 
 def recipe_of_trial(recipe: Recipe, trial: FrozenTrial) -> Recipe:
-    """The recipe with a trial's plan. Raises SearchError for a trial that has none."""
+    """The recipe with a trial's plan or architecture. Raises SearchError where there is none."""
+    if ARCHITECTURE in trial.user_attrs:
+        return with_architecture(recipe, trial.user_attrs[ARCHITECTURE])
     if "groups" not in trial.user_attrs:
         raise SearchError(f"trial {trial.number} has no plan: {baseline(trial) or 'not begun'}")
     return recipe.model_copy(update=_with_plan(recipe, trial.user_attrs["groups"]))
@@ -165,6 +199,12 @@ def _with_plan(recipe: Recipe, groups: Sequence[Mapping[str, Any]]) -> dict[str,
     if name != recipe.method.name:
         said["method"] = section_of(name)
     return said
+
+
+def with_architecture(recipe: Recipe, architecture: Mapping[str, Any]) -> Recipe:
+    """The recipe that says this one."""
+    said = (recipe.micronas or MicroNAS()).model_dump() | {"architecture": architecture}
+    return recipe.model_copy(update={"micronas": MicroNAS.model_validate(said)})
 
 
 def write_best(
@@ -183,30 +223,44 @@ def write_best(
     if best is None:
         return None
     plan = Plan.from_groups(network, best.user_attrs["groups"])
+    filled = recipe.model_copy(update=_with_plan(recipe, plan.groups_to_list()))
+    return write_found(path, filled, found, provenance, UNIFORM, " --trust" if trust else "")
+
+
+def write_found(
+    path: Path,
+    recipe: Recipe,
+    found: Found,
+    provenance: Mapping[str, Any],
+    kind: str,
+    options: str = "",
+) -> Path:
+    """A recipe that says the best trial, with where that comes from and what it is worth. kind: of
+    the baseline to name beside it. options: of the command that counts it.
+    """
+    best = found.best
+    assert best is not None
     provenance = dict(provenance)
-    first = found.baseline(UNIFORM)
-    uniform = None if first is None else accuracy_of(first)
+    first = found.baseline(kind)
+    base = None if first is None else accuracy_of(first)
     said = [
         f"Trial {best.number}, the best of {len(found.trials)}: {best.values[0]:.2%} on held-out "
-        "images" + (f" (uniform plan {uniform:.2%})." if uniform is not None else ".")
+        "examples" + (f" ({NAMES[kind]} {base:.2%})." if base is not None else ".")
     ]
     if found.finals is not None and found.finals.verdict is not None:
         seeds = max(len(runs) for runs in found.finals.accuracies.values())
         provenance["verdict"] = verdict.sentence(found.finals.verdict)
-        said.append(f"On {found.finals.split} images, {counted(seeds, 'seed')} each:")
+        said.append(f"On {found.finals.split} examples, {counted(seeds, 'seed')} each:")
         said += [f"    {part}" for part in provenance["verdict"].split("; ")]
     filled = recipe.model_copy(
         update={
-            **_with_plan(recipe, plan.groups_to_list()),
             "provenance": {
                 **provenance,
                 "trial": best.number,
                 "trials": len(found.trials),
                 "score": best.values[0],
-                "uniform_score": uniform,
-                "params": best.user_attrs["params"],
-                "macs": best.user_attrs["macs"],
-                **({LATENCY: best.user_attrs[LATENCY]} if LATENCY in best.user_attrs else {}),
+                f"{kind}_score": base,
+                **{name: best.user_attrs[name] for name in _COSTS if name in best.user_attrs},
             },
         }
     )
@@ -214,13 +268,13 @@ def write_best(
         *said,
         f"{best.user_attrs['params']:,} parameters, {best.user_attrs['macs']:,} MACs"
         + (f", {best.user_attrs[LATENCY]:.3g} ms." if LATENCY in best.user_attrs else "."),
-        f"    kwsearch budget {path}" + (" --trust" if trust else ""),
+        f"    kwsearch budget {path}{options}",
     ]
     write_recipe(filled, path, header)
     return path
 
 
-def named(budgets: Sequence[float], value: float, name: str) -> str:
+def named(budgets: Sequence[float | None], value: float | None, name: str) -> str:
     """The file of one budget: best.yaml, or best_0.5.yaml of a sweep."""
     if len(budgets) == 1:
         return name

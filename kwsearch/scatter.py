@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-# Columns: of the narrowest plot that says something, and of the widest that helps.
+# Columns: of the narrowest plot that says something, and of the largest that helps.
 LEAST, MOST = 60, 100
 # By kind, in falling importance: what a cell with several points shows, and the legend.
 _MARKS = {
     "best": ("*", "best plan"),
     "static": ("S", "static network"),
     "uniform": ("U", "uniform plan"),
+    "largest": ("W", "largest architecture"),
     "front": ("o", "on the front"),
     "trial": ("·", "trial"),
 }
@@ -23,7 +24,7 @@ _LINE, _CROWD = "|", "#"
 
 @dataclass(frozen=True)
 class Point:
-    """kind: best, static, uniform, front or trial."""
+    """kind: best, static, uniform, largest, front or trial."""
 
     x: float
     y: float

@@ -9,10 +9,13 @@ from kwlayers.plan import counted, group_from
 from kwsearch import verdict
 from kwsearch.terminal import new_table
 from kwsearch.trials import (
+    FLASH,
+    LARGEST,
     LATENCY,
+    NAMES,
+    PEAK,
     REASON,
     STATIC,
-    UNIFORM,
     accuracy_of,
     baseline,
     budget_of,
@@ -30,17 +33,27 @@ if TYPE_CHECKING:
     from kwsearch.results import Found, Result
 
 
+# Of architectures, the peak of their activations.
+_MEMORY = "memory, bytes"
+
+
 def trials_table(trials: Sequence[FrozenTrial]) -> Table:
     """One line per trial, by budget, the best first."""
     sweep = len(by_budget(trials)) > 1
     timed = any(LATENCY in trial.user_attrs for trial in trials)
+    held = any(PEAK in trial.user_attrs for trial in trials)
     groups = {t.number: [group_from(g) for g in t.user_attrs.get("groups", ())] for t in trials}
     methods = {group.method for own in groups.values() for group in own}
     apart = len(methods) > 1
     table = new_table(
         (*(["budget"] if sweep else []), "trial", "result", *(["method"] if apart else [])),
-        ("held-out accuracy", "parameters", "MACs", *(["ms"] if timed else []), "seconds"),
-        ("n of warehouses" if methods <= {"kernel_warehouse"} else "sizes",),
+        (
+            *("held-out accuracy", "parameters", "MACs"),
+            *([_MEMORY] if held else []),
+            *(["ms"] if timed else []),
+            "seconds",
+        ),
+        () if held else ("n of warehouses" if methods <= {"kernel_warehouse"} else "sizes",),
     )
     for trial in sorted(trials, key=_by_result):
         attrs = trial.user_attrs
@@ -55,9 +68,10 @@ def trials_table(trials: Sequence[FrozenTrial]) -> Table:
             "" if (accuracy := accuracy_of(trial)) is None else f"{accuracy:.2%}",
             f"{attrs['params']:,}" if "params" in attrs else "",
             f"{attrs['macs']:,}" if "macs" in attrs else "",
+            *([f"{attrs[PEAK]:,}" if PEAK in attrs else ""] if held else []),
             *([f"{attrs[LATENCY]:.3g}" if LATENCY in attrs else ""] if timed else []),
             f"{attrs['seconds']:.0f}" if "seconds" in attrs else "",
-            shown,
+            *([] if held else [shown]),
         )
     return table
 
@@ -109,11 +123,11 @@ def _verdict_lines(result: Result, found: Found, head: str) -> list[str]:
 def _single_seed_lines(result: Result, found: Found, best: FrozenTrial) -> list[str]:
     lines = []
     score, images = best.values[0], result.held_out
-    if baseline(best) == UNIFORM:
+    if (own := baseline(best)) is not None:
         others = "did better" if len(complete_plans(found.trials)) > 1 else "has finished"
-        lines.append(f"    the uniform plan: no other plan {others}")
-    names = {UNIFORM: "uniform plan", STATIC: "static network within the budget"}
-    for kind, name in names.items():
+        what = "architecture" if own == LARGEST else "plan"
+        lines.append(f"    the {NAMES[own]}: no other {what} {others}")
+    for kind, name in {**NAMES, STATIC: "static network within the budget"}.items():
         other = found.baseline(kind)
         theirs = None if other is None else accuracy_of(other)
         if other is None or theirs is None or other.number == best.number or not images:
@@ -259,6 +273,8 @@ def trial_lines(trial: FrozenTrial) -> list[str]:
         lines[0] += f", {accuracy:.2%}"
     if "params" in attrs:
         latency = f", {attrs[LATENCY]:.3g} ms" if LATENCY in attrs else ""
+        if PEAK in attrs:
+            latency += f", {attrs[PEAK]:,} bytes of memory, {attrs[FLASH]:,} of flash"
         lines.append(f"{attrs['params']:,} parameters, {attrs['macs']:,} MACs{latency}")
     if "seconds" in attrs:
         lines.append(f"{attrs['seconds']:,.1f} s, attempt {attrs['lease']['attempt']}")

@@ -19,7 +19,7 @@ from kwsearch.recipe import Proxy, Recipe, Search
 from kwsearch.resolve import input_of, target_of, targets_of
 from kwsearch.results import finalists
 from kwsearch.terminal import new_table
-from kwsearch.trials import LATENCY, LEASE, SECONDS, STATIC, UNIFORM, baseline, front
+from kwsearch.trials import LATENCY, LEASE, NAMES, PEAK, SECONDS, baseline, front
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -57,9 +57,7 @@ def parts(study: Snapshot, result: Result, plot: Sequence[str]) -> list[str | Ta
         *finals_lines(study, result),
         *study_report.best_lines(result),
     ]
-    found += [
-        f"recipe of the best plan: {one.best_path}" for one in result.budgets if one.best_path
-    ]
+    found += [f"recipe of the best: {one.best_path}" for one in result.budgets if one.best_path]
     found += ["", *plot] if plot else []
     found.append("")
     if any(trial.state.name == "COMPLETE" for trial in result.trials):
@@ -162,6 +160,8 @@ def _input(recipe: Recipe) -> tuple[int, ...] | None:
 def _budget_line(recipe: Recipe, found: Found) -> str:
     """A budget as the recipe gives it, and the parameters that it allows."""
     value = found.budget
+    if value is None:
+        return f"limits: {_limits_line(recipe) or 'none'}"
     words = {
         "ratio": f"b = {value:.12g}, cells per mixture",
         "params": f"{value:,.12g} parameters",
@@ -170,6 +170,19 @@ def _budget_line(recipe: Recipe, found: Found) -> str:
     if found.allowed is None or _kind(recipe) == "params":
         return f"budget: {words}"
     return f"budget: {words}: at most {found.allowed:,} parameters"
+
+
+def _limits_line(recipe: Recipe) -> str:
+    """Of architectures."""
+    limits = (recipe.search or Search()).space.limits
+    found = []
+    if limits.latency_ms is not None:
+        found.append(f"{limits.latency_ms:g} ms by {limits.lut}")
+    if limits.peak_memory is not None:
+        found.append(f"{limits.peak_memory:,} bytes of memory")
+    if limits.flash is not None:
+        found.append(f"{limits.flash:,} bytes of flash")
+    return ", ".join(found)
 
 
 def _kind(recipe: Recipe) -> str:
@@ -240,10 +253,15 @@ def plans_table(result: Result) -> Table:
     """The best plan of each budget and its baselines: what they cost, what they are worth."""
     sweep = len(result.budgets) > 1
     timed = any(LATENCY in trial.user_attrs for trial in result.trials)
+    held = result.recipe.of_architectures
     table = new_table(
         (*(["budget"] if sweep else []), "network", "trial"),
-        ("held-out accuracy", "parameters", "of budget", "MACs", *(["ms"] if timed else [])),
-        spare=("of budget", "MACs", "trial"),
+        (
+            *("held-out accuracy", "parameters", *([] if held else ["of budget"]), "MACs"),
+            *(["memory, bytes"] if held else []),
+            *(["ms"] if timed else []),
+        ),
+        spare=(*([] if held else ["of budget"]), "MACs", "trial"),
     )
     for found in result.budgets:
         for name, trial in _plans(found):
@@ -255,8 +273,9 @@ def plans_table(result: Result) -> Table:
                 str(trial.number),
                 f"{trial.values[0]:.2%}",
                 f"{attrs['params']:,}",
-                "" if share is None else f"{share:.1%}",
+                *([] if held else ["" if share is None else f"{share:.1%}"]),
                 f"{attrs['macs']:,}",
+                *([f"{attrs[PEAK]:,}"] if held else []),
                 *([f"{attrs[LATENCY]:.3g}" if LATENCY in attrs else ""] if timed else []),
             )
     return table
@@ -266,7 +285,7 @@ def _plans(found: Found) -> Iterator[tuple[str, FrozenTrial]]:
     best = found.best
     if best is not None:
         yield "best plan", best
-    for kind, name in ((UNIFORM, "uniform plan"), (STATIC, "static network")):
+    for kind, name in NAMES.items():
         trial = found.baseline(kind)
         if trial is not None and trial.state.name == "COMPLETE" and trial is not best:
             yield name, trial
@@ -379,7 +398,7 @@ def summary_json(study: Snapshot, result: Result) -> dict[str, Any]:
         "running": study.running,
         "model": recipe.model.name,
         "input": None if size is None else list(size),
-        "budget": {_kind(recipe): [*targets_of(recipe)]},
+        "budget": None if recipe.of_architectures else {_kind(recipe): [*targets_of(recipe)]},
         "params_allowed": [one.allowed for one in result.budgets],
         "asked": _asked(study),
         "states": states(study),

@@ -1,18 +1,21 @@
-"""One training step of a plan: its time, measured here, its memory, and how many trials fit."""
+"""One training step of a plan or an architecture: its time, measured here, its memory, and how many
+trials fit.
+"""
 
 from __future__ import annotations
 
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kwsearch.recipe import Proxy, Recipe
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from kwlayers.plan import Plan
 
@@ -24,22 +27,30 @@ _CONTEXT = 600 * 10**6
 class TrainStep:
     """A network with random images of the proxy's batch size, to be timed.
 
-    trust: whether the network may be the user's own code.
+    plan, architecture: of the network, one of them. trust: whether it may be the user's own code.
     """
 
-    def __init__(self, recipe: Recipe, plan: Plan, proxy: Proxy, trust: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan | None,
+        proxy: Proxy,
+        trust: bool = False,
+        architecture: Mapping[str, Any] | None = None,
+    ) -> None:
         import torch
 
         from kwlayers.convert import convert_
         from kwsearch.proxy import device_of, optimizer_of
-        from kwsearch.resolve import create_model
 
         if proxy.threads is not None:
             torch.set_num_threads(proxy.threads)
         self.device = device_of(proxy)
         with torch.random.fork_rng():
-            model = create_model(recipe, trust=trust)
-            self.model = convert_(model, plan).to(self.device).train()
+            model = _builder(recipe, trust, architecture)()
+            if plan is not None:
+                model = convert_(model, plan)
+            self.model = model.to(self.device).train()
             size = (proxy.batch_size, *_input_of(recipe, proxy))
             self.x = torch.randn(size, device=self.device)
         self.optimizer = optimizer_of(self.model, proxy)
@@ -65,19 +76,39 @@ class TrainStep:
         return statistics.median(found)
 
 
-def train_bytes(recipe: Recipe, plan: Plan, proxy: Proxy, trust: bool = False) -> int:
+def train_bytes(
+    recipe: Recipe,
+    plan: Plan | None,
+    proxy: Proxy,
+    trust: bool = False,
+    architecture: Mapping[str, Any] | None = None,
+) -> int:
     """The peak memory of a training step at the proxy's batch size, counted and not run."""
-    from kwsearch import memory, networks
+    from kwsearch import memory
     from kwsearch.proxy import device_of, optimizer_of
 
-    model = recipe.model
     return memory.memory_of(
-        partial(networks.planning_model, model.name, recipe.input, model.num_classes, trust),
+        _builder(recipe, trust, architecture, counted=True),
         plan,
         _input_of(recipe, proxy),
         memory.Step(proxy.batch_size, device=device_of(proxy).type),
         lambda made: optimizer_of(made, proxy),
     ).total
+
+
+def _builder(
+    recipe: Recipe, trust: bool, architecture: Mapping[str, Any] | None, counted: bool = False
+) -> Callable[[], nn.Module]:
+    """What makes the network; counted: which may be on `meta`."""
+    from kwsearch import architectures, networks
+    from kwsearch.resolve import create_model
+
+    if architecture is not None:
+        return partial(architectures.network, recipe, architecture)
+    if not counted:
+        return partial(create_model, recipe, trust=trust)
+    model = recipe.model
+    return partial(networks.planning_model, model.name, recipe.input, model.num_classes, trust)
 
 
 def _input_of(recipe: Recipe, proxy: Proxy) -> tuple[int, int, int]:

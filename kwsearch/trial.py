@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class Trained:
     """What is trained, as plain data that a worker can be sent.
 
-    recipe, proxy: as JSON. groups: of the plan; None for the static twin of that `width`.
+    recipe, proxy: as JSON. groups: of the plan; None for the static twin of that `width`, and for
+    an `architecture`.
     checkpoint: a file, or its URL. splits: micro-batches per batch. trust: whether the network may
     be the user's own code; a recipe cannot say that. init: the proxy (JSON) that trains the static
     network whose weights it starts from; None for fresh weights.
@@ -40,6 +41,7 @@ class Trained:
     splits: int
     trust: bool = False
     init: str | None = None
+    architecture: dict[str, Any] | None = None
 
     def plan(self) -> Plan | None:
         """Of the network that is trained; None for the static twin."""
@@ -51,9 +53,13 @@ class Trained:
 
     def create_model(self) -> nn.Module:
         """The static network, on the current device."""
+        from kwsearch import architectures
         from kwsearch.resolve import create_model
 
-        return create_model(Recipe.model_validate_json(self.recipe), self.width, self.trust)
+        recipe = Recipe.model_validate_json(self.recipe)
+        if self.architecture is not None:
+            return architectures.network(recipe, self.architecture)
+        return create_model(recipe, self.width, self.trust)
 
     def initial(self) -> dict[str, Tensor] | None:
         """The static weights to start from, trained first if nobody has; None for fresh ones."""
@@ -139,6 +145,28 @@ def score_trial(
     found = score_all(make_model, x, y, trained.seed)
     finite = {key: score for key, score in found.items() if math.isfinite(score)}
     return {"value": finite.get(name, -sys.float_info.max), SCORES: finite}
+
+
+def search_trial(
+    report: Callable[[int, float], None],
+    *,
+    recipe: str,
+    proxy: str,
+    seed: int,
+    checkpoint: str,
+) -> dict[str, Any]:
+    """Train a supernet; the facts of the architecture that it chooses, and as the "value" what it
+    gets right of the held-out examples itself, by that architecture.
+    """
+    from kwsearch import architectures, supernet_search
+
+    settings = Proxy.model_validate_json(proxy)
+    parsed = Recipe.model_validate_json(recipe)
+    examples = _images(recipe, proxy)
+    found, accuracy = supernet_search.run(
+        parsed, examples, settings, seed, report, path_of(checkpoint)
+    )
+    return {"value": accuracy, **architectures.facts(architectures.feasible_of(parsed), found)}
 
 
 def train_final(report: Callable[[int, float], None], *, trained: Trained) -> dict[str, Any]:

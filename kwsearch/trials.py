@@ -24,8 +24,13 @@ TEMPERATURE = "temperature_epochs"
 SCORES = "scores"
 # Milliseconds of a forward pass by a latency table.
 LATENCY = "latency_ms"
-# The baselines, which have a kind: the plan of equal ratios, and a static network.
-KIND, UNIFORM, STATIC = "kind", "uniform", "static"
+# Of architectures: what was chosen, bytes of activations at their peak and of weights, and the
+# number of the supernet that chose it.
+ARCHITECTURE, PEAK, FLASH, SUPERNET = "architecture", "peak_bytes", "flash_bytes", "supernet"
+# The baselines, which have a kind: the plan of equal ratios, a static network, and of architectures
+# the largest within the limits.
+KIND, UNIFORM, STATIC, LARGEST = "kind", "uniform", "static", "largest"
+NAMES = {UNIFORM: "uniform plan", STATIC: "static network", LARGEST: "largest architecture"}
 
 
 def accuracy_of(trial: FrozenTrial) -> float | None:

@@ -75,7 +75,8 @@ def command(
 
     Give one target: --ratio (cells over mixtures, the papers' b), --params or --total-ratio
     (of the whole network), or none to see the published settings. A recipe with a plan is
-    counted as it stands.
+    counted as it stands. A recipe of micronas without a budget is about architectures: its own,
+    cell by cell, or what its limits leave.
 
     \b
     kwsearch budget resnet50 --ratio 0.5
@@ -86,9 +87,14 @@ def command(
     kwsearch budget resnet18 --ratio 0.5 --latency 80ms --lut device.lut.yaml
     """
     from kwsearch.budget import Target
+    from kwsearch.cli import architecture
     from kwsearch.cli.request import Request
 
     target = Target(ratio, params, total_ratio)
+    if not target and (recipe := architecture.recipe_of(model)) is not None:
+        architecture.check_used()
+        architecture.show(recipe, as_json)
+        return
     request = Request(model, input_size, classes, target, trust)
     given = {name: value for name, value in settings.items() if value is not None}
     step = StepRequest({name: given.pop(name) for name in STEP_OPTIONS if name in given})

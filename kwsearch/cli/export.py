@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import re
 import secrets
 import shlex
 from collections.abc import Callable
@@ -36,7 +37,9 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Kind:
-    """write(request, path) makes the file. weights: None where none are taken."""
+    """write(request, path) makes the file. weights: None where none are taken; what there is
+    without them is said if they are optional, and trained if they are.
+    """
 
     what: str
     file: str
@@ -99,6 +102,21 @@ def _write_static(request: _Request, path: Path) -> None:
     path.write_bytes(content.getbuffer())
 
 
+def _write_tflite(request: _Request, path: Path) -> None:
+    from kwsearch import deploy
+    from kwsearch.micronas import tflite
+
+    def tell(epoch: int, accuracy: float) -> None:
+        click.echo(f"epoch {epoch}: {accuracy:.2%} on held-out windows", err=True)
+
+    found = deploy.deploy(request.recipe, path, request.weights, tell)
+    name = re.sub(r"\W", "_", request.output.stem, flags=re.ASCII)
+    name = f"_{name}" if name[:1].isdigit() else name
+    tflite.header(path, name, found.notes()).replace(request.output.with_suffix(".h"))
+    for line in found.lines():
+        click.echo(line)
+
+
 KINDS = {
     "train.py": _Kind("a training script", "train.py", _write_train_script),
     "official.json": _Kind("a config of the papers' code", "official.json", _write_official),
@@ -110,6 +128,13 @@ KINDS = {
         "static.pt",
         _write_static,
         weights="needed",
+    ),
+    "tflite": _Kind(
+        "int8 TensorFlow Lite and a C header, of an architecture of micronas, trained by the "
+        "recipe's proxy without --weights",
+        "model.tflite",
+        _write_tflite,
+        weights="trained",
     ),
 }
 
@@ -163,7 +188,7 @@ def command(
     loaded = load_recipe(recipe, settings)
     shown = shlex.join([recipe, *overrides])
     request = _Request(loaded, shown, target, weights, ema, trust)
-    if chosen.weights and weights is None:
+    if chosen.weights == "optional" and weights is None:
         click.echo("note: without --weights the weights are random", err=True)
     _replace(target, lambda path: chosen.write(request, path))
     click.echo(f"wrote {target}", err=True)
@@ -177,6 +202,12 @@ def _check(kind: str, target: Path, force: bool, weights: Path | None, ema: bool
         raise click.UsageError(f"--weights: {kind} has none; they are for {takers}")
     if weights is None and chosen.weights == "needed":
         raise click.UsageError(f"--to {kind} needs --weights, a checkpoint of the trained network")
+    if kind == "tflite" and ema:
+        raise click.UsageError("--ema: of checkpoints of train.py; tflite takes a state dict")
+    if kind == "tflite" and target.suffix != ".tflite":
+        raise click.UsageError(f"-o {target}: must end in .tflite; the C header is written beside")
+    if kind == "tflite" and target.with_suffix(".h").exists() and not force:
+        raise click.UsageError(f"{target.with_suffix('.h')} exists: --force replaces it, too")
     if ema and weights is None:
         raise click.UsageError("--ema needs --weights, a checkpoint of train.py --ema")
     if kind == "timm" and target.suffix != ".py":

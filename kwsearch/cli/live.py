@@ -55,15 +55,23 @@ class Live:
         self.bars.update(self.study, completed=len(trials))
 
     def start(self, trial: FrozenTrial, attempt: int, until: int) -> None:
-        attrs = trial.user_attrs
-        allowed = attrs["params"] - trial.constraints["params"]
         self._end(trial.number)
         self.running[trial.number] = self.bars.add_task(
-            f"  trial {trial.number}: {attrs['params']:,} parameters, "
-            f"{attrs['params'] / allowed:.1%} of the budget",
+            f"  trial {trial.number}: {self._what(trial)}",
             total=until,
             completed=trial.last_step or 0,
         )
+
+    @staticmethod
+    def _what(trial: FrozenTrial) -> str:
+        """Of a plan its part of the budget; of an architecture its parameters, once chosen."""
+        attrs = trial.user_attrs
+        if "params" not in attrs:
+            return "a supernet"
+        if "params" not in trial.constraints:
+            return f"{attrs['params']:,} parameters"
+        allowed = attrs["params"] - trial.constraints["params"]
+        return f"{attrs['params']:,} parameters, {attrs['params'] / allowed:.1%} of the budget"
 
     def epoch(self, number: int, step: int, accuracy: float) -> None:
         task = self.running[number]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TABLE = click.Path(dir_okay=False, path_type=Path)
 # Small enough to measure in minutes; of several families.
+_SHOWN = 10  # records that are left out
 CHECKED, CHECKED_SIZE = ("resnet18", "mobilenetv2_050", "convnext_tiny"), (3, 64, 64)
 
 
@@ -42,6 +43,48 @@ def show(table: Path, as_json: bool) -> None:
     out = terminal.console()
     for part in lut_report.parts(loaded):
         out.print(part)
+
+
+@command.command("import")
+@click.argument("records", metavar="RECORDS...", type=TABLE, nargs=-1, required=True)
+@click.option("--device", required=True, help="The microcontroller's name, e.g. NiclaSense.")
+@click.option(
+    "--clock",
+    type=click.FloatRange(min=0, min_open=True),
+    help="MHz.  [default: of NiclaSense, NUCLEOL552ZEQ and NUCLEOF446RE theirs]",
+)
+@click.option("-o", "--output", type=TABLE, required=True, help="The table, for micronas.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+def import_(
+    records: tuple[Path, ...], device: str, clock: float | None, output: Path, force: bool
+) -> None:
+    """Write cycles that were counted on a microcontroller as a table.
+
+    RECORDS are JSON lists in MicroNAS' form, or a CSV with the columns name, input, output, filter,
+    strides, cycles. Later ones replace earlier ones; those of failures are left out.
+    """
+    from kwlayers.plan import counted
+    from kwsearch.latency import operators
+    from kwsearch.micronas import cycles
+
+    if output.exists() and not force:
+        raise click.UsageError(f"-o {output}: the file exists; --force replaces it")
+    lists = [path for path in records if path.suffix.lower() == ".csv"]
+    if lists and len(records) > 1:
+        raise click.UsageError("RECORDS: one .csv, or several .json")
+    if lists:
+        found = cycles.load_csv(lists[0], device, clock_mhz=clock)
+    else:
+        found = cycles.load_records(records, device, clock_mhz=clock)
+    table = operators.table_of(found)
+    table.save(output)
+    for one in found.refused[:_SHOWN]:
+        click.echo(f"left out: {one.source}: {one.what}: {one.why}", err=True)
+    if len(found.refused) > _SHOWN:
+        click.echo(f"left out: {len(found.refused) - _SHOWN} more", err=True)
+    click.echo(f"wrote {output}: {counted(len(table.entries), 'operator')} of {device}")
+    for line in operators.summary(table):
+        click.echo(line)
 
 
 @command.command("merge")

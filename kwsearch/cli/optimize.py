@@ -69,15 +69,17 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Search n, cells, sharing and split under the budget of RECIPE.
+    """Search n, cells, sharing and split under the budget of RECIPE; of micronas an architecture
+    under its limits.
 
-    Trial 0 is the uniform plan; every trial trains its network on the recipe's proxy and is
-    scored on held-out images. Interrupt it at any time: --resume goes on. The best plan is
-    written to best.yaml in the run directory.
+    Trial 0 is the uniform plan, or the largest architecture; every trial trains its network on the
+    recipe's proxy and is scored on held-out examples. Interrupt it at any time: --resume goes on.
+    The best is written to best.yaml in the run directory.
 
     \b
     kwsearch optimize recipes/quickstart.yaml
     kwsearch optimize recipes/fashion_mnist.yaml proxy.epochs=3 --trials 20
+    kwsearch optimize recipes/micronas.yaml search.strategy=differentiable
     """
     from kwsearch.recipe import load_recipe
 
@@ -102,21 +104,23 @@ def command(
     import optuna
 
     from kwlayers.plan import counted
-    from kwsearch.optimize import Study
+    from kwsearch.architecture_study import ArchitectureStudy
+    from kwsearch.optimize import PlanStudy
     from kwsearch.run_directory import RECIPE
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     command_line = without_password(shlex.join(["kwsearch", *sys.argv[1:]]))
     # Before torch is loaded: its profiler, which measures memory, talks.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    kind = ArchitectureStudy if loaded.of_architectures else PlanStudy
     if dry_run:
         with Live(quiet=True) as silent:
-            planned = Study(loaded, directory, resume=False, watcher=silent, trust=trust)
+            planned = kind(loaded, directory, resume=False, watcher=silent, trust=trust)
         _print_forecast(planned.forecast(), as_json)
         return
     echo = click.echo if as_json else None
     with Live(quiet) as progress:
-        study = Study(
+        study = kind(
             loaded,
             directory,
             resume=resume,
@@ -168,53 +172,8 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(vars(forecast), indent=2))
         return
-    from kwlayers.plan import counted
-
-    fewest, most = forecast.warehouses
-    warehouses = counted(most, "warehouse")
-    if fewest != most:
-        warehouses = f"{fewest} to {warehouses}"
-    rungs = ", ".join(map(str, forecast.rungs))
-    at_a_time = "as many as there are workers" if forecast.workers is None else forecast.workers
-    finals = f"at most {counted(forecast.trainings, 'training')}" if forecast.trainings else "none"
-    click.echo(
-        f"space: {counted(forecast.combinations, 'combination')}, {warehouses} to split over"
-    )
-    click.echo(
-        f"budget: {' / '.join(f'{n:,}' for n in forecast.params_allowed)} parameters at most; "
-        f"{forecast.valid_share:.1%} of random samples are on it"
-    )
-    click.echo(
-        f"trials: {forecast.trials}, {at_a_time} at a time, rungs at epoch {rungs}; "
-        f"finals: {finals}"
-    )
-    click.echo(
-        f"a step of the uniform plan: {forecast.step_s * 1e3:,.0f} ms, "
-        f"{forecast.train_bytes / 1e6:,.0f} MB with weights, gradients and optimizer"
-    )
-    if forecast.most_bytes is not None:
-        fits = "under" if forecast.train_bytes <= forecast.most_bytes else "OVER"
-        click.echo(
-            f"    {fits} search.space.limits.train_memory, {forecast.most_bytes / 1e6:,.0f} MB; "
-            "other plans are counted before they are trained"
-        )
-    if forecast.latency_ms is not None:
-        ms, low, high = forecast.latency_ms
-        limit = ""
-        if forecast.most_ms is not None:
-            limit = f"; search.space.limits.latency_ms is {forecast.most_ms:g}"
-        click.echo(f"a forward pass of it: {ms:.3g} ms, {low:.3g} to {high:.3g}{limit}")
-    if forecast.least_seconds is None or forecast.most_seconds is None:
-        click.echo("time: unknown, for want of the data set or proxy.subset")
-    else:
-        hours = [
-            f"{seconds / 3600:,.2f}" for seconds in (forecast.least_seconds, forecast.most_seconds)
-        ]
-        click.echo(f"time on one worker: {hours[0]} to {hours[1]} h")
-    click.echo(
-        f"disk: at most {forecast.disk_bytes / 1e6:,.0f} MB of checkpoints "
-        f"({forecast.checkpoint_bytes / 1e6:,.1f} MB each)"
-    )
+    for line in forecast.lines():
+        click.echo(line)
 
 
 def _print_json(result: Result) -> None:

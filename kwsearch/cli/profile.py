@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kwsearch.latency.profiling import Profile
     from kwsearch.latency.subjects import Mode, Subject
     from kwsearch.latency.table import Table
+    from kwsearch.recipe import Recipe
 
 
 @click.command("profile")
@@ -73,6 +74,7 @@ def command(
     Of a MODEL, all calls of the static network and of its plans at some ratios (and of methods that
     published sizes, at those); of a RECIPE, of every choice of its search space; --grid is for
     networks that are not known yet.
+    Of a RECIPE of micronas it is every operator of its space.
     Every call is timed by itself, in turns with others, and steps as wholes, too. Interrupt it at
     any time: the same command goes on. What was measured while the machine was slow is measured
     again. Leave the device alone meanwhile.
@@ -83,6 +85,14 @@ def command(
     kwsearch profile recipe.yaml --threads 1 -o device.lut.yaml
     kwsearch profile --grid --size 32,64 --train -o device.lut.yaml
     """
+    if (recipe := _of_architectures(models)) is not None:
+        if grid or len(models) > 1 or train or batch != [1]:
+            raise click.UsageError(
+                f"{models[0]}: is about architectures, whose operators are measured by themselves: "
+                "leave out other models, --grid, --train and --batch"
+            )
+        _profile_operators(recipe, device, threads, output)
+        return
     if not models and not grid:
         raise click.UsageError("nothing to profile: give a MODEL, a RECIPE.yaml or --grid")
     _check_used(models, grid)
@@ -109,6 +119,45 @@ def command(
         table = _table(output, circumstances.here(device, dtype))
         profile = Profile(table, _steps(subjects, modes), lambda: table.save(output))
         _run(profile, output)
+
+
+def _of_architectures(models: tuple[str, ...]) -> Recipe | None:
+    """The recipe among the models that is about architectures."""
+    from kwsearch.recipe import load_recipe
+
+    loaded = (load_recipe(model) for model in models if is_recipe(model))
+    return next((one for one in loaded if one.of_architectures), None)
+
+
+def _profile_operators(recipe: Recipe, device: str, threads: int | None, output: Path) -> None:
+    """All that an architecture of the recipe's space may consist of, on this machine."""
+    import torch
+
+    from kwlayers.plan import counted
+    from kwsearch.architectures import space_of
+    from kwsearch.bench import check_device
+    from kwsearch.latency import circumstances, operators
+    from kwsearch.latency.table import sole_writer
+    from kwsearch.micronas.cycles import needed
+    from kwsearch.terminal import tracked
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    check_device(device)
+    with sole_writer(output):
+        table = _table(output, circumstances.here(device))
+        left = operators.missing(table, sorted(needed(space_of(recipe))))
+        try:
+            with tracked("measuring", len(left)) as advance:
+                for done in operators.profile(table, left):
+                    table.save(output)
+                    advance(done)
+        except KeyboardInterrupt:
+            click.echo("interrupted: the same command goes on", err=True)
+            raise click.exceptions.Exit(INTERRUPTED) from None
+    click.echo(f"{output}: {counted(len(table.entries), 'operator')}")
+    for line in operators.summary(table):
+        click.echo(line)
 
 
 def _check_used(models: tuple[str, ...], grid: bool) -> None:

@@ -16,7 +16,7 @@ from kwsearch.latency.subjects import Mode, Subject, identity
 from kwsearch.latency.table import Table, TableError
 
 # What a table has in common with the machine whose latencies it tells, unless forced.
-_HERE = ("cpu", "gpu", "torch")
+HERE = ("cpu", "gpu", "torch")
 
 
 class PlanLatency:
@@ -96,7 +96,7 @@ def _warning(
     table: Table, path: Path, device: str | None, dtype: str | None, force: bool
 ) -> str | None:
     here = circumstances.here("cpu", dtype or table.circumstances["dtype"])
-    wanted = {name: here[name] for name in _HERE}
+    wanted = {name: here[name] for name in HERE}
     if table.circumstances["gpu"] is not None:
         wanted = {"torch": here["torch"], "gpu": circumstances.gpu()}
     wanted |= {"device": device} if device else {}

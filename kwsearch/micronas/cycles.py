@@ -344,26 +344,17 @@ def _weights(terms: Tensor, took: Tensor) -> Tensor:
     return torch.from_numpy(weights) / scale
 
 
-class ExpectedCycles:
-    """Cycles of a mixture by a table, differentiable. fitted: operators that were not measured.
-
-    Raises CycleError where the table lacks an operator of the space that cannot be fitted.
+class Expected:
+    """What a mixture costs, differentiable, by what each operator does. of one architecture: the
+    sum over its operators.
     """
 
-    def __init__(self, space: Space, table: CycleTable) -> None:
-        self.space, self.table = space, table
-        asked: dict[Key, Cycles] = {}
-
-        def cost(key: Key) -> float:
-            asked[key] = table.cycles(key)
-            return asked[key].number
-
+    def __init__(self, space: Space, cost: Callable[[Key], float]) -> None:
+        self.space = space
         self._cells = [_matrices(Choices(place), cost) for place in space.cells]
         ends = [head(space, width, "input") for width in space.cells[-1].channels]
         costs = [sum(cost(one.key) for one in network) for network in ends]
         self._head = torch.tensor(costs, dtype=torch.float64)
-        self.operators = frozenset(asked)
-        self.fitted = frozenset(key for key, cycles in asked.items() if cycles.fitted)
 
     def __call__(self, mixture: Mixture) -> Tensor:
         """mixture: of every decision of the space. out: () in float64"""
@@ -381,6 +372,25 @@ class ExpectedCycles:
             kept = keep * own["channels"]
             before = kept if place.reducing else skip * before + kept
         return total + before @ self._head
+
+
+class ExpectedCycles(Expected):
+    """Cycles of a mixture by a table. fitted: operators that were not measured.
+
+    Raises CycleError where the table lacks an operator of the space that cannot be fitted.
+    """
+
+    def __init__(self, space: Space, table: CycleTable) -> None:
+        self.table = table
+        asked: dict[Key, Cycles] = {}
+
+        def cost(key: Key) -> float:
+            asked[key] = table.cycles(key)
+            return asked[key].number
+
+        super().__init__(space, cost)
+        self.operators = frozenset(asked)
+        self.fitted = frozenset(key for key, cycles in asked.items() if cycles.fitted)
 
     def milliseconds(self, mixture: Mixture) -> Tensor:
         """At the device's clock. out: ()"""

@@ -1,4 +1,5 @@
-"""The most probable architecture that keeps limits on latency and memory, or why there is none.
+"""The most probable architecture that keeps limits on latency, memory and flash, or why there is
+none.
 
 An architecture's score is the sum of the logarithms of its options' probabilities: without limits
 the best takes every decision's most probable option (of fusion cells among those that have an
@@ -6,12 +7,16 @@ output). As cells depend on each other by the width between them only, the best 
 Choices whose peak is above the limit on memory are left out. Cell by cell, each width keeps the
 ways to it that are not both slower and less probable than another, some dozens; among those that
 are left at the end is the best under any limit on latency, and the quickest of all.
+
+The same holds for a limit on flash alone. Under both, ways are told apart by bands of flash, too:
+in a band the best of each latency stays, so that what is found keeps all limits, but another one
+might be a little more probable. Whether any keeps them is exact.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,13 +29,20 @@ from kwsearch.micronas.mixture import Mixture, as_double
 from kwsearch.micronas.peak_memory import peak_bytes, peaks
 from kwsearch.micronas.space import Architecture, Space, head, operators
 
+# Under limits on latency and flash: bands of flash up to its limit.
+_BANDS = 8
+
 
 @dataclass(frozen=True)
 class Limits:
-    """What an architecture may take: None is no limit. Raises ValueError."""
+    """What an architecture may take: None is no limit. Raises ValueError.
+
+    bytes: of activations at their peak. flash: bytes of weights and biases.
+    """
 
     milliseconds: float | None = None
     bytes: int | None = None
+    flash: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -41,31 +53,45 @@ class Limits:
 class Found(NamedTuple):
     """broken: why the architecture does not keep the limits, in a sentence; empty if it does.
 
-    It is then that of the least memory, or the quickest under the limit on memory.
+    It is then that of the least memory, the quickest under the limit on memory, or that of the
+    least flash under both.
     """
 
     architecture: Architecture
     broken: tuple[str, ...]
 
 
-class _Cell(NamedTuple):
-    """Scores (L,), that of leaving it out or None, cycles and peaks (I, L)."""
+class _Worth(NamedTuple):
+    """What is to be as much as can be, of one cell: of its choices (I, L), of leaving it out.
+    favourite: the choice that stands for those of a cell that is left out.
+    """
 
-    choices: Choices
-    scores: Tensor
-    skip: float | None
-    cycles: Tensor
-    peaks: Tensor
+    choices: Tensor
+    skip: float
+    favourite: int
+
+
+class _Resource(NamedTuple):
+    """What architectures use of a limit: each cell's choices (I, L), and the head by its width.
+
+    kept: which of some uses are within the limit.
+    """
+
+    cells: Sequence[Tensor]
+    ends: Sequence[float]
+    kept: Callable[[Tensor], Tensor]
 
 
 class _Ways(NamedTuple):
-    """To one width: (n,) scores and cycles, ascending; (n, 3) what each came from.
+    """To one width: (n,) scores, and what they use of two resources; (n, 3) what each came from.
 
     That is the width before, the number of the way to it, and of the choice, -1 to leave out.
+    Without bands of the second resource, scores and uses of the first are ascending.
     """
 
     scores: Tensor
-    cycles: Tensor
+    first: Tensor
+    second: Tensor
     back: Tensor
 
 
@@ -95,13 +121,21 @@ class Feasible:
         self._peaks = [peaks(one, **self.how) for one in self._choices]
         ends = [head(space, width, "input") for width in space.cells[-1].channels]
         self._end_peaks = [peak_bytes(end, **self.how) for end in ends]
-        self._cycles = [torch.zeros(one.shape, dtype=torch.float64) for one in self._peaks]
-        self._end_cycles = [0.0] * len(ends)
-        if limits.milliseconds is not None and table is not None:
-            self._cycles = [
-                one.costs(lambda key: table.cycles(key).number) for one in self._choices
-            ]
-            self._end_cycles = [table.latency(end).cycles for end in ends]
+        unused = [torch.zeros(one.shape, dtype=torch.float64) for one in self._peaks]
+        self._nothing = _Resource(unused, [0.0] * len(ends), torch.isfinite)
+        self._cycles = self._flash = None
+        if (most := limits.milliseconds) is not None and table is not None:
+            self._cycles = _Resource(
+                [one.costs(lambda key: table.cycles(key).number) for one in self._choices],
+                [table.latency(end).cycles for end in ends],
+                lambda cycles: cycles / (1000 * table.clock_mhz) <= most,
+            )
+        if (largest := limits.flash) is not None:
+            self._flash = _Resource(
+                [one.costs(lambda key: float(key.flash)) for one in self._choices],
+                [float(sum(one.key.flash for one in end)) for end in ends],
+                lambda flash: flash <= largest,
+            )
 
     def milliseconds(self, architecture: Architecture) -> float | None:
         """None without a table."""
@@ -113,6 +147,20 @@ class Feasible:
         """The peak."""
         return peak_bytes(operators(self.space, architecture), **self.how)
 
+    def flash(self, architecture: Architecture) -> int:
+        """Bytes of the weights and biases."""
+        return sum(one.key.flash for one in operators(self.space, architecture))
+
+    def score(self, mixture: Mixture, architecture: Architecture) -> float:
+        """The logarithm of its probability."""
+        scores = _scores(self.space, mixture)
+        return sum(
+            float(scores[one.name][one.options.index(option)])
+            for one, option in zip(
+                self.space.decisions, self.space.options(architecture).values(), strict=True
+            )
+        )
+
     def broken(self, architecture: Architecture) -> tuple[str, ...]:
         """Which limits it does not keep, by how much."""
         found, limits = [], self.limits
@@ -121,27 +169,71 @@ class Feasible:
             found.append(f"latency {took:.3f} ms: above the limit of {limits.milliseconds:g} ms")
         if limits.bytes is not None and (held := self.bytes(architecture)) > limits.bytes:
             found.append(f"memory {held:,} bytes: above the limit of {limits.bytes:,} bytes")
+        if limits.flash is not None and (kept := self.flash(architecture)) > limits.flash:
+            found.append(f"flash {kept:,} bytes: above the limit of {limits.flash:,} bytes")
         return tuple(found)
 
     def preferred(self, mixture: Mixture) -> Architecture:
         """The most probable, limits or not."""
-        architecture, _ = self._ends(self._cells(mixture, timed=False), math.inf)[-1]
-        return architecture
+        return self._walk(self._chances(mixture), self._nothing, math.inf).at(-1)
 
     def best(self, mixture: Mixture) -> Found:
         """The most probable within the limits."""
+        return self._most(self._chances(mixture))
+
+    def largest(self) -> Found:
+        """The one of most MACs within the limits, but for those of its head."""
+        return self._most(
+            [
+                _Worth(one.costs(lambda key: float(key.macs)), 0.0, len(one) - 1)
+                for one in self._choices
+            ]
+        )
+
+    def _most(self, worth: Sequence[_Worth]) -> Found:
         limit = math.inf if self.limits.bytes is None else self.limits.bytes
-        ends = self._ends(self._cells(mixture), limit)
-        if not ends:
-            return self._too_large(self._cells(mixture, timed=False))
-        if self.table is None or self.limits.milliseconds is None:
-            return Found(ends[-1][0], ())
-        quick = [
-            architecture
-            for architecture, cycles in ends
-            if self.table.milliseconds(cycles) <= self.limits.milliseconds
+        asked = [one for one in (self._cycles, self._flash) if one is not None]
+        first = asked[0] if asked else self._nothing
+        walk = self._walk(worth, first, limit)
+        if not len(walk.ends.scores):
+            return self._too_large(worth)
+        kept = first.kept(walk.ends.first).nonzero()[:, 0]
+        if not len(kept):
+            too_much = self._too_slow if first is self._cycles else self._too_heavy
+            return too_much(walk.at(0))
+        found = walk.at(int(kept[-1]))
+        if len(asked) < 2 or not self.broken(found):
+            return Found(found, ())
+        return self._under_both(worth, limit)
+
+    def _under_both(self, worth: Sequence[_Worth], limit: float) -> Found:
+        """Latency and flash, where the best under the first is none under the second."""
+        assert self._cycles is not None
+        assert self._flash is not None
+        flash = [
+            _Worth(-used, 0.0, one.favourite)
+            for used, one in zip(self._flash.cells, worth, strict=True)
         ]
-        return Found(quick[-1], ()) if quick else self._too_slow(ends[0][0])
+        walk = self._walk(flash, self._cycles, limit, ends=self._flash.ends)
+        lightest = walk.at(int(self._cycles.kept(walk.ends.first).nonzero()[-1, 0]))
+        if self.broken(lightest):
+            return self._too_heavy(lightest)
+        walk = self._walk(worth, self._cycles, limit, self._flash)
+        kept = (self._cycles.kept(walk.ends.first) & self._flash.kept(walk.ends.second)).nonzero()
+        if not len(kept):
+            return Found(lightest, ())
+        return Found(walk.at(int(kept[walk.ends.scores[kept[:, 0]].argmax(), 0])), ())
+
+    def _too_heavy(self, lightest: Architecture) -> Found:
+        text = f"flash limit {self.limits.flash:,} bytes: below {self.flash(lightest):,} bytes, "
+        text += "the least that any architecture takes"
+        others = []
+        if self.limits.milliseconds is not None:
+            others.append(f"at most {self.limits.milliseconds:g} ms")
+        if self.limits.bytes is not None:
+            others.append(f"at most {self.limits.bytes:,} bytes of memory")
+        text += f" with {' and '.join(others)}" if others else ""
+        return Found(lightest, (f"{text}; allow more, or a space with fewer channels",))
 
     def _too_slow(self, quickest: Architecture) -> Found:
         text = f"latency limit {self.limits.milliseconds:g} ms: below "
@@ -150,13 +242,13 @@ class Feasible:
             text += f" with at most {self.limits.bytes:,} bytes"
         return Found(quickest, (f"{text}; allow more, or a space with fewer channels",))
 
-    def _too_large(self, cells: Sequence[_Cell]) -> Found:
+    def _too_large(self, worth: Sequence[_Worth]) -> Found:
         least = self._least_bytes()
         text = (
             f"memory limit {self.limits.bytes:,} bytes: below {least:,} bytes, the least that any "
             "architecture needs; allow more, or a space with fewer channels"
         )
-        return Found(self._ends(cells, least)[-1][0], (text,))
+        return Found(self._walk(worth, self._nothing, least).at(-1), (text,))
 
     def _least_bytes(self) -> int:
         """The least peak of all architectures: by width, through one cell after another."""
@@ -168,85 +260,135 @@ class Feasible:
             least = torch.minimum(after, least) if choices.skippable else after
         return int(torch.maximum(least, torch.tensor(self._end_peaks)).min())
 
-    def _cells(self, mixture: Mixture, *, timed: bool = True) -> list[_Cell]:
-        """timed: with their cycles, else all with none."""
-        scores = {
-            name: one.clamp(min=1e-300).log()
-            for name, one in as_double(self.space, mixture).items()
-        }
+    def _chances(self, mixture: Mixture) -> list[_Worth]:
+        """Logarithms of probabilities."""
+        scores = _scores(self.space, mixture)
         found = []
-        for choices, cycles, held in zip(self._choices, self._cycles, self._peaks, strict=True):
-            own, skip = choices.sums(scores), None
+        for choices in self._choices:
+            own = choices.sums(scores)
+            favourite, skip, best = int(own.argmax()), 0.0, float(own.max())
             if choices.skippable:
                 left_out, kept = scores[f"{choices.place.name}.keep"].tolist()
-                skip = float(own.max()) + left_out
-                own = own + kept
-            found.append(_Cell(choices, own, skip, cycles if timed else 0 * cycles, held))
+                skip, own = best + left_out, own + kept
+            found.append(_Worth(own.expand(len(choices.place.in_channels), -1), skip, favourite))
         return found
 
-    def _ends(self, cells: Sequence[_Cell], limit: float) -> list[tuple[Architecture, float]]:
-        """Architectures with their cycles, both these and scores ascending; none above `limit`."""
-        start = _Ways(torch.zeros(1).double(), torch.zeros(1).double(), torch.zeros(1, 3).long())
-        ways = [[start]]
-        for cell in cells:
-            widths = range(len(cell.choices.place.channels))
-            ways.append([_onward(cell, ways[-1], width, limit) for width in widths])
+    def _walk(
+        self,
+        worth: Sequence[_Worth],
+        first: _Resource,
+        limit: float,
+        second: _Resource | None = None,
+        ends: Sequence[float] | None = None,
+    ) -> _Walk:
+        """Through all cells. limit: of a cell's peak. ends: what the head's widths take off the
+        score.
+        """
+        band = None if second is None else (self.limits.flash or 0) / _BANDS
+        more = second or self._nothing
+        nothing = torch.zeros(1, dtype=torch.float64)
+        ways = [[_Ways(nothing, nothing, nothing, torch.zeros(1, 3).long())]]
+        for i, choices in enumerate(self._choices):
+            cell = _Cell(choices, worth[i], first.cells[i], more.cells[i], self._peaks[i])
+            widths = range(len(choices.place.channels))
+            ways.append([_onward(cell, ways[-1], width, limit, more, band) for width in widths])
         rows = []
         for width, end in enumerate(ways[-1]):
             if self._end_peaks[width] <= limit:
-                cycles = end.cycles + self._end_cycles[width]
-                back = _back(len(end.scores), width, torch.arange(len(end.scores)), 0)
-                rows.append(_Ways(end.scores, cycles, back))
-        if not rows:
-            return []
-        last = _best(rows)
-        found = zip(last.back.tolist(), last.cycles.tolist(), strict=True)
-        return [
-            (self._walked(cells, ways, width, way), cycles) for (width, way, _), cycles in found
-        ]
+                n = len(end.scores)
+                scores = end.scores if ends is None else end.scores - ends[width]
+                used = end.first + first.ends[width], end.second + more.ends[width]
+                rows.append(_Ways(scores, *used, _back(n, width, torch.arange(n), 0)))
+        empty = _Ways(nothing[:0], nothing[:0], nothing[:0], torch.zeros(0, 3).long())
+        last = _best(rows, band) if rows else empty
+        return _Walk(self.space, self._choices, worth, ways, last)
 
-    def _walked(
-        self, cells: Sequence[_Cell], ways: Sequence[Sequence[_Ways]], width: int, way: int
-    ) -> Architecture:
+
+class _Cell(NamedTuple):
+    """uses (I, L) of two resources, peaks (I, L)."""
+
+    choices: Choices
+    worth: _Worth
+    first: Tensor
+    second: Tensor
+    peaks: Tensor
+
+
+class _Walk(NamedTuple):
+    """The ways to every width after every cell, and to the end."""
+
+    space: Space
+    choices: Sequence[Choices]
+    worth: Sequence[_Worth]
+    ways: Sequence[Sequence[_Ways]]
+    ends: _Ways
+
+    def at(self, end: int) -> Architecture:
+        """That of one of the ends."""
+        width, way, _ = self.ends.back[end].tolist()
         chosen: dict[str, int] = {}
-        for cell, reached in zip(reversed(cells), reversed(ways), strict=False):
+        cells = zip(self.choices, self.worth, strict=True)
+        for (cell, worth), reached in zip(reversed([*cells]), reversed(self.ways), strict=False):
             width, way, number = reached[width].back[way].tolist()
             if number >= 0:
-                chosen |= cell.choices.chosen(number)
+                chosen |= cell.chosen(number)
             else:  # what is left out chooses what is most probable
-                chosen |= cell.choices.chosen(int(cell.scores.argmax()))
-                chosen[f"{cell.choices.place.name}.keep"] = 0
+                chosen |= cell.chosen(worth.favourite)
+                chosen[f"{cell.place.name}.keep"] = 0
         return self.space.architecture(chosen)
 
 
-def _onward(cell: _Cell, before: Sequence[_Ways], width: int, limit: float) -> _Ways:
+def _scores(space: Space, mixture: Mixture) -> dict[str, Tensor]:
+    """Logarithms of probabilities."""
+    return {name: one.clamp(min=1e-300).log() for name, one in as_double(space, mixture).items()}
+
+
+def _onward(
+    cell: _Cell,
+    before: Sequence[_Ways],
+    width: int,
+    limit: float,
+    second: _Resource,
+    band: float | None,
+) -> _Ways:
     """The ways through a cell to a width."""
     numbers = (cell.choices.out == width).nonzero()[:, 0]
     rows = []
     for i, ways in enumerate(before):
         mine = numbers[cell.peaks[i, numbers] <= limit]
-        own = _best([_Ways(cell.scores[mine], cell.cycles[i, mine], _back(len(mine), i, 0, mine))])
+        used = cell.first[i, mine], cell.second[i, mine]
+        back = _back(len(mine), i, 0, mine)
+        own = _best([_Ways(cell.worth.choices[i, mine], *used, back)], band)
         n, m = len(ways.scores), len(own.scores)
-        scores = (ways.scores[:, None] + own.scores).flatten()
-        cycles = (ways.cycles[:, None] + own.cycles).flatten()
+        scores, first, more = (
+            (a[:, None] + b).flatten() for a, b in zip(ways[:3], own[:3], strict=True)
+        )
         way = torch.arange(n).repeat_interleave(m)
-        rows.append(_Ways(scores, cycles, _back(n * m, i, way, own.back[:, 2].repeat(n))))
-        if cell.skip is not None and i == width:
+        rows.append(_Ways(scores, first, more, _back(n * m, i, way, own.back[:, 2].repeat(n))))
+        if cell.choices.skippable and i == width:
             back = _back(n, i, torch.arange(n), -1)
-            rows.append(_Ways(ways.scores + cell.skip, ways.cycles, back))
-    return _best(rows)
+            rows.append(_Ways(ways.scores + cell.worth.skip, ways.first, ways.second, back))
+    if band is not None:
+        rows = [_Ways(*(column[second.kept(row.second)] for column in row)) for row in rows]
+    return _best(rows, band)
 
 
-def _best(rows: Sequence[_Ways]) -> _Ways:
-    """Those that no other is at least as quick and as probable as, by cycles."""
-    scores, cycles, back = (torch.cat(column) for column in zip(*rows, strict=True))
+def _best(rows: Sequence[_Ways], band: float | None) -> _Ways:
+    """Those that no other is at least as good and as sparing of the first resource as, by that; in
+    each band of the second.
+    """
+    scores, first, second, back = (torch.cat(column) for column in zip(*rows, strict=True))
     order = torch.argsort(-scores, stable=True)
-    order = order[torch.argsort(cycles[order], stable=True)]
-    before = torch.cummax(scores[order], 0).values[:-1]
-    better = torch.ones(len(order), dtype=torch.bool)
-    better[1:] = scores[order][1:] > before
-    kept = order[better]
-    return _Ways(scores[kept], cycles[kept], back[kept])
+    order = order[torch.argsort(first[order], stable=True)]
+    bands = torch.zeros(len(order)) if band is None else (second[order] // band)
+    kept = []
+    for one in torch.unique(bands):
+        mine = order[bands == one]
+        better = torch.ones(len(mine), dtype=torch.bool)
+        better[1:] = scores[mine][1:] > torch.cummax(scores[mine], 0).values[:-1]
+        kept.append(mine[better])
+    some = torch.cat(kept) if kept else order
+    return _Ways(scores[some], first[some], second[some], back[some])
 
 
 def _back(n: int, *columns: int | Tensor) -> Tensor:

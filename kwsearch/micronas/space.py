@@ -63,6 +63,13 @@ class Key(NamedTuple):
             return 0
         return math.prod(self.kernel) * self.inputs[0][-1] * math.prod(self.output)
 
+    @property
+    def flash(self) -> int:
+        """Bytes of its weights in int8 and its biases in int32."""
+        if self.kind != "conv2d":
+            return 0
+        return (math.prod(self.kernel) * self.inputs[0][-1] + 4) * self.output[-1]
+
     def at(self, read: int, written: int) -> Key:
         """The same work with other channels of inputs and output."""
         inputs = tuple((*shape[:-1], read) for shape in self.inputs)

@@ -16,6 +16,7 @@ its network, with the channels beyond its widths at zero. Different from the pub
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,30 +49,26 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-class SameConv2d(nn.Conv2d):
-    """x: (B, C, H, W)  out: (B, O, ceil(H / stride), ceil(W / stride))
+def conv2d(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+) -> nn.Conv2d:
+    """Without padding. Weights and biases start as Keras': Glorot-uniform, zero."""
+    found = nn.Conv2d(in_channels, out_channels, kernel_size, stride)
+    nn.init.xavier_uniform_(found.weight)
+    assert found.bias is not None
+    nn.init.zeros_(found.bias)
+    return found
 
-    Weights and biases start as Keras': Glorot-uniform, zero.
-    """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: tuple[int, int],
-        stride: tuple[int, int] = (1, 1),
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride)
-
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
-        assert self.bias is not None
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        sides = zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
-        (top, bottom), (left, right) = (same_padding(*side) for side in sides)
-        return super().forward(F.pad(x, (left, right, top, bottom)))
+def same(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution with "same" padding. x: (B, C, H, W)  out: (B, O, ceil(H / stride), …)"""
+    sides = zip(x.shape[2:], conv.kernel_size, conv.stride, strict=True)  # type: ignore[arg-type]
+    (top, bottom), (left, right) = (same_padding(*side) for side in sides)
+    out: Tensor = conv(F.pad(x, (left, right, top, bottom)))
+    return out
 
 
 class ConvUnit(nn.Module):
@@ -79,11 +76,11 @@ class ConvUnit(nn.Module):
 
     def __init__(self, *args: Any) -> None:
         super().__init__()
-        self.conv = SameConv2d(*args)
+        self.conv = conv2d(*args)
         self.norm = nn.BatchNorm2d(self.conv.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(F.relu(self.conv(x)))
+        out: Tensor = self.norm(F.relu(same(self.conv, x)))
         return out
 
 
@@ -151,7 +148,7 @@ class Supernet(nn.Module):
         for place in space.cells:
             of = SuperTimeCell if isinstance(place, TimePlace) else SuperFusionCell
             self.cells[place.name] = of(place)  # type: ignore[arg-type]
-        self.conv = SameConv2d(space.cells[-1].channels[-1], space.classes, (1, 1))
+        self.conv = conv2d(space.cells[-1].channels[-1], space.classes, (1, 1))
         self.norm = nn.BatchNorm2d(space.classes)
 
     def forward(self, x: Tensor, mixture: Mixture) -> Tensor:
@@ -196,7 +193,7 @@ class Network(nn.Module):
         for one in network:
             if one.key.kind == "conv2d":
                 (read,), (kh, kw), (down, right) = one.key.inputs, one.key.kernel, one.key.strides
-                conv = SameConv2d(read[-1], one.key.output[-1], (kh, kw), (down, right))
+                conv = conv2d(read[-1], one.key.output[-1], (kh, kw), (down, right))
                 self.convs[one.name.replace(".", "_")] = conv
         ends = {one.cell: one.name for one in network}
         self._last = {name for cell, name in ends.items() if cell != "head"}
@@ -214,9 +211,32 @@ class Network(nn.Module):
             return inputs[0] + inputs[1]
         (x,) = inputs
         if one.key.kind == "conv2d":
-            x = self.convs[one.name.replace(".", "_")](x)
+            x = same(self.convs[one.name.replace(".", "_")], x)
             return F.relu(x) if one.relu else x
         return x.mean((2, 3)) if one.key.kind == "gap2d" else x
+
+
+def largest(
+    num_classes: int = 6,
+    in_channels: int = 1,
+    steps: int = 128,
+    sensors: int = 9,
+    width: float = 1.0,
+) -> Network:
+    """That of the largest architecture of the published space, its channels times `width`.
+
+    Raises ValueError for more than one channel.
+    """
+    if in_channels != 1:
+        raise ValueError(f"in_channels {in_channels}: windows (1, steps, sensors) have one")
+    published = Space(steps, sensors, num_classes)
+    if width != 1:
+        time, fusion = (
+            tuple(sorted({max(round(c * width), 1) for c in grid}))
+            for grid in (published.time_channels, published.fusion_channels)
+        )
+        published = replace(published, time_channels=time, fusion_channels=fusion)
+    return extract(published, published.maximum())
 
 
 def extract(space: Space, architecture: Architecture) -> Network:

@@ -24,6 +24,7 @@ import math
 import re
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from kwsearch.micronas.peak_memory import peak_bytes
 from kwsearch.micronas.space import Operator
-from kwsearch.micronas.supernet import Network, SameConv2d, same_padding
+from kwsearch.micronas.supernet import Network, same_padding
 
 ALIGNMENT = 16
 PACKAGES = ("litert_torch", "ai_edge_quantizer", "ai_edge_litert")
@@ -80,13 +81,13 @@ class _ChannelsLast(nn.Module):
         (x,) = inputs
         if one.key.kind == "conv2d":
             conv = self.network.convs[one.name.replace(".", "_")]
-            assert isinstance(conv, SameConv2d)
+            assert isinstance(conv, nn.Conv2d)
             x = _conv(x, conv)
             return F.relu(x) if one.relu else x
         return x.mean((1, 2)) if one.key.kind == "gap2d" else torch.softmax(x, 1)
 
 
-def _conv(x: Tensor, conv: SameConv2d) -> Tensor:
+def _conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """x: (B, H, W, C)  out: (B, H', W', O)"""
     sides = zip(x.shape[1:3], conv.kernel_size, conv.stride, strict=True)
     (top, bottom), (left, right) = (same_padding(*side) for side in sides)
@@ -103,7 +104,7 @@ def export(model: Network, windows: Tensor, path: Path) -> None:
     windows: (N, 1, T, S), some of the training set, normalised as in training. The file takes one
     window (1, T, S, 1). The model is not changed. Raises TFLiteError.
     """
-    _need()
+    need()
     _check_windows(model, windows)
     x = windows.detach().float().cpu().permute(0, 2, 3, 1).contiguous()
     training = [part for part in model.modules() if part.training]
@@ -129,10 +130,10 @@ def _quantized(model: nn.Module, x: Tensor) -> bytes:
     return bytes(found)
 
 
-def header(path: Path, name: str) -> Path:
+def header(path: Path, name: str, notes: Sequence[str] = ()) -> Path:
     """Write the file beside itself as a C header with the array `name` and `name`_len; its path.
 
-    Raises TFLiteError for a name that is none in C.
+    notes: lines of its comment. Raises TFLiteError for a name that is none in C.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise TFLiteError(
@@ -143,7 +144,8 @@ def header(path: Path, name: str) -> Path:
     numbers = "\n".join(f"    {', '.join(f'0x{byte:02x}' for byte in row)}," for row in rows)
     target = path.with_suffix(".h")
     target.write_text(
-        "#pragma once\n\n#ifndef __cplusplus\n#include <stdalign.h>\n#endif\n\n"
+        "".join(f"// {note}\n" for note in notes)
+        + "#pragma once\n\n#ifndef __cplusplus\n#include <stdalign.h>\n#endif\n\n"
         f"alignas({ALIGNMENT}) static const unsigned char {name}[] = {{\n{numbers}\n}};\n"
         f"static const unsigned int {name}_len = {len(content)};\n",
         encoding="ascii",
@@ -156,7 +158,7 @@ def check(path: Path, network: tuple[Operator, ...], x: Tensor, y: Tensor) -> Ch
 
     network: what it was made of. Raises TFLiteError.
     """
-    _need()
+    need()
     if len(x) == 0 or x.shape[0] != len(y):
         raise TFLiteError(f"{len(x)} windows and {len(y)} classes: must be as many, at least one")
     right = int((run(path, x).argmax(1) == y.cpu()).sum())
@@ -168,7 +170,7 @@ def check(path: Path, network: tuple[Operator, ...], x: Tensor, y: Tensor) -> Ch
 
 def run(path: Path, x: Tensor) -> Tensor:
     """x: (N, 1, T, S)  out: (N, classes) probabilities, of int8"""
-    _need()
+    need()
     import numpy as np
     from ai_edge_litert.interpreter import Interpreter
 
@@ -261,7 +263,8 @@ def _check_windows(model: Network, windows: Tensor) -> None:
         raise TFLiteError("windows: some values are not finite; calibrate with clean ones")
 
 
-def _need() -> None:
+def need() -> None:
+    """Raises TFLiteError where a package is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise TFLiteError(

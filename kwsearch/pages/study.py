@@ -15,7 +15,7 @@ from kwsearch.passwords import without_password
 from kwsearch.resolve import network_of
 from kwsearch.results import result_from
 from kwsearch.run_directory import RECIPE
-from kwsearch.trials import LATENCY, STATIC, UNIFORM, accuracy_of, front
+from kwsearch.trials import ARCHITECTURE, LATENCY, NAMES, accuracy_of, baseline, front
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -112,7 +112,7 @@ class Row:
 class Plans:
     """Of one budget. split: of the images that final accuracies are of; "" without finals."""
 
-    budget: float
+    budget: float | None
     split: str
     timed: bool
     rows: tuple[Row, ...]
@@ -140,9 +140,10 @@ def _compared(found: Found) -> dict[str, FrozenTrial]:
     trials: dict[str, FrozenTrial] = {}
     best = found.best
     if best is not None:
-        is_uniform = best is found.baseline(UNIFORM)
-        trials["best plan, which is the uniform one" if is_uniform else "best plan"] = best
-    for kind, name in ((UNIFORM, "uniform plan"), (STATIC, "static network")):
+        kind = baseline(best)
+        name = "best architecture" if ARCHITECTURE in best.user_attrs else "best plan"
+        trials[name if kind is None else f"{name}, which is the {kind} one"] = best
+    for kind, name in NAMES.items():
         trial = found.baseline(kind)
         if trial is not None and trial is not best and accuracy_of(trial) is not None:
             trials[name] = trial
@@ -202,6 +203,8 @@ def _spending(study: Snapshot, result: Result) -> tuple[list[study_spending.Spen
     """Of each budget, or why nothing can be said."""
     if not any(found.best for found in result.budgets):
         return [], "Nothing to show: no plan is complete."
+    if study.recipe.of_architectures:
+        return [], "Of an architecture: kwsearch budget with its recipe shows cell by cell."
     try:
         network = network_of(study.recipe)
         found = [

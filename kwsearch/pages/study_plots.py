@@ -12,7 +12,7 @@ from kwsearch.pages.axes import Axis, axis, count_axis, percent_axis
 from kwsearch.pages.figure import SERIES, SMALL, Figure
 from kwsearch.pages.page import percent
 from kwsearch.recipe import Search
-from kwsearch.trials import LATENCY, accuracy_of, baseline, complete_plans
+from kwsearch.trials import LATENCY, NAMES, PEAK, accuracy_of, baseline, complete_plans
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -21,16 +21,21 @@ if TYPE_CHECKING:
     from kwsearch.snapshot import Snapshot
 
 ACCURACY = "held-out accuracy (%)"
-_COSTS = {"params": "parameters", "macs": "MACs of one image", LATENCY: "latency (ms)"}
+_COSTS = {
+    "params": "parameters",
+    "macs": "MACs of one image",
+    PEAK: "memory (bytes of activations)",
+    LATENCY: "latency (ms)",
+}
+_SHORT = {"params": "params", "macs": "macs", PEAK: "memory", LATENCY: "latency"}
 # What marks are, in the order in which they are drawn.
 _MARKS = {
     "stopped": "stopped: accuracy of its last epoch",
     "running": "running: accuracy so far",
     "trial": "complete trial",
     "front": "on the front: no other is better in everything",
-    "uniform": "uniform plan",
-    "static": "static network",
-    "best": "best plan",
+    **NAMES,
+    "best": "the best",
 }
 _APART = 6.0  # costs that differ by more are on a logarithmic axis
 
@@ -103,9 +108,8 @@ def _over_cost(
     limits = _limits(key, result)
     points = [place(trial) for trials in marks.values() for trial in trials]
     line = stairs(place(trial) for trial in front if key in trial.user_attrs)
-    name = "params" if key == "params" else "macs" if key == "macs" else "latency"
     figure = Figure(
-        f"over-{name}",
+        f"over-{_SHORT[key]}",
         f"Accuracy over {_COSTS[key].partition(' ')[0]}",
         _in_words(key, points, line, marks, limits),
         _cost_axis(key, [x for x, _ in points] + [x for x, _ in limits]),
@@ -145,6 +149,9 @@ def _limits(key: str, result: Result) -> list[tuple[float, str]]:
     limits = (result.recipe.search or Search()).space.limits
     if key == "macs":
         return [(float(limits.macs), f"limit {limits.macs:,}")] if limits.macs else []
+    if key == PEAK:
+        most = limits.peak_memory
+        return [(float(most), f"limit {most:,} bytes")] if most else []
     return [(limits.latency_ms, f"limit {limits.latency_ms:g} ms")] if limits.latency_ms else []
 
 

@@ -55,7 +55,7 @@ class Part:
 class Spending:
     """Of one budget. names: of the plans, the best first."""
 
-    budget: float
+    budget: float | None
     names: tuple[str, ...]
     parts: tuple[Part, ...]
 

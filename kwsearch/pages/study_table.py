@@ -21,7 +21,17 @@ from kwsearch.recipe import dump_recipe
 from kwsearch.results import recipe_of_trial, under
 from kwsearch.space import METHOD
 from kwsearch.study_report import result_of
-from kwsearch.trials import LATENCY, SECONDS, accuracy_of, baseline, budget_of, by_budget
+from kwsearch.trials import (
+    ARCHITECTURE,
+    FLASH,
+    LATENCY,
+    PEAK,
+    SECONDS,
+    accuracy_of,
+    baseline,
+    budget_of,
+    by_budget,
+)
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -73,12 +83,18 @@ def columns(study: Snapshot) -> list[Column]:
         Column("parameters", True, lambda trial: _count(trial, "params"), told=True),
         Column("MACs", True, lambda trial: _count(trial, "macs"), told=True),
     ]
+    if any(PEAK in trial.user_attrs for trial in trials):
+        found.append(Column("memory (bytes)", True, lambda t: _count(t, PEAK), told=True))
+        found.append(Column("flash (bytes)", True, lambda t: _count(t, FLASH)))
     if any(LATENCY in trial.user_attrs for trial in trials):
         found.append(Column("ms", True, lambda t: _rounded(t, LATENCY, "{:.4g}"), told=True))
     found.append(Column("seconds", True, lambda trial: _rounded(trial, SECONDS, "{:.1f}")))
     if len(methods) > 1:
         found.append(Column("method", False, _method))
-    return [*found, *_choice_columns(trials), Column("sizes", False, _sizes)]
+    sizes = [Column("sizes", False, _sizes)]
+    if not any("groups" in trial.user_attrs for trial in trials):
+        sizes = []
+    return [*found, *_choice_columns(trials), *sizes]
 
 
 def _budget(trial: FrozenTrial) -> str:
@@ -153,7 +169,7 @@ def lines(study: Snapshot, shown: Sequence[Column]) -> list[Line]:
             study_summary.STATES[trial.state.name.lower()],
             tip(trial),
             tuple(column.cell(trial) for column in shown),
-            "groups" in trial.user_attrs,
+            _has_recipe(trial),
         )
         for trial in study.trials
     ]
@@ -203,7 +219,11 @@ def by_worth(study: Snapshot, result: Result, front: Sequence[FrozenTrial]) -> l
         place = rank.get(trial.number, math.inf)
         return place, math.inf if value is None else -value, trial.number
 
-    return sorted((t for t in study.trials if "groups" in t.user_attrs), key=worth)
+    return sorted(filter(_has_recipe, study.trials), key=worth)
+
+
+def _has_recipe(trial: FrozenTrial) -> bool:
+    return "groups" in trial.user_attrs or ARCHITECTURE in trial.user_attrs
 
 
 def packed(texts: Iterable[tuple[int, str]], room: int) -> tuple[str, list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kwsearch.recipe.loading import RecipeError, load_recipe, parse_recipe
+from kwsearch.recipe.micronas import MicroNAS, Supernet
 from kwsearch.recipe.schema import (
     Budget,
     Method,
@@ -22,6 +23,7 @@ from kwsearch.recipe.writing import dump_recipe, write_recipe
 __all__ = [
     "Budget",
     "Method",
+    "MicroNAS",
     "ModelChoice",
     "Proxy",
     "Recipe",
@@ -30,6 +32,7 @@ __all__ = [
     "RecipePlan",
     "Search",
     "Space",
+    "Supernet",
     "Training",
     "dump_recipe",
     "json_schema",

@@ -49,6 +49,8 @@ from kwsearch.recipe.fields import (
     Text,
 )
 from kwsearch.recipe.methods import OWN, OfMethod, group_section, method_section
+from kwsearch.recipe.micronas import MODEL, MicroNAS, Supernet
+from kwsearch.recipe.sections import Section, section_error
 from kwsearch.recipe.tree import Origin
 
 if TYPE_CHECKING:
@@ -59,20 +61,11 @@ if TYPE_CHECKING:
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def _section_error(message: str) -> PydanticCustomError:
-    """A problem of the section that the validated field is in, not of the field."""
-    return PydanticCustomError("section", "{message}", {"message": message})
-
-
 # Pydantic takes true for a literal 1.
 _NOT_TRUE = BeforeValidator(lambda value: "true" if value is True else value)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelChoice(_Section):
+class ModelChoice(Section):
     """The network: a name, or a name and what its factory needs."""
 
     name: Text = Field(
@@ -97,7 +90,7 @@ class ModelChoice(_Section):
         return {"anyOf": [name, mapping], "description": mapping.pop("description")}
 
 
-class MethodRule(_Section):
+class MethodRule(Section):
     """An exception from the sharing, for the layers that match. Later rules go first."""
 
     layers: Patterns = Field(description="glob patterns over layer names")
@@ -120,7 +113,7 @@ class MethodRule(_Section):
     spatial_partition: Bool | None = Field(default=None, description="cut into 1x1 cells")
 
 
-class Method(_Section):
+class Method(Section):
     """How layers become dynamic: the settings that planning starts from."""
 
     name: Literal["kernel_warehouse"] = Field(default="kernel_warehouse", description="the method")
@@ -154,7 +147,7 @@ class Method(_Section):
 
 @functools.cache
 def _other_method(name: str) -> type[BaseModel]:
-    return method_section(name, _Section, MethodRule)
+    return method_section(name, Section, MethodRule)
 
 
 AnyMethod = Annotated[Any, OfMethod("name", Method, _other_method)]
@@ -166,7 +159,7 @@ def section_of(method: str) -> BaseModel:
     return kind.model_validate({"name": method})
 
 
-class Budget(_Section):
+class Budget(Section):
     """What the network may spend: exactly one of the three."""
 
     model_config = ConfigDict(
@@ -197,14 +190,14 @@ class Budget(_Section):
         given = [key for key in ("ratio", "params") if info.data.get(key, 0) is not None]
         given += ["total_ratio"] if value is not None else []
         if len(given) != 1:
-            raise _section_error(
+            raise section_error(
                 f"not one target (got {' and '.join(given) or 'none'}; "
                 "allowed exactly one of ratio, params, total_ratio, e.g. ratio: 0.5)"
             )
         return value
 
 
-class RecipeGroup(_Section):
+class RecipeGroup(Section):
     """The layers of one warehouse, with every integer resolved."""
 
     method: Literal["kernel_warehouse"] = Field(
@@ -233,13 +226,13 @@ class RecipeGroup(_Section):
 
 @functools.cache
 def _other_group(name: str) -> type[BaseModel]:
-    return group_section(name, _Section)
+    return group_section(name, Section)
 
 
 AnyGroup = Annotated[Any, OfMethod("method", RecipeGroup, _other_group)]
 
 
-class RecipePlan(_Section):
+class RecipePlan(Section):
     """The resolved plan. Layers in no group stay as they are."""
 
     groups: tuple[AnyGroup, ...] = Field(
@@ -264,7 +257,7 @@ class RecipePlan(_Section):
 MethodName = Literal[NAMES]  # type: ignore[valid-type]
 
 
-class Limits(_Section):
+class Limits(Section):
     """What no plan of the search may exceed, besides the budget."""
 
     model_config = ConfigDict(
@@ -289,6 +282,15 @@ class Limits(_Section):
         validate_default=True,
         description="a latency table of `kwsearch profile`, e.g. device.lut.yaml",
     )
+    peak_memory: Memory | None = Field(
+        default=None,
+        description="bytes of the activations of a network in int8 at their peak, of micronas, "
+        "e.g. 32KB",
+    )
+    flash: Memory | None = Field(
+        default=None,
+        description="bytes of the weights and biases of a network in int8, of micronas, e.g. 512KB",
+    )
     latency_batch: AtLeast1 = Field(default=1, description="images of that forward pass")
     lut_force: Bool = Field(
         default=False, description="take a table of another device or torch version as it is"
@@ -298,11 +300,11 @@ class Limits(_Section):
     @classmethod
     def _has_table(cls, lut: str | None, info: ValidationInfo) -> str | None:
         if lut is None and info.data.get("latency_ms") is not None:
-            raise _section_error("latency_ms needs lut, a table that `kwsearch profile` writes")
+            raise section_error("latency_ms needs lut, a table that `kwsearch profile` writes")
         return lut
 
 
-class Space(_Section):
+class Space(Section):
     """What the search may vary. An empty list keeps the method's value."""
 
     split: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=1)] = Field(
@@ -354,7 +356,7 @@ class Space(_Section):
     limits: Limits = Field(default=Limits(), description="what no plan may exceed")
 
 
-class RungStop(_Section):
+class RungStop(Section):
     """Where trials stop: after so many epochs on these images. The last is the full trial."""
 
     epochs: AtLeast1 = Field(description="epochs; on other images than the rung before, anew")
@@ -364,7 +366,7 @@ class RungStop(_Section):
     )
 
 
-class Resources(_Section):
+class Resources(Section):
     """What a cluster keeps for each trial; fractions are parts of one."""
 
     cpus: NotNegativeFloat | None = Field(
@@ -375,7 +377,7 @@ class Resources(_Section):
     )
 
 
-class Search(_Section):
+class Search(Section):
     """How to look for a better plan."""
 
     trials: AtLeast1 = Field(default=40, description="trials to run, over all budgets")
@@ -390,6 +392,12 @@ class Search(_Section):
     seed: Annotated[int, Field(strict=True, ge=0, le=2**32 - 1), WHOLE] = Field(
         default=0, description="seed of the sampler"
     )
+    strategy: Literal["sampler", "differentiable"] = Field(
+        default="sampler",
+        description="where trials come from: the sampler, or each from a supernet of its own that "
+        "is trained with its choices, of micronas",
+    )
+    supernet: Supernet = Field(default=Supernet(), description="of strategy differentiable")
     sampler: Literal["tpe", "gp", "nsgaii", "random"] = Field(
         default="tpe", description="how trials are proposed"
     )
@@ -467,7 +475,7 @@ def _fits_epochs(value: int, info: ValidationInfo) -> int:
     return value
 
 
-class Proxy(_Section):
+class Proxy(Section):
     """The short training that scores a trial."""
 
     data: Text = Field(default="digits", description="name of a data set, a path, or a URL")
@@ -519,7 +527,7 @@ class Proxy(_Section):
         return self.init != "scratch"
 
 
-class Training(_Section):
+class Training(Section):
     """Hints for the training code that uses the recipe."""
 
     epochs: AtLeast1 = Field(default=300, description="epochs")
@@ -538,12 +546,19 @@ class Training(_Section):
 _GIVEN: dict[str, Any] = {"not": {"type": "null"}}
 # Methods that have sizes without a budget.
 _OF_OTHERS: dict[str, Any] = {"required": ["name"], "properties": {"name": {"not": {"const": OWN}}}}
+_MICRONAS: dict[str, Any] = {
+    "anyOf": [
+        {"const": MODEL},
+        {"type": "object", "required": ["name"], "properties": {"name": {"const": MODEL}}},
+    ]
+}
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A recipe: a network, a budget or a resolved plan, and how to search and train it.
 
-    Of a method with published sizes it needs neither.
+    Of a method with published sizes it needs neither. Of micronas without either it is about
+    architectures: one, or the search for one.
     """
 
     model_config = ConfigDict(
@@ -552,6 +567,7 @@ class Recipe(_Section):
                 {"required": ["budget"], "properties": {"budget": _GIVEN}},
                 {"required": ["plan"], "properties": {"plan": _GIVEN}},
                 {"required": ["method"], "properties": {"method": _OF_OTHERS}},
+                {"required": ["model"], "properties": {"model": _MICRONAS}},
             ]
         }
     )
@@ -570,6 +586,11 @@ class Recipe(_Section):
     plan: RecipePlan | None = Field(
         default=None, validate_default=True, description="the resolved plan"
     )
+    micronas: MicroNAS | None = Field(
+        default=None,
+        validate_default=True,
+        description="of the model micronas: what its architectures are made of, or one of them",
+    )
     search: Search | None = Field(default=None, description="how to look for a better plan")
     proxy: Proxy | None = Field(default=None, description="the short training that scores a trial")
     training: Training | None = Field(default=None, description="hints for your own training code")
@@ -582,11 +603,33 @@ class Recipe(_Section):
     @classmethod
     def _budget_or_plan(cls, plan: RecipePlan | None, info: ValidationInfo) -> RecipePlan | None:
         sized = getattr(info.data.get("method"), "name", OWN) != OWN
-        if plan is None and info.data.get("budget", 0) is None and not sized:
-            raise _section_error(
+        named = getattr(info.data.get("model"), "name", MODEL) == MODEL
+        if plan is None and info.data.get("budget", 0) is None and not sized and not named:
+            raise section_error(
                 "no budget and no plan (allowed either or both, e.g. budget: {ratio: 0.5})"
             )
         return plan
+
+    @field_validator("micronas")
+    @classmethod
+    def _of_micronas(cls, micronas: MicroNAS | None, info: ValidationInfo) -> MicroNAS | None:
+        if micronas is None:
+            return None
+        name = getattr(info.data.get("model"), "name", MODEL)
+        if name != MODEL:
+            raise section_error(f"micronas is of the model {MODEL}, not of {name}: leave it out")
+        for other in ("budget", "plan"):
+            if info.data.get(other) is not None:
+                raise section_error(
+                    f"micronas and {other}: a {other} is of warehouses in one network, micronas of "
+                    "architectures: leave one of them out"
+                )
+        return micronas
+
+    @property
+    def of_architectures(self) -> bool:
+        """Whether it is about architectures, and not about plans of one network."""
+        return self.model.name == MODEL and self.budget is None and self.plan is None
 
     def place(self, *path: str | int) -> str:
         """`file:line:column` of the value at `path`; "" if the recipe was not read from text."""

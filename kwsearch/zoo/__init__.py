@@ -113,6 +113,15 @@ MODELS: dict[str, ZooModel] = {
         *(_dymn(tenths) for tenths in (4, 10, 20)),
         *(_dymn(tenths, replace_se=True) for tenths in (4, 10)),
         *(_sign(trunk) for trunk in ("resnet18", "resnet34")),
+        ZooModel(
+            "micronas",
+            (1, 128, 9),
+            6,
+            "largest network of MicroNAS' space for sensors; recipes without a budget search it",
+            "kwsearch.micronas.supernet",
+            ("num_classes", "in_channels", "steps", "sensors"),
+            builder="largest",
+        ),
     )
 }
 
@@ -132,8 +141,9 @@ def create(name: str, *, width: float = 1.0, **kwargs: int | bool) -> torch.nn.M
     ``num_classes`` and ``in_channels`` are accepted everywhere, ``img_size`` (the side of the
     square input) by deit_tiny; DyMNs take ``num_kernels``, ``relu_pieces``, ``context_ratio`` and
     the flags ``replace_se``, ``no_dyconv``, ``no_dyrelu`` and ``no_ca``, networks for sign language
-    ``dcac``. ``width`` scales every model's channels, each to a whole number of at least 1. Under
-    ``torch.device("meta")`` only the structure is built.
+    ``dcac``, micronas ``steps`` and ``sensors`` of its windows. ``width`` scales every model's
+    channels, each to a whole number of at least 1. Under ``torch.device("meta")`` only the
+    structure is built.
 
     Raises `UnknownModelError`, `TypeError` for an option the model does not have, and
     `ValueError` for a value that is not a positive integer (``width``: a positive number).

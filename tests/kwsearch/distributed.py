@@ -61,7 +61,7 @@ def study(
     watcher: Watcher | None = None,
     sampler: str = "random",
     **options: Any,
-) -> optimize.Study:
+) -> optimize.PlanStudy:
     """Of simulated trainings, a tenth of a second an epoch. options: of the study."""
     folder.mkdir(exist_ok=True)
     recipe = parse_recipe(
@@ -71,4 +71,4 @@ def study(
     )
     (folder / "simulated.py").write_text(test_kills.SIMULATED.format(epoch_s=0.1))
     given = {"resume": False, "watcher": watcher or Watcher(), "storage": url, **options}
-    return optimize.Study(recipe, folder / "run", **given)
+    return optimize.PlanStudy(recipe, folder / "run", **given)

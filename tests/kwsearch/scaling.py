@@ -75,7 +75,7 @@ def study(
         f"search: {{trials: {trials}, workers: {slots}, executor: {executor}, "
         f"{', '.join(search)}, resources: {{cpus: 0.001}}}}\n"
     )
-    return optimize.Study(recipe, folder, resume=False, watcher=watcher, **options)
+    return optimize.PlanStudy(recipe, folder, resume=False, watcher=watcher, **options)
 
 
 def sleeping(executor: str, slots: int, url: str | None) -> None:

@@ -58,7 +58,7 @@ proxy: {{epochs: 3}}
 ''')
     run = Path({folder!r}) / "run"
     begun = (run / "study.journal").exists()
-    study = optimize.Study(recipe, run, resume=begun, watcher=Quiet())
+    study = optimize.PlanStudy(recipe, run, resume=begun, watcher=Quiet())
     study.run(function="simulated:train")
 """
 

@@ -415,7 +415,7 @@ def test_a_table_that_lacks_a_kind_says_what_to_run(run: Run, lut: Path) -> None
 # optimize -----------------------------------------------------------------------------------
 
 
-def limited(directory: Path, lut: Path, *more: str) -> test_optimize.optimize.Study:
+def limited(directory: Path, lut: Path, *more: str) -> test_optimize.optimize.PlanStudy:
     overrides = ("input=[3, 16, 16]", "budget={ratio: 1}", f"search.space.limits.lut={lut}", *more)
     return test_optimize.study(directory, *overrides)[0]
 

@@ -134,7 +134,7 @@ def network(recipe: str) -> Network:
     return network_of(Recipe.model_validate_json(recipe))
 
 
-def run(search: optimize.Study, objective: Objective) -> optimize.Result:
+def run(search: optimize.PlanStudy, objective: Objective) -> optimize.Result:
     return search.run(Inline(objective), "nowhere:nothing")
 
 
@@ -146,10 +146,12 @@ def score(plan: Plan, report: Callable[[int, float], None]) -> float:
     return value
 
 
-def study(directory: Path, *overrides: str, resume: bool = False) -> tuple[optimize.Study, Quiet]:
+def study(
+    directory: Path, *overrides: str, resume: bool = False
+) -> tuple[optimize.PlanStudy, Quiet]:
     watcher = Quiet()
     recipe = parse_recipe(TEXT, overrides=overrides)
-    return optimize.Study(recipe, directory, resume=resume, watcher=watcher), watcher
+    return optimize.PlanStudy(recipe, directory, resume=resume, watcher=watcher), watcher
 
 
 def stored(directory: Path) -> list[FrozenTrial]:
@@ -452,7 +454,7 @@ def test_rungs_that_do_not_lead_to_the_full_trial_are_refused(tmp_path: Path) ->
 def test_a_recipe_whose_groups_have_ratios_of_their_own_is_not_searched(tmp_path: Path) -> None:
     recipe = load_recipe(Path(__file__).parents[2] / "recipes/kw_mobilenetv2_050_0.5x.yaml")
     with pytest.raises(PlanError, match=r"ratios of their own \(0\.5, 1\)"):
-        optimize.Study(recipe, tmp_path, resume=False, watcher=Quiet())
+        optimize.PlanStudy(recipe, tmp_path, resume=False, watcher=Quiet())
 
 
 def test_the_command_searches_interrupts_and_resumes(
@@ -469,7 +471,7 @@ def test_the_command_searches_interrupts_and_resumes(
         "proxy: {resolution: 8, epochs: 1, subset: 60, batch_size: 24, lr: 0.05, threads: 1}\n"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(optimize.Study, "_check_memory", interrupted)
+        patch.setattr(optimize.PlanStudy, "_check_memory", interrupted)
         assert cli.run(["optimize", "tiny.yaml"]) == 130
     assert capsys.readouterr().err.endswith("interrupted; nothing had begun\n")
     assert not Path("runs").exists()
@@ -527,7 +529,7 @@ def test_a_recipe_without_a_budget_cannot_be_searched(tmp_path: Path) -> None:
     recipe = load_recipe(Path(__file__).parents[2] / "recipes/kw_resnet18_1x.yaml")
     bare = Recipe.model_validate({**recipe.to_dict(), "budget": None})
     with pytest.raises(optimize.SearchError, match="no budget to search under"):
-        optimize.Study(bare, tmp_path, resume=False, watcher=Quiet())
+        optimize.PlanStudy(bare, tmp_path, resume=False, watcher=Quiet())
 
 
 def test_too_few_classes_are_found_before_the_first_trial(tmp_path: Path) -> None:
@@ -1280,12 +1282,14 @@ OWN_PARAMS = 9 * 3 * 32 + 2 * 9 * 32 * 32 + 3 * 32 + 32 * 10 + 10
 
 def own_study(
     name: str, directory: Path, *overrides: str, trust: bool = True, resume: bool = False
-) -> tuple[optimize.Study, Quiet]:
+) -> tuple[optimize.PlanStudy, Quiet]:
     watcher = Quiet()
     text = TEXT.replace("model: resnet20", f"model: {name}\ninput: 3x8x8")
     coarse = ("method={sharing: layer, cell_ratio: 0.5}", "search.space.tolerance=0.1")
     recipe = parse_recipe(text, overrides=(*coarse, "budget.total_ratio=0.75", *overrides))
-    return optimize.Study(recipe, directory, resume=resume, watcher=watcher, trust=trust), watcher
+    return optimize.PlanStudy(
+        recipe, directory, resume=resume, watcher=watcher, trust=trust
+    ), watcher
 
 
 class Trusting(Inline):

@@ -92,7 +92,7 @@ class Trainer(Inline):
 def search(directory: Path, *overrides: str, fails: tuple[int, ...] = ()) -> Snapshot:
     """A study that was searched, without training."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optimize.Study(
+    study = optimize.PlanStudy(
         parse_recipe(TEXT, overrides=overrides),
         directory,
         resume=False,

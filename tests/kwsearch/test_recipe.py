@@ -200,11 +200,27 @@ def test_what_is_left_out_has_the_documented_default() -> None:
         },
         "budget": {"ratio": 0.5, "params": None, "total_ratio": None},
         "plan": None,
+        "micronas": None,
         "search": {
             "trials": 40,
             "budgets": (),
             "timeout": None,
             "seed": 0,
+            "strategy": "sampler",
+            # As published: section 3.4 of the specification.
+            "supernet": {
+                "epochs": 100,
+                "batch_size": 64,
+                "lr": 1e-3,
+                "logit_lr": 0.36,
+                "last_logit_lr": 8e-4,
+                "clip": 5.0,
+                "temperature": 1.0,
+                "decay": 0.995,
+                "last_temperature": 1e-5,
+                "above": 4.0,
+                "below": 0.002,
+            },
             "sampler": "tpe",
             "startup": 8,
             "pruner": "halving",
@@ -239,6 +255,8 @@ def test_what_is_left_out_has_the_documented_default() -> None:
                     "train_memory": None,
                     "latency_ms": None,
                     "lut": None,
+                    "peak_memory": None,
+                    "flash": None,
                     "latency_batch": 1,
                     "lut_force": False,
                 },
@@ -360,7 +378,7 @@ WRONG_VALUES = [
     (
         "proxxy: {}",
         "r.yaml:4:1: proxxy: unknown key, did you mean 'proxy'? (allowed format, model, input, "
-        "method, budget, plan, search, proxy, training, provenance)",
+        "method, budget, plan, micronas, search, proxy, training, provenance)",
     ),
     (
         "search: {space: {splitt: 2}}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,8 @@ from kwsearch.micronas.cycles import CycleTable, needed
 from kwsearch.micronas.feasible import Feasible, Limits
 from kwsearch.micronas.mixture import Mixture, one_hot
 from kwsearch.micronas.peak_memory import peak_bytes
-from kwsearch.micronas.space import Architecture, Space, SpaceError, operators
+from kwsearch.micronas.space import Architecture, Space, SpaceError, macs, operators
+from kwsearch.micronas.supernet import extract
 from tests.kwsearch.micronas.spaces import (
     TINY,
     UCI_HAR,
@@ -178,3 +180,67 @@ def test_limits_are_positive_and_milliseconds_need_a_table() -> None:
         Limits(bytes=0)
     with pytest.raises(ValueError, match=r"^a limit of 3 ms without a table of cycles: nothing"):
         Feasible(SMALL, Limits(milliseconds=3))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_under_limits_on_flash_it_is_the_best_of_all(seed: int) -> None:
+    mixture = random_mixture(SMALL, seed)
+    rows = [(chance, flash_of(one), one) for chance, _, _, one in all_of(mixture)]
+    sizes = sorted({row[1] for row in rows})
+    for limit in sizes[:: len(sizes) // 25]:
+        best = next(row for row in rows if row[1] <= limit)
+        assert Feasible(SMALL, Limits(flash=limit)).best(mixture) == (best[2], ())
+    found = Feasible(SMALL, Limits(flash=sizes[0] - 1)).best(mixture)
+    assert flash_of(found.architecture) == sizes[0]
+    (why,) = found.broken
+    assert why.startswith(
+        f"flash limit {sizes[0] - 1:,} bytes: below {sizes[0]:,} bytes, the least"
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_under_all_limits_what_is_found_keeps_them_and_is_near_the_best(seed: int) -> None:
+    mixture = random_mixture(SMALL, seed)
+    rows = [(c, ms, held, flash_of(one), one) for c, ms, held, one in all_of(mixture)]
+    quantiles = [sorted(row[i] for row in rows) for i in (1, 2, 3)]
+    some = [column[len(column) // 8 :: len(column) // 4] for column in quantiles]
+    exact = 0
+    for ms, held, flash in itertools.product(*some):
+        within = [row for row in rows if row[1] <= ms and row[2] <= held and row[3] <= flash]
+        feasible = Feasible(SMALL, Limits(ms, held, flash), TABLE)
+        found = feasible.best(mixture)
+        assert (found.broken == ()) == bool(within), found
+        if within:
+            assert feasible.broken(found.architecture) == ()
+            chance = next(row[0] for row in rows if row[4] == found.architecture)
+            assert chance >= within[0][0] / 2
+            exact += found.architecture == within[0][4]
+        else:
+            assert found.broken
+    assert exact >= 0.9 * len([*itertools.product(*some)]) / 2
+
+
+def test_the_largest_within_limits_has_the_most_macs() -> None:
+    rows = [(flash_of(one), peak_bytes(operators(SMALL, one)), one) for *_, one in all_of(even())]
+    for held, flash in itertools.product(*(sorted({row[i] for row in rows})[::40] for i in (1, 0))):
+        within = [body(one) for kept, peak, one in rows if kept <= flash and peak <= held]
+        found = Feasible(SMALL, Limits(bytes=held, flash=flash)).largest()
+        assert (found.broken == ()) == bool(within)
+        if within:
+            assert body(found.architecture) == max(within)
+
+
+def flash_of(architecture: Architecture) -> int:
+    """Bytes of int8 weights and int32 biases, by the network that is trained."""
+    convs = [m for m in extract(SMALL, architecture).modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(conv.bias is not None for conv in convs)
+    return sum(conv.weight.numel() + 4 * conv.out_channels for conv in convs)
+
+
+def body(architecture: Architecture) -> int:
+    """MACs without the head's."""
+    return macs([one for one in operators(SMALL, architecture) if one.cell != "head"])
+
+
+def even() -> Mixture:
+    return {one.name: torch.ones(len(one.options)) / len(one.options) for one in SMALL.decisions}

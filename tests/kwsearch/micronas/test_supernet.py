@@ -13,9 +13,10 @@ from kwsearch.micronas.space import Architecture, Space, operators, params
 from kwsearch.micronas.supernet import (
     Network,
     PrefixMask,
-    SameConv2d,
     Supernet,
+    conv2d,
     extract,
+    same,
     same_padding,
     supernet_params,
 )
@@ -58,7 +59,7 @@ def test_padding_is_that_of_keras(
     assert same_padding(size, kernel, stride) == padding
 
 
-def slow_same(x: Tensor, conv: SameConv2d) -> Tensor:
+def slow_same(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Position by position: where the window leaves the input there is nothing."""
     _, _, height, width = x.shape
     out_height, out_width = (-(-n // s) for n, s in zip((height, width), conv.stride, strict=True))
@@ -88,10 +89,10 @@ def test_same_convolutions_are_the_definition(
     kernel: tuple[int, int], stride: tuple[int, int], size: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
-    conv = SameConv2d(3, 2, kernel, stride).double()
+    conv = conv2d(3, 2, kernel, stride).double()
     nn.init.normal_(conv.bias)
     x = torch.randn(2, 3, *size).double()
-    torch.testing.assert_close(conv(x), slow_same(x, conv), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(same(conv, x), slow_same(x, conv), rtol=1e-12, atol=1e-12)
 
 
 def test_a_mask_is_the_first_channels_of_each_option() -> None:
@@ -157,7 +158,7 @@ def test_at_one_architecture_the_supernet_is_its_network() -> None:
     for part in net.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.eps = 0.0  # with mean 0 and variance 1: nothing
-        if isinstance(part, SameConv2d):
+        if isinstance(part, nn.Conv2d):
             nn.init.normal_(part.bias)
     x = torch.randn(3, 1, 12, 7).double()
     rng = random.Random(0)

@@ -1,0 +1,139 @@
+"""What is tried next of architectures: one within the limits that has not been trained, the largest
+first; or a supernet that chooses one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from random import Random
+from typing import Any
+
+import optuna
+import torch
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from kwsearch import architectures
+from kwsearch.driver import SpaceExhausted
+from kwsearch.micronas.feasible import Feasible
+from kwsearch.micronas.space import Architecture, Decision
+from kwsearch.proposals import (
+    asked_for,
+    copy_of,
+    entered,
+    sampler_of,
+    sampler_seed,
+    without_doubles,
+)
+from kwsearch.recipe import Search
+from kwsearch.trials import AGAIN, FINGERPRINT, KIND, LARGEST, SUPERNET
+
+# Random architectures that are looked at for one within the limits, or one that is new.
+_DRAWS = 1000
+# From an option to the next one, when the nearest architecture within the limits is looked for.
+_STEP = 0.05
+
+
+class ArchitectureProposer:
+    """Fills in the trials of a study: what each trains, as its attributes. All keep the limits."""
+
+    def __init__(self, search: Search, feasible: Feasible) -> None:
+        self.search, self.feasible = search, feasible
+
+    def __call__(self, study: optuna.Study) -> FrozenTrial:
+        """Raises SpaceExhausted if no architecture is found that is not trained."""
+        known = without_doubles(study)
+        left = asked_for(known)
+        return entered(study, self._made(known)) if left is None else left
+
+    def _made(self, known: Sequence[FrozenTrial]) -> FrozenTrial:
+        if not known:
+            return self._trial(self.feasible.largest().architecture, {KIND: LARGEST})
+        if self.search.strategy == "differentiable":
+            number = sum(SUPERNET in trial.user_attrs for trial in known)
+            facts = {SUPERNET: number, FINGERPRINT: f"supernet {number}"}
+            return optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=facts)
+        seed = sampler_seed(self.search, len(known))
+        wanted, attributes = self._wanted(known, seed)
+        prints = [trial.user_attrs.get(FINGERPRINT) for trial in known]
+        mark = architectures.facts(self.feasible, wanted)[FINGERPRINT]
+        if mark in prints and self.search.repeat:
+            return self._trial(wanted, {AGAIN: prints.count(mark)}, attributes)
+        if mark in prints:
+            wanted = self._other(prints, Random(seed))
+        return self._trial(wanted, {}, attributes)
+
+    def _wanted(
+        self, known: Sequence[FrozenTrial], seed: int
+    ) -> tuple[Architecture, dict[str, Any]]:
+        """What the sampler asks for, or the nearest within the limits; and what it notes."""
+        if self.search.sampler == "random" or len(known) < self.search.startup:
+            return self._drawn(Random(seed)), {}
+        study = copy_of(
+            [trial for trial in known if trial.params],
+            sampler_of(self.search, seed, len(known)),
+        )
+        trial = study.ask()
+        chosen = {one.name: _suggested(trial, one) for one in self.feasible.space.decisions}
+        attributes = dict(study.get_trials(deepcopy=False)[-1].system_attrs)
+        return nearest(self.feasible, chosen), attributes
+
+    def _drawn(self, rng: Random) -> Architecture:
+        """One at random among those within the limits; near one, where such are rare."""
+        space = self.feasible.space
+        for _ in range(_DRAWS):
+            found = space.random(rng)
+            if not self.feasible.broken(found):
+                return found
+        return nearest(self.feasible, space.options(found))
+
+    def _other(self, prints: Sequence[str | None], rng: Random) -> Architecture:
+        for _ in range(_DRAWS):
+            found = self._drawn(rng)
+            if architectures.facts(self.feasible, found)[FINGERPRINT] not in prints:
+                return found
+        raise SpaceExhausted(
+            f"{len(prints)} architectures are trained and no other was found: widen micronas or "
+            "search.space.limits, or ask for fewer trials"
+        )
+
+    def _trial(
+        self,
+        architecture: Architecture,
+        facts: dict[str, Any],
+        attributes: dict[str, Any] | None = None,
+    ) -> FrozenTrial:
+        space = self.feasible.space
+        return optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=space.options(architecture),
+            distributions={one.name: _distribution(one) for one in space.decisions},
+            user_attrs={**architectures.facts(self.feasible, architecture), **facts},
+            system_attrs=attributes or {},
+        )
+
+
+def nearest(feasible: Feasible, chosen: dict[str, int]) -> Architecture:
+    """The architecture within the limits with the fewest steps from these options to its own."""
+    mixture = {}
+    for one in feasible.space.decisions:
+        steps = torch.arange(len(one.options), dtype=torch.float64)
+        steps = (steps - one.options.index(chosen[one.name])).abs()
+        mixture[one.name] = torch.softmax(steps * torch.tensor(_STEP).double().log(), 0)
+    return feasible.best(mixture).architecture
+
+
+def _suggested(trial: optuna.trial.Trial, one: Decision) -> int:
+    spaced = _distribution(one)
+    if isinstance(spaced, IntDistribution):
+        return trial.suggest_int(one.name, spaced.low, spaced.high, step=spaced.step)
+    return int(trial.suggest_categorical(one.name, spaced.choices))  # type: ignore[arg-type]
+
+
+def _distribution(one: Decision) -> IntDistribution | CategoricalDistribution:
+    """Widths that are evenly spaced have an order that a sampler can use."""
+    gaps = {b - a for a, b in pairwise(one.options)}
+    if len(one.options) > 2 and len(gaps) == 1:
+        return IntDistribution(one.options[0], one.options[-1], step=gaps.pop())
+    return CategoricalDistribution(one.options)

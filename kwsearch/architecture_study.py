@@ -1,0 +1,122 @@
+"""The search for an architecture: every trial is one within the limits, trained by the recipe's
+proxy. The first is the largest, which always finishes.
+
+With the strategy `sampler` Optuna proposes them; with `differentiable` each trial trains a supernet
+of its own first, by another seed, which chooses one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from kwsearch import architectures, dry_run
+from kwsearch.architecture_proposals import ArchitectureProposer
+from kwsearch.dry_run import ArchitectureForecast
+from kwsearch.micronas.cycles import CycleError
+from kwsearch.results import Found, with_architecture, write_found
+from kwsearch.run_directory import SearchError
+from kwsearch.study import Study
+from kwsearch.train_step import train_bytes
+from kwsearch.trials import ARCHITECTURE, LARGEST
+
+if TYPE_CHECKING:
+    from kwsearch.proxy import ProxyData
+
+# Of search.space, what architectures have.
+_HAVE = {"limits"}
+_LIMITS = {"latency_ms", "lut", "lut_force", "peak_memory", "flash"}
+
+
+class ArchitectureStudy(Study):
+    """A search for an architecture of micronas. Raises SearchError for limits that none keeps."""
+
+    def _check_recipe(self) -> None:
+        super()._check_recipe()
+        search = self.search
+        if search.budgets:
+            raise SearchError(
+                "search.budgets: architectures have limits, not a budget; leave it out, or give "
+                "the recipe a budget, which is of plans"
+            )
+        for section, had, whose in (
+            (search.space, _HAVE, "search.space"),
+            (search.space.limits, _LIMITS, "search.space.limits"),
+        ):
+            default = type(section)()
+            for name in type(section).model_fields:
+                if name not in had and getattr(section, name) != getattr(default, name):
+                    raise SearchError(
+                        f"{whose}.{name}: is of plans; architectures of micronas have "
+                        f"{', '.join(sorted(had))}"
+                    )
+        if self.proxy.starts_static:
+            raise SearchError(
+                f"proxy.init {self.proxy.init}: is of plans; architectures start from scratch"
+            )
+
+    def _prepare(self) -> None:
+        try:
+            self.feasible = architectures.feasible_of(self.recipe)
+        except CycleError as error:
+            raise SearchError(f"search.space.limits.lut: {error}") from None
+        self.largest, broken = self.feasible.largest()
+        if broken:
+            raise SearchError(f"search.space.limits: {'; '.join(broken)}")
+        latency = None if self.feasible.table is None else self.feasible.table.latency
+        if latency is not None:
+            from kwsearch.micronas.space import operators
+
+            fitted = latency(operators(self.feasible.space, self.largest)).fitted
+            if fitted:
+                self._notes.append(
+                    f"the latency table has no measured cycles of {len(fitted)} operators of the "
+                    "largest architecture: they are fitted"
+                )
+
+    def _check_memory(self) -> None:
+        """Networks for microcontrollers train anywhere."""
+
+    def _check_fit(self, data: ProxyData) -> None:
+        space = self.feasible.space
+        have = tuple(data.train.x.shape[1:])
+        if have != (1, space.steps, space.sensors):
+            raise SearchError(
+                f"{data.train.name} has examples of {'x'.join(map(str, have))}, the recipe's input "
+                f"is 1x{space.steps}x{space.sensors}: set input to them"
+            )
+        if space.classes < data.train.num_classes:
+            raise SearchError(
+                f"{data.train.name} has {data.train.num_classes} classes, the model "
+                f"{space.classes}: set model.num_classes={data.train.num_classes}"
+            )
+
+    def _proposer(self) -> Callable[[optuna.Study], FrozenTrial]:
+        return ArchitectureProposer(self.search, self.feasible)
+
+    def _slot_bytes(self) -> int:
+        said = self.largest.to_dict()
+        return train_bytes(self.recipe, None, self.proxy, architecture=said)
+
+    def _calibration(self) -> int:
+        # Supernets have been trained when their trials come to the first rung.
+        several = self.search.strategy == "differentiable"
+        return self.search.trials if several else super()._calibration()
+
+    def _write(self, path: Path, found: Found) -> Path | None:
+        if found.best is None:
+            return None
+        recipe = with_architecture(self.recipe, found.best.user_attrs[ARCHITECTURE])
+        return write_found(path, recipe, found, self._provenance, LARGEST)
+
+    def forecast(self) -> ArchitectureForecast:
+        """What the search would be, without starting it and without data."""
+        self._prepare()
+        costs = architectures.facts(self.feasible, self.largest)
+        return dry_run.forecast_architectures(
+            self.recipe, self.feasible, costs, self.rungs, self._slot_bytes()
+        )

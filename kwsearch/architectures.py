@@ -1,0 +1,124 @@
+"""Between a recipe and architectures of micronas: their space, their limits, what one costs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kwlayers.plan import PlanError
+from kwsearch.recipe import MicroNAS, Recipe, Search
+from kwsearch.resolve import input_of, located
+from kwsearch.trials import ARCHITECTURE, FINGERPRINT, FLASH, LATENCY, PEAK
+from kwsearch.zoo import get
+
+if TYPE_CHECKING:
+    from kwsearch.micronas.cycles import CycleTable
+    from kwsearch.micronas.feasible import Feasible
+    from kwsearch.micronas.space import Architecture, Space
+    from kwsearch.micronas.supernet import Network
+
+
+def space_of(recipe: Recipe) -> Space:
+    """The space of a recipe about architectures. Raises PlanError for an input it cannot have."""
+    from kwsearch.micronas.space import Space, SpaceError
+
+    size = input_of(recipe)
+    if len(size) != 3 or size[0] != 1:
+        with located(recipe, "input"):
+            raise PlanError(
+                f"input {'x'.join(map(str, size))}: micronas takes windows of samples and sensors, "
+                "e.g. input: [1, 128, 9]"
+            )
+    grid = _section(recipe)
+    with located(recipe, "micronas"):
+        try:
+            return Space(
+                size[1],
+                size[2],
+                recipe.model.num_classes or get(recipe.model.name).num_classes,
+                grid.time_channels,
+                grid.fusion_channels,
+                grid.time_limit,
+                grid.sensor_limit,
+                grid.plain_cells,
+            )
+        except SpaceError as error:
+            raise PlanError(f"micronas: {error}") from None
+
+
+def table_of(recipe: Recipe) -> CycleTable | None:
+    """Of the operators, by the recipe's limits. Raises latency.table.TableError."""
+    limits = (recipe.search or Search()).space.limits
+    if limits.lut is None:
+        return None
+    from kwsearch.latency.operators import load
+
+    with located(recipe, "search", "space", "limits", "lut"):
+        return load(Path(limits.lut), force=limits.lut_force)
+
+
+def feasible_of(recipe: Recipe) -> Feasible:
+    """Architectures within the recipe's limits. Raises PlanError, micronas.cycles.CycleError."""
+    from kwsearch.micronas.feasible import Feasible, Limits
+
+    limits, how = (recipe.search or Search()).space.limits, _section(recipe)
+    return Feasible(
+        space_of(recipe),
+        Limits(limits.latency_ms, limits.peak_memory, limits.flash),
+        table_of(recipe),
+        in_place_add=how.in_place_add,
+        conv_scratch=how.conv_scratch,
+    )
+
+
+def architecture_of(recipe: Recipe) -> Architecture | None:
+    """The one that the recipe says, if it does. Raises PlanError for one that is none."""
+    section = _section(recipe)
+    if section.architecture is None:
+        return None
+    with located(recipe, "micronas", "architecture"):
+        return _checked(space_of(recipe), section.architecture.model_dump())
+
+
+def network(recipe: Recipe, architecture: Mapping[str, Any]) -> Network:
+    """Its network, with fresh weights."""
+    from kwsearch.micronas.supernet import extract
+
+    space = space_of(recipe)
+    return extract(space, _checked(space, architecture))
+
+
+def facts(feasible: Feasible, architecture: Architecture) -> dict[str, Any]:
+    """What a trial says of it."""
+    from kwsearch.micronas.space import macs, operators, params
+
+    one = operators(feasible.space, architecture)
+    took = feasible.milliseconds(architecture)
+    said = architecture.to_dict()
+    return {
+        FINGERPRINT: hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12],
+        ARCHITECTURE: said,
+        "params": params(one),
+        "macs": macs(one),
+        PEAK: feasible.bytes(architecture),
+        FLASH: feasible.flash(architecture),
+        **({} if took is None else {LATENCY: took}),
+    }
+
+
+def _checked(space: Space, said: Mapping[str, Any]) -> Architecture:
+    from kwsearch.micronas.space import Architecture, SpaceError
+
+    try:
+        found = Architecture.from_dict(said)
+        space.check(found)
+    except SpaceError as error:
+        raise PlanError(f"micronas.architecture: {error}") from None
+    return found
+
+
+def _section(recipe: Recipe) -> MicroNAS:
+    return recipe.micronas or MicroNAS()

@@ -1,0 +1,133 @@
+"""An architecture as an int8 TensorFlow Lite file, trained, rounded, and run on what it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kwsearch import architectures, data, proxy
+from kwsearch.export.errors import ExportError
+from kwsearch.micronas import tflite
+from kwsearch.micronas.space import Operator, operators
+from kwsearch.micronas.supernet import Network, extract
+from kwsearch.recipe import Proxy, Recipe, Search
+
+if TYPE_CHECKING:
+    from kwsearch.proxy import ProxyData
+
+# Training windows over which the ranges of activations are taken.
+_CALIBRATION = 256
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """split: of the windows that accuracies are of, "test" or "held-out". windows: how many.
+
+    floating: accuracy before rounding. check: of the file. mean, deviation: of each sensor, which
+    normalise windows.
+    """
+
+    split: str
+    windows: int
+    floating: float
+    check: tflite.Check
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    def lines(self) -> list[str]:
+        """In words."""
+        one = self.check
+        drop = 100 * (one.accuracy - self.floating)
+        return [
+            f"{self.split} windows ({self.windows:,}): {self.floating:.2%} as trained, "
+            f"{one.accuracy:.2%} in int8 ({drop:+.2f} points)",
+            f"file {one.file_bytes:,} bytes; tensors alive at once {one.live_bytes:,} bytes, "
+            f"{one.predicted_bytes:,} predicted; arena {one.arena_bytes:,} bytes "
+            f"({one.ratio:.2f} of the prediction), the kernels' scratch aside",
+        ]
+
+    def notes(self) -> list[str]:
+        """What firmware must know."""
+        mean, deviation = (
+            ", ".join(f"{v:.9g}" for v in row) for row in (self.mean, self.deviation)
+        )
+        return [
+            "Windows are normalised sensor by sensor, (x - mean) / deviation:",
+            f"mean {mean}",
+            f"deviation {deviation}",
+        ]
+
+
+def deploy(
+    recipe: Recipe, path: Path, weights: Path | None, report: Callable[[int, float], None]
+) -> Deployed:
+    """Write the recipe's architecture to `path`, and run the file on the test windows; on the
+    held-out ones where there are no others.
+
+    weights: a state dict of its network; None trains it by the recipe's proxy. report: told of
+    every epoch. Raises ExportError, TFLiteError, data.DataError.
+    """
+    if not recipe.of_architectures:
+        raise ExportError(
+            "int8 TensorFlow Lite is of micronas' architectures; of plans there are onnx and "
+            "program"
+        )
+    architecture = architectures.architecture_of(recipe)
+    if architecture is None:
+        raise ExportError(
+            "the recipe has no architecture: `kwsearch optimize` writes one to best.yaml"
+        )
+    tflite.need()
+    space = architectures.space_of(recipe)
+    settings = recipe.proxy or Proxy()
+    examples = proxy.load(settings, (1, space.steps, space.sensors))
+    seed = (recipe.search or Search()).seed
+    model = _trained(extract(space, architecture), settings, examples, seed, weights, report)
+    calibration = examples.batch(examples.train.x[:_CALIBRATION])
+    tflite.export(model, calibration, path)
+    split, scored = _scored(settings, examples)
+    return Deployed(
+        split,
+        len(scored.valid.y),
+        proxy.evaluate(model, scored, settings.batch_size),
+        _checked(path, operators(space, architecture), scored),
+        tuple(examples.mean.flatten().tolist()),
+        tuple(examples.std.flatten().tolist()),
+    )
+
+
+def _trained(
+    model: Network,
+    settings: Proxy,
+    examples: ProxyData,
+    seed: int,
+    weights: Path | None,
+    report: Callable[[int, float], None],
+) -> Network:
+    if weights is None:
+        kept: list[torch.nn.Module] = []
+        proxy.train(lambda: model, None, examples, settings, seed, report, done=kept.append)
+        return model.to("cpu").eval()
+    try:
+        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    except Exception as error:  # of many kinds, by what the file is
+        first = str(error).strip().splitlines()[0]
+        raise ExportError(
+            f"--weights {weights}: not the weights of this network: {first}"
+        ) from None
+    return model.eval()
+
+
+def _scored(settings: Proxy, examples: ProxyData) -> tuple[str, ProxyData]:
+    try:
+        return "test", proxy.load_test(settings, examples)
+    except data.DataError:  # a data set without test windows
+        return "held-out", examples
+
+
+def _checked(path: Path, network: tuple[Operator, ...], scored: ProxyData) -> tflite.Check:
+    return tflite.check(path, network, scored.batch(scored.valid.x), scored.valid.y)
