@@ -80,8 +80,13 @@ def prepare(directory: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | N
 
 def write_down(directory: Path, recipe: Recipe, provenance: Mapping[str, Any]) -> None:
     """Keep the recipe of the study, with where it comes from."""
+    search = recipe.search or Search()
+    dormant = {"supernet"} if search.strategy == "sampler" else set[str]()
     filled = {
-        "search": (recipe.search or Search()).model_dump(),
+        "search": {
+            **search.model_dump(exclude=dormant),
+            **{name: getattr(search, name) for name in dormant & search.model_fields_set},
+        },
         "proxy": (recipe.proxy or Proxy()).model_dump(),
         "provenance": dict(provenance),
     }

@@ -546,10 +546,11 @@ class Training(Section):
 _GIVEN: dict[str, Any] = {"not": {"type": "null"}}
 # Methods that have sizes without a budget.
 _OF_OTHERS: dict[str, Any] = {"required": ["name"], "properties": {"name": {"not": {"const": OWN}}}}
+_NAMED: dict[str, Any] = {"name": {"const": MODEL}}
 _MICRONAS: dict[str, Any] = {
     "anyOf": [
         {"const": MODEL},
-        {"type": "object", "required": ["name"], "properties": {"name": {"const": MODEL}}},
+        {"allOf": [{"type": "object"}, {"required": ["name"], "properties": _NAMED}]},
     ]
 }
 
@@ -603,7 +604,7 @@ class Recipe(Section):
     @classmethod
     def _budget_or_plan(cls, plan: RecipePlan | None, info: ValidationInfo) -> RecipePlan | None:
         sized = getattr(info.data.get("method"), "name", OWN) != OWN
-        named = getattr(info.data.get("model"), "name", MODEL) == MODEL
+        named = getattr(info.data.get("model"), "name", "") == MODEL
         if plan is None and info.data.get("budget", 0) is None and not sized and not named:
             raise section_error(
                 "no budget and no plan (allowed either or both, e.g. budget: {ratio: 0.5})"

@@ -433,7 +433,7 @@ def test_every_plan_of_a_search_keeps_the_limit_of_latency(lut: Path, tmp_path: 
         assert trial.user_attrs["latency_ms"] == pytest.approx(ms_of(plan), rel=0.02)
     # A limit that some of those plans break: none of the limited search does.
     space = limited(tmp_path / "x", lut)
-    space._plan_spaces()
+    space._prepare()
     latency = space.budgets[0].space.latency
     assert latency is not None
     highest = [latency(Plan.from_groups(network, t.user_attrs["groups"])).high for t in by_plan]

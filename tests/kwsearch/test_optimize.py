@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kwlayers.plan import Network, Plan, PlanError
 from kwsearch import jobs, optimize, snapshot, study_report
+from kwsearch import study as course
 from kwsearch.dry_run import seconds_of
 from kwsearch.executors import Cancelled, Event, Failed, Finished, Job, Reported
 from kwsearch.executors.local import LocalExecutor
@@ -367,7 +368,7 @@ def test_a_full_disk_stops_the_study_with_what_to_do(
         if written == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(optimize, "write_trials", write)
+    monkeypatch.setattr(course, "write_trials", write)
     with pytest.raises(optimize.StudyFailed, match=r"disk is full: .* make room and --resume"):
         run(study(tmp_path)[0], score)
     monkeypatch.undo()
@@ -669,7 +670,7 @@ def test_best_yaml_says_the_verdict(tmp_path: Path) -> None:
     assert result.budgets[0].finals is not None
     assert result.budgets[0].finals.verdict is not None
     assert "winner" in str(recipe.provenance["verdict"])
-    assert "On test images, 3 seeds each:" in text
+    assert "On test examples, 3 seeds each:" in text
     assert recipe.provenance["trial"] == result.budgets[0].finals.best
 
 
@@ -1244,7 +1245,7 @@ def test_a_dry_run_counts_the_finals_that_there_can_be(
     tmp_path: Path, overrides: tuple[str, ...], trainings: int
 ) -> None:
     search, _ = study(tmp_path, "search.finalists=3", *overrides)
-    search._plan_spaces()
+    search._prepare()
     assert search._most_finals() == trainings
 
 

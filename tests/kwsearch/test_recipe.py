@@ -566,7 +566,7 @@ WRONG_VALUES = [
      "search.space.limits.train_memory: not an amount of memory (got '12G'; allowed whole bytes "
      "or a number with kB, MB, GB, KiB, MiB or GiB, e.g. 500MB)"),
     ('"a\\nb": 1', "r.yaml:4:1: a\\nb: unknown key (allowed format, model, input, method, budget, "
-     "plan, search, proxy, training, provenance)"),
+     "plan, micronas, search, proxy, training, provenance)"),
 ]  # fmt: skip
 
 
@@ -1313,7 +1313,8 @@ def test_the_schema_is_valid_and_describes_every_key() -> None:
     others = [find(name) for name in NAMES if name != "kernel_warehouse"]
     by_method = sum(len(allowed_of(m.settings)) + len(allowed_of(m.group)) for m in others)
     named = len(others) * (2 + 3)  # name and rules; method, name and layers
-    own = 10 + 2 + 9 + 8 + 3 + 1 + 9 + 21 + 2 + 3 + 13 + 2 + 4 + 19 + 7
+    own = 11 + 2 + 9 + 8 + 3 + 1 + 9 + 23 + 2 + 3 + 13 + 2 + 6 + 19 + 7
+    own += 8 + 2 + 2 + 5 + 11  # micronas, its architecture and cells, the supernet
     assert seen == own + by_method + named
 
 
