@@ -5,15 +5,17 @@ first; or a supernet that chooses one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from random import Random
 from typing import Any
 
 import optuna
 import torch
-from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from kwlayers.plan import PlanError
 from kwsearch import architectures
 from kwsearch.driver import SpaceExhausted
 from kwsearch.micronas.feasible import Feasible
@@ -27,19 +29,32 @@ from kwsearch.proposals import (
     without_doubles,
 )
 from kwsearch.recipe import Search
-from kwsearch.trials import AGAIN, FINGERPRINT, KIND, LARGEST, SUPERNET
+from kwsearch.trials import (
+    AGAIN,
+    ARCHITECTURE,
+    FINGERPRINT,
+    KIND,
+    LARGEST,
+    SUPERNET,
+    WAREHOUSE,
+)
 
 # Random architectures that are looked at for one within the limits, or one that is new.
 _DRAWS = 1000
 # From an option to the next one, when the nearest architecture within the limits is looked for.
 _STEP = 0.05
+_NONE = "none"  # of warehouses
 
 
 class ArchitectureProposer:
-    """Fills in the trials of a study: what each trains, as its attributes. All keep the limits."""
+    """Fills in the trials of a study: what each trains, as its attributes. All keep the limits.
 
-    def __init__(self, search: Search, feasible: Feasible) -> None:
+    ratios: b of KernelWarehouse, to be tried on architectures that keep the limits with it.
+    """
+
+    def __init__(self, search: Search, feasible: Feasible, ratios: Sequence[float] = ()) -> None:
         self.search, self.feasible = search, feasible
+        self._ratios = {_NONE: None, **{f"{ratio:g}": ratio for ratio in ratios}}
 
     def __call__(self, study: optuna.Study) -> FrozenTrial:
         """Raises SpaceExhausted if no architecture is found that is not trained."""
@@ -49,24 +64,24 @@ class ArchitectureProposer:
 
     def _made(self, known: Sequence[FrozenTrial]) -> FrozenTrial:
         if not known:
-            return self._trial(self.feasible.largest().architecture, {KIND: LARGEST})
+            return self._trial(self._costs(self.feasible.largest().architecture), {KIND: LARGEST})
         if self.search.strategy == "differentiable":
             number = sum(SUPERNET in trial.user_attrs for trial in known)
             facts = {SUPERNET: number, FINGERPRINT: f"supernet {number}"}
             return optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=facts)
         seed = sampler_seed(self.search, len(known))
-        wanted, attributes = self._wanted(known, seed)
+        costs, attributes = self._wanted(known, seed)
         prints = [trial.user_attrs.get(FINGERPRINT) for trial in known]
-        mark = architectures.facts(self.feasible, wanted)[FINGERPRINT]
+        mark = costs[FINGERPRINT]
         if mark in prints and self.search.repeat:
-            return self._trial(wanted, {AGAIN: prints.count(mark)}, attributes)
+            return self._trial(costs, {AGAIN: prints.count(mark)}, attributes)
         if mark in prints:
-            wanted = self._other(prints, Random(seed))
-        return self._trial(wanted, {}, attributes)
+            costs = self._other(prints, Random(seed))
+        return self._trial(costs, {}, attributes)
 
     def _wanted(
         self, known: Sequence[FrozenTrial], seed: int
-    ) -> tuple[Architecture, dict[str, Any]]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the sampler asks for, or the nearest within the limits; and what it notes."""
         if self.search.sampler == "random" or len(known) < self.search.startup:
             return self._drawn(Random(seed)), {}
@@ -76,22 +91,35 @@ class ArchitectureProposer:
         )
         trial = study.ask()
         chosen = {one.name: _suggested(trial, one) for one in self.feasible.space.decisions}
+        ratio = None
+        if len(self._ratios) > 1:
+            ratio = self._ratios[str(trial.suggest_categorical(WAREHOUSE, list(self._ratios)))]
         attributes = dict(study.get_trials(deepcopy=False)[-1].system_attrs)
-        return nearest(self.feasible, chosen), attributes
+        return self._costs(nearest(self.feasible, chosen), ratio), attributes
 
-    def _drawn(self, rng: Random) -> Architecture:
+    def _costs(self, architecture: Architecture, ratio: float | None = None) -> dict[str, Any]:
+        """Its facts, with warehouses if it keeps the limits with them."""
+        if ratio is not None:
+            with suppress(PlanError):  # too few cells, nothing to share
+                found = architectures.facts(self.feasible, architecture, ratio)
+                if not architectures.broken(self.feasible, found):
+                    return found
+        return architectures.facts(self.feasible, architecture)
+
+    def _drawn(self, rng: Random) -> dict[str, Any]:
         """One at random among those within the limits; near one, where such are rare."""
         space = self.feasible.space
+        ratio = rng.choice([*self._ratios.values()])
         for _ in range(_DRAWS):
             found = space.random(rng)
             if not self.feasible.broken(found):
-                return found
-        return nearest(self.feasible, space.options(found))
+                return self._costs(found, ratio)
+        return self._costs(nearest(self.feasible, space.options(found)), ratio)
 
-    def _other(self, prints: Sequence[str | None], rng: Random) -> Architecture:
+    def _other(self, prints: Sequence[str | None], rng: Random) -> dict[str, Any]:
         for _ in range(_DRAWS):
             found = self._drawn(rng)
-            if architectures.facts(self.feasible, found)[FINGERPRINT] not in prints:
+            if found[FINGERPRINT] not in prints:
                 return found
         raise SpaceExhausted(
             f"{len(prints)} architectures are trained and no other was found: widen micronas or "
@@ -100,16 +128,24 @@ class ArchitectureProposer:
 
     def _trial(
         self,
-        architecture: Architecture,
+        costs: dict[str, Any],
         facts: dict[str, Any],
         attributes: dict[str, Any] | None = None,
     ) -> FrozenTrial:
         space = self.feasible.space
+        params: dict[str, Any] = space.options(Architecture.from_dict(costs[ARCHITECTURE]))
+        kinds: dict[str, BaseDistribution] = {
+            one.name: _distribution(one) for one in space.decisions
+        }
+        if len(self._ratios) > 1:
+            ratio = costs.get(WAREHOUSE)
+            params[WAREHOUSE] = next(name for name, b in self._ratios.items() if b == ratio)
+            kinds[WAREHOUSE] = CategoricalDistribution(list(self._ratios))
         return optuna.trial.create_trial(
             state=TrialState.RUNNING,
-            params=space.options(architecture),
-            distributions={one.name: _distribution(one) for one in space.decisions},
-            user_attrs={**architectures.facts(self.feasible, architecture), **facts},
+            params=params,
+            distributions=kinds,
+            user_attrs={**costs, **facts},
             system_attrs=attributes or {},
         )
 

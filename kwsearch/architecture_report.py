@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kwsearch import architectures
@@ -16,13 +18,70 @@ if TYPE_CHECKING:
     from kwsearch.micronas.feasible import Feasible
 
 
-def parts(feasible: Feasible, architecture: Architecture | None) -> list[str | Table]:
+@dataclass(frozen=True)
+class Row:
+    """An operator. ms: None without a table."""
+
+    operator: str
+    output: str
+    params: int
+    macs: int
+    live_bytes: int
+    ms: float | None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """An architecture and what it costs, with b of KernelWarehouse or plain."""
+
+    feasible: Feasible
+    costs: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    fitted: tuple[str, ...]
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Which limits it does not keep."""
+        return architectures.broken(self.feasible, self.costs)
+
+
+def count(feasible: Feasible, architecture: Architecture, warehouse: float | None) -> Counted:
+    """Raises PlanError where there is no plan at that b."""
+    table = feasible.table
+    network = operators(feasible.space, architecture)
+    latency = None if table is None else table.latency(network)
+    timed = network
+    if warehouse is not None:
+        one = architectures.warehoused(feasible, architecture, warehouse)
+        network, timed = one.operators, one.timed
+        latency = None if table is None else one.latency(table)
+    rows = []
+    live = live_bytes(network, **feasible.how)
+    for one_, asked, held in zip(network, timed, live, strict=True):
+        took = None if table is None else table.latency([asked]).milliseconds
+        output = "x".join(map(str, one_.key.output))
+        made = warehouse is not None and one_.name.endswith(".mix")
+        mixed = warehouse is not None and len(one_.inputs) > len(one_.key.inputs)
+        params = 0 if made else one_.key.output[-1] if mixed else one_.key.params
+        rows.append(Row(one_.name, output, params, one_.key.macs, held, took))
+    costs = architectures.facts(feasible, architecture, warehouse)
+    shared = costs["params"] - sum(row.params for row in rows)
+    if warehouse is not None:
+        rows.append(Row("cells and norms", "", shared, 0, 0, None))
+    return Counted(feasible, costs, tuple(rows), () if latency is None else latency.fitted)
+
+
+def parts(
+    feasible: Feasible, architecture: Architecture | None, warehouse: float | None = None
+) -> list[str | Table]:
     """Lines and tables."""
     space = feasible.space
     size = f"{space.steps}x{space.sensors}"
     head = f"micronas, windows of {size}, {space.classes} classes"
     if architecture is not None:
-        return [head, _operators(feasible, architecture), *_kept(feasible, architecture)]
+        counted = count(feasible, architecture, warehouse)
+        head += "" if warehouse is None else f", KernelWarehouse at b = {warehouse:g}"
+        return [head, _operators(counted), *_kept(counted)]
     lines: list[str | Table] = [
         f"{head}: {space.architectures:.3g} architectures, {len(space.decisions)} decisions",
         _named(feasible),
@@ -31,15 +90,16 @@ def parts(feasible: Feasible, architecture: Architecture | None) -> list[str | T
     return [*lines, *(f"no architecture keeps the limits: {why}" for why in broken)]
 
 
-def to_json(feasible: Feasible, architecture: Architecture | None) -> dict[str, Any]:
+def to_json(
+    feasible: Feasible, architecture: Architecture | None, warehouse: float | None = None
+) -> dict[str, Any]:
     """The same as plain data."""
     if architecture is not None:
+        counted = count(feasible, architecture, warehouse)
         return {
-            **architectures.facts(feasible, architecture),
-            "operators": [
-                dict(zip(_NAMES, row, strict=True)) for row in _rows(feasible, architecture)
-            ],
-            "broken": list(feasible.broken(architecture)),
+            **counted.costs,
+            "operators": [vars(row) for row in counted.rows],
+            "broken": list(counted.broken),
         }
     return {
         "architectures": feasible.space.architectures,
@@ -49,32 +109,19 @@ def to_json(feasible: Feasible, architecture: Architecture | None) -> dict[str, 
     }
 
 
-_NAMES = ("operator", "output", "params", "macs", "live_bytes", "ms")
-
-
-def _rows(
-    feasible: Feasible, architecture: Architecture
-) -> list[tuple[str, str, int, int, int, float | None]]:
-    network = operators(feasible.space, architecture)
-    live = live_bytes(network, **feasible.how)
-    rows = []
-    for one, held in zip(network, live, strict=True):
-        took = None if feasible.table is None else feasible.table.latency([one]).milliseconds
-        output = "x".join(map(str, one.key.output))
-        rows.append((one.name, output, one.key.params, one.key.macs, held, took))
-    return rows
-
-
-def _operators(feasible: Feasible, architecture: Architecture) -> Table:
-    timed = feasible.table is not None
+def _operators(counted: Counted) -> Table:
+    timed = counted.feasible.table is not None
     table = new_table(
         ("operator", "output"),
         ("parameters", "MACs", "bytes alive", *(["ms"] if timed else [])),
     )
-    for name, output, params, macs, held, took in _rows(feasible, architecture):
-        shown = [] if took is None else [f"{took:.4g}"]
-        table.add_row(name, output, f"{params:,}", f"{macs:,}", f"{held:,}", *shown)
-    costs = architectures.facts(feasible, architecture)
+    for row in counted.rows:
+        shown = [] if not timed else ["" if row.ms is None else f"{row.ms:.4g}"]
+        table.add_row(
+            row.operator, row.output, f"{row.params:,}", f"{row.macs:,}",
+            f"{row.live_bytes:,}" if row.live_bytes else "", *shown,
+        )  # fmt: skip
+    costs = counted.costs
     total = [f"{costs[LATENCY]:.4g}"] if timed else []
     table.add_row(
         "total, of bytes the peak", "", f"{costs['params']:,}", f"{costs['macs']:,}",
@@ -83,16 +130,14 @@ def _operators(feasible: Feasible, architecture: Architecture) -> Table:
     return table
 
 
-def _kept(feasible: Feasible, architecture: Architecture) -> list[str]:
+def _kept(counted: Counted) -> list[str]:
     """Flash, limits, and what of the latency is fitted."""
-    lines = [f"flash: {feasible.flash(architecture):,} bytes of weights in int8, biases in int32"]
-    if feasible.table is not None:
-        fitted = feasible.table.latency(operators(feasible.space, architecture)).fitted
-        if fitted:
-            lines.append(f"not measured, so fitted: {', '.join(fitted)}")
-    limits = feasible.limits
-    if broken := feasible.broken(architecture):
-        return [*lines, *(f"NOT within the limits: {one}" for one in broken)]
+    lines = [f"flash: {counted.costs[FLASH]:,} bytes of weights in int8, biases in int32"]
+    if counted.fitted:
+        lines.append(f"not measured, so fitted: {', '.join(counted.fitted)}")
+    limits = counted.feasible.limits
+    if counted.broken:
+        return [*lines, *(f"NOT within the limits: {one}" for one in counted.broken)]
     if limits != type(limits)():
         lines.append("within the limits")
     return lines

@@ -22,7 +22,7 @@ from kwsearch.results import Found, with_architecture, write_found
 from kwsearch.run_directory import SearchError
 from kwsearch.study import Study
 from kwsearch.train_step import train_bytes
-from kwsearch.trials import ARCHITECTURE, LARGEST
+from kwsearch.trials import LARGEST
 
 if TYPE_CHECKING:
     from kwsearch.proxy import ProxyData
@@ -54,6 +54,12 @@ class ArchitectureStudy(Study):
                         f"{whose}.{name}: is of plans; architectures of micronas have "
                         f"{', '.join(sorted(had))}"
                     )
+        self.ratios = self.recipe.micronas.warehouses if self.recipe.micronas else ()
+        if search.strategy != "sampler" and self.ratios:
+            raise SearchError(
+                "micronas.warehouses: is of search.strategy sampler; supernets have plain "
+                "convolutions"
+            )
         if self.proxy.starts_static:
             raise SearchError(
                 f"proxy.init {self.proxy.init}: is of plans; architectures start from scratch"
@@ -96,7 +102,7 @@ class ArchitectureStudy(Study):
             )
 
     def _proposer(self) -> Callable[[optuna.Study], FrozenTrial]:
-        return ArchitectureProposer(self.search, self.feasible)
+        return ArchitectureProposer(self.search, self.feasible, self.ratios)
 
     def _slot_bytes(self) -> int:
         said = self.largest.to_dict()
@@ -110,7 +116,7 @@ class ArchitectureStudy(Study):
     def _write(self, path: Path, found: Found) -> Path | None:
         if found.best is None:
             return None
-        recipe = with_architecture(self.recipe, found.best.user_attrs[ARCHITECTURE])
+        recipe = with_architecture(self.recipe, found.best)
         return write_found(path, recipe, found, self._provenance, LARGEST)
 
     def forecast(self) -> ArchitectureForecast:

@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 from kwlayers.plan import PlanError
 from kwsearch.recipe import MicroNAS, Recipe, Search
 from kwsearch.resolve import input_of, located
-from kwsearch.trials import ARCHITECTURE, FINGERPRINT, FLASH, LATENCY, PEAK
+from kwsearch.trials import ARCHITECTURE, FINGERPRINT, FLASH, LATENCY, PEAK, WAREHOUSE
 from kwsearch.zoo import get
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from kwlayers.plan import Plan
     from kwsearch.micronas.cycles import CycleTable
     from kwsearch.micronas.feasible import Feasible
     from kwsearch.micronas.space import Architecture, Space
     from kwsearch.micronas.supernet import Network
+    from kwsearch.micronas.warehouses import Warehoused
 
 
 def space_of(recipe: Recipe) -> Space:
@@ -91,22 +95,72 @@ def network(recipe: Recipe, architecture: Mapping[str, Any]) -> Network:
     return extract(space, _checked(space, architecture))
 
 
-def facts(feasible: Feasible, architecture: Architecture) -> dict[str, Any]:
-    """What a trial says of it."""
+def facts(
+    feasible: Feasible, architecture: Architecture, warehouse: float | None = None
+) -> dict[str, Any]:
+    """What a trial says of it. warehouse: b of KernelWarehouse on its convolutions.
+
+    Raises PlanError where there is no such plan.
+    """
     from kwsearch.micronas.space import macs, operators, params
 
-    one = operators(feasible.space, architecture)
-    took = feasible.milliseconds(architecture)
     said = architecture.to_dict()
-    return {
-        FINGERPRINT: hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12],
+    what = json.dumps([said, warehouse], sort_keys=True)
+    found: dict[str, Any] = {
+        FINGERPRINT: hashlib.sha256(what.encode()).hexdigest()[:12],
         ARCHITECTURE: said,
-        "params": params(one),
-        "macs": macs(one),
-        PEAK: feasible.bytes(architecture),
-        FLASH: feasible.flash(architecture),
-        **({} if took is None else {LATENCY: took}),
     }
+    if warehouse is not None:
+        one = warehoused(feasible, architecture, warehouse)
+        took = None if feasible.table is None else one.latency(feasible.table).milliseconds
+        found |= {
+            WAREHOUSE: warehouse,
+            "params": one.params,
+            "macs": one.macs,
+            PEAK: one.bytes(**feasible.how),
+            FLASH: one.flash,
+        }
+    else:
+        plain = operators(feasible.space, architecture)
+        took = feasible.milliseconds(architecture)
+        found |= {
+            "params": params(plain),
+            "macs": macs(plain),
+            PEAK: feasible.bytes(architecture),
+            FLASH: feasible.flash(architecture),
+        }
+    return found if took is None else {**found, LATENCY: took}
+
+
+def warehoused(feasible: Feasible, architecture: Architecture, warehouse: float) -> Warehoused:
+    """The architecture under its plan at that b. Raises PlanError where there is none."""
+    from kwsearch.micronas.warehouses import Warehoused, network_of, plan_of
+
+    plan = plan_of(network_of(feasible.space, architecture), warehouse)
+    return Warehoused(feasible.space, architecture, plan)
+
+
+def broken(feasible: Feasible, costs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which limits what costs that much does not keep, by how much."""
+    limits = feasible.limits
+    pairs = [
+        ("latency", costs.get(LATENCY), limits.milliseconds, "ms", ".3f"),
+        ("memory", costs[PEAK], limits.bytes, "bytes", ","),
+        ("flash", costs[FLASH], limits.flash, "bytes", ","),
+    ]
+    return tuple(
+        f"{name} {has:{form}} {unit}: above the limit of {most:,g} {unit}"
+        for name, has, most, unit, form in pairs
+        if has is not None and most is not None and has > most
+    )
+
+
+def plan_of(network: nn.Module, recipe: Recipe, warehouse: float) -> Plan:
+    """Of the network of an architecture, at that b."""
+    from kwlayers.sites import trace
+    from kwsearch.micronas.warehouses import plan_of
+
+    return plan_of(trace(network, input_of(recipe)), warehouse)
 
 
 def _checked(space: Space, said: Mapping[str, Any]) -> Architecture:

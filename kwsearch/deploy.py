@@ -81,6 +81,11 @@ def deploy(
         raise ExportError(
             "the recipe has no architecture: `kwsearch optimize` writes one to best.yaml"
         )
+    if recipe.micronas is not None and recipe.micronas.warehouse is not None:
+        raise ExportError(
+            "the architecture's kernels are mixed from warehouses: TensorFlow Lite Micro's are "
+            "constant; take the best without (micronas.warehouses: [])"
+        )
     tflite.need()
     space = architectures.space_of(recipe)
     settings = recipe.proxy or Proxy()

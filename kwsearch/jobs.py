@@ -15,7 +15,7 @@ from kwsearch.recipe import Proxy, Recipe, Search
 from kwsearch.run_directory import CHECKPOINTS, SearchError
 from kwsearch.rungs import Rung, phase_of
 from kwsearch.trial import Trained
-from kwsearch.trials import AGAIN, ARCHITECTURE, FINGERPRINT, SUPERNET, TEMPERATURE
+from kwsearch.trials import AGAIN, ARCHITECTURE, FINGERPRINT, SUPERNET, TEMPERATURE, WAREHOUSE
 
 TRAINING, FINAL = "kwsearch.trial:train_trial", "kwsearch.trial:train_final"
 SCORING, SEARCHING = "kwsearch.trial:score_trial", "kwsearch.trial:search_trial"
@@ -123,6 +123,7 @@ class Jobs:
             self._trust,
             self._proxy.model_dump_json() if self._proxy.init == "warm_start" else None,
             trial.user_attrs.get(ARCHITECTURE),
+            trial.user_attrs.get(WAREHOUSE),
         )
 
 

@@ -30,6 +30,7 @@ from kwsearch.trials import (
     NAMES,
     PEAK,
     UNIFORM,
+    WAREHOUSE,
     accuracy_of,
     baseline,
     best_of,
@@ -186,7 +187,7 @@ def under(recipe: Recipe, value: float | None) -> Recipe:
 def recipe_of_trial(recipe: Recipe, trial: FrozenTrial) -> Recipe:
     """The recipe with a trial's plan or architecture. Raises SearchError where there is none."""
     if ARCHITECTURE in trial.user_attrs:
-        return with_architecture(recipe, trial.user_attrs[ARCHITECTURE])
+        return with_architecture(recipe, trial)
     if "groups" not in trial.user_attrs:
         raise SearchError(f"trial {trial.number} has no plan: {baseline(trial) or 'not begun'}")
     return recipe.model_copy(update=_with_plan(recipe, trial.user_attrs["groups"]))
@@ -201,9 +202,10 @@ def _with_plan(recipe: Recipe, groups: Sequence[Mapping[str, Any]]) -> dict[str,
     return said
 
 
-def with_architecture(recipe: Recipe, architecture: Mapping[str, Any]) -> Recipe:
-    """The recipe that says this one."""
-    said = (recipe.micronas or MicroNAS()).model_dump() | {"architecture": architecture}
+def with_architecture(recipe: Recipe, trial: FrozenTrial) -> Recipe:
+    """The recipe that says a trial's."""
+    said = (recipe.micronas or MicroNAS()).model_dump()
+    said |= {name: trial.user_attrs.get(name) for name in (ARCHITECTURE, WAREHOUSE)}
     return recipe.model_copy(update={"micronas": MicroNAS.model_validate(said)})
 
 

@@ -26,7 +26,7 @@ class Trained:
     """What is trained, as plain data that a worker can be sent.
 
     recipe, proxy: as JSON. groups: of the plan; None for the static twin of that `width`, and for
-    an `architecture`.
+    an `architecture`. warehouse: b of KernelWarehouse on the convolutions of an architecture.
     checkpoint: a file, or its URL. splits: micro-batches per batch. trust: whether the network may
     be the user's own code; a recipe cannot say that. init: the proxy (JSON) that trains the static
     network whose weights it starts from; None for fresh weights.
@@ -42,11 +42,17 @@ class Trained:
     trust: bool = False
     init: str | None = None
     architecture: dict[str, Any] | None = None
+    warehouse: float | None = None
 
     def plan(self) -> Plan | None:
         """Of the network that is trained; None for the static twin."""
         from kwlayers.plan import Plan
 
+        if self.warehouse is not None:
+            from kwsearch import architectures
+
+            recipe = Recipe.model_validate_json(self.recipe)
+            return architectures.plan_of(self.create_model(), recipe, self.warehouse)
         if self.groups is None:
             return None
         return Plan.from_groups(_network(self.recipe, self.trust), self.groups)

@@ -27,6 +27,8 @@ LATENCY = "latency_ms"
 # Of architectures: what was chosen, bytes of activations at their peak and of weights, and the
 # number of the supernet that chose it.
 ARCHITECTURE, PEAK, FLASH, SUPERNET = "architecture", "peak_bytes", "flash_bytes", "supernet"
+# And b of KernelWarehouse on its convolutions.
+WAREHOUSE = "warehouse"
 # The baselines, which have a kind: the plan of equal ratios, a static network, and of architectures
 # the largest within the limits.
 KIND, UNIFORM, STATIC, LARGEST = "kind", "uniform", "static", "largest"

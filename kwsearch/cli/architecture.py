@@ -44,10 +44,11 @@ def show(recipe: Recipe, as_json: bool) -> None:
 
     feasible = architectures.feasible_of(recipe)
     found = architectures.architecture_of(recipe)
+    warehouse = recipe.micronas.warehouse if recipe.micronas else None
     if as_json:
-        data = architecture_report.to_json(feasible, found)
+        data = architecture_report.to_json(feasible, found, warehouse)
         click.echo(json.dumps(data, indent=2))
         return
     out = terminal.console()
-    for part in architecture_report.parts(feasible, found):
+    for part in architecture_report.parts(feasible, found, warehouse):
         out.print(part if not isinstance(part, str) else terminal.plain(part))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
-from kwsearch.recipe.fields import AtLeast1, Bool, NotNegative, Positive
+from kwsearch.recipe.fields import UNIQUE, AtLeast1, Bool, NotNegative, Positive, Ratio
 from kwsearch.recipe.sections import Section
 
 MODEL = "micronas"
@@ -70,6 +70,14 @@ class MicroNAS(Section):
     )
     conv_scratch: Bool = Field(
         default=False, description="the runtime's convolutions need CMSIS-NN's scratch memory"
+    )
+    warehouses: Annotated[tuple[Ratio, ...], UNIQUE] = Field(
+        default=(),
+        description="ratios b of KernelWarehouse to try on the convolutions of an architecture, "
+        "besides none, e.g. [0.5, 1]; of search.strategy sampler",
+    )
+    warehouse: Ratio | None = Field(
+        default=None, description="the ratio b of the architecture's warehouses; null is none"
     )
     architecture: Architecture | None = Field(
         default=None, description="one architecture; null is none chosen yet"

@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from optuna.trial import FrozenTrial, TrialState
 
+from kwlayers import convert_
 from kwlayers.plan import PlanError
 from kwsearch import architectures, proxy, snapshot, supernet_search
 from kwsearch.architecture_proposals import nearest
@@ -183,6 +184,39 @@ def test_an_interrupted_study_ends_as_one_that_was_not(
     assert essence(cut) == essence(whole)
 
 
+def test_warehouses_are_tried_where_they_keep_the_limits(windows: Path, tmp_path: Path) -> None:
+    roomy = ("search.space.limits={peak_memory: 4kB, flash: 40kB}", "micronas.warehouses=[0.5, 1]")
+    result = run(windows, tmp_path / "roomy", *roomy, "search.trials=12", "search.startup=8")
+    assert all(trial.state == TrialState.COMPLETE for trial in result.trials)
+    found = {trial.params["warehouse"] for trial in result.trials}
+    assert len(found) > 1
+    recipe = result.recipe
+    for trial in result.trials:
+        attrs = trial.user_attrs
+        assert attrs["peak_bytes"] <= 4000
+        assert attrs["flash_bytes"] <= 40_000
+        ratio = attrs.get("warehouse")
+        assert trial.params["warehouse"] == ("none" if ratio is None else f"{ratio:g}")
+        model = architectures.network(recipe, attrs["architecture"])
+        if ratio is not None:
+            convert_(model, architectures.plan_of(model, recipe, ratio))
+        assert attrs["params"] == sum(p.numel() for p in model.parameters())
+    mixed = next(t for t in result.trials if "warehouse" in t.user_attrs)
+    path = tmp_path / "mixed.yaml"
+    shown = CliRunner().invoke(
+        cli, ["show", str(tmp_path / "roomy"), str(mixed.number), "-o", str(path)]
+    )
+    assert shown.exit_code == 0
+    counted = json.loads(CliRunner().invoke(cli, ["budget", str(path), "--json"]).output)
+    for name in ("params", "macs", "peak_bytes", "flash_bytes", "warehouse"):
+        assert counted[name] == mixed.user_attrs[name]
+    for name in ("params", "macs"):
+        assert sum(row[name] for row in counted["operators"]) == counted[name]
+    # Where there is hardly room for an architecture there is none for its kernels.
+    tight = run(windows, tmp_path / "tight", "micronas.warehouses=[1]", "search.trials=5")
+    assert {t.params["warehouse"] for t in tight.trials} == {"none"}
+
+
 def test_a_supernet_of_a_study_is_the_differentiable_search(windows: Path, tmp_path: Path) -> None:
     result = run(windows, tmp_path, DIFFERENTIABLE, "search.trials=2")
     trial = result.trials[1]
@@ -297,6 +331,7 @@ REFUSED = [
     ),
     (("search.space.split=3",), SearchError, "search.space.split: is of plans; .* have limits"),
     (("search.budgets=[1, 2]",), SearchError, "search.budgets: architectures have limits, not"),
+    ((DIFFERENTIABLE, "micronas.warehouses=[1]"), SearchError, "warehouses: is of search.strategy"),
     (("proxy.init=static",), SearchError, "proxy.init static: is of plans"),
     (("input=3x20x4",), PlanError, "input 3x20x4: micronas takes windows"),
     (("input=1x20x5",), ValueError, "do not fit 20x5"),
