@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -205,9 +206,16 @@ class _Run:
             if self.temperature is not None:
                 self.temperature.step()
             self.optimizer.zero_grad(set_to_none=True)
+            share, others = mixing(len(x), self.proxy.mixup, self.order)
+            mixed = x if share == 1 else share * x + (1 - share) * x[others.to(x.device)]
             sizes = micro_batch_sizes(len(x), splits)
-            for part, rows in zip(torch.split(x, sizes), torch.split(index, sizes), strict=True):
-                loss = self._loss(self.model(part), rows) * (len(rows) / len(x))
+            parts = (torch.split(one, sizes) for one in (mixed, index, index[others.to(x.device)]))
+            for part, rows, beside in zip(*parts, strict=True):
+                logits = self.model(part)
+                loss = self._loss(logits, rows)
+                if share < 1:  # it is linear in what is to be learned
+                    loss = share * loss + (1 - share) * self._loss(logits, beside)
+                loss = loss * (len(rows) / len(x))
                 if not math.isfinite(loss.item()):
                     epoch = len(self.accuracies) + 1
                     raise Diverged(f"the loss became {loss.item()} in epoch {epoch}")
@@ -300,6 +308,18 @@ def _batches(
     for index in torch.split(shuffled[: sum(sizes)], sizes):
         x = augment(images.train.x[index], proxy.augment, order, type(images.train))
         yield images.batch(x), index.to(x.device)
+
+
+def mixing(batch: int, mixup: float | None, generator: torch.Generator) -> tuple[float, Tensor]:
+    """The share of each example in its mixture, at least a half, and who has the rest: (B,).
+
+    Zhang et al., arXiv 1710.09412; the larger of both shares as in EfficientAT. 1 without mixup.
+    """
+    if mixup is None:
+        return 1.0, torch.arange(batch)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    share = float(np.random.RandomState(seed).beta(mixup, mixup))
+    return max(share, 1 - share), torch.randperm(batch, generator=generator)
 
 
 def _batch_sizes(images: ProxyData, proxy: Proxy) -> list[int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 LEAST, MOST = 60, 100
 # By kind, in falling importance: what a cell with several points shows, and the legend.
 _MARKS = {
-    "best": ("*", "best plan"),
+    "best": ("*", "best"),
     "static": ("S", "static network"),
     "uniform": ("U", "uniform plan"),
     "largest": ("W", "largest architecture"),

@@ -109,11 +109,11 @@ def _verdict_lines(result: Result, found: Found, head: str) -> list[str]:
     best = found.best
     if best is None:
         return [f"{head}no trial finished: nothing to choose"]
-    images = f"{result.held_out} held-out images" if result.held_out else "held-out images"
+    images = f"{result.held_out} held-out examples" if result.held_out else "held-out examples"
     lines = [f"{head}best: trial {best.number}, {best.values[0]:.2%} on {images}"]
     if found.finals is not None and found.finals.verdict is not None:
         first, *others = verdict.sentence(found.finals.verdict).split("; ")
-        lines.append(f"    verdict on {found.finals.split} images: {first}")
+        lines.append(f"    verdict on {found.finals.split} examples: {first}")
         lines += [f"    {other}" for other in others]
     else:
         lines += _single_seed_lines(result, found, best)
@@ -137,7 +137,7 @@ def _single_seed_lines(result: Result, found: Found, best: FrozenTrial) -> list[
         reach = "within" if abs(gap) < 2 * error else "beyond"
         lines.append(
             f"    {gap * 100:+.2f} points against the {name}; {reach} two standard errors "
-            f"({2 * error * 100:.2f} points) of so few images and one seed"
+            f"({2 * error * 100:.2f} points) of so few examples and one seed"
         )
     if len(found.trials) > 2:
         lines.append(f"    the best of {len(found.trials)} trials is in part the luckiest")

@@ -284,7 +284,7 @@ def plans_table(result: Result) -> Table:
 def _plans(found: Found) -> Iterator[tuple[str, FrozenTrial]]:
     best = found.best
     if best is not None:
-        yield "best plan", best
+        yield "best architecture" if PEAK in best.user_attrs else "best plan", best
     for kind, name in NAMES.items():
         trial = found.baseline(kind)
         if trial is not None and trial.state.name == "COMPLETE" and trial is not best:

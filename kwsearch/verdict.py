@@ -84,7 +84,7 @@ class Verdict:
     winner: the candidate that is better than every baseline, significantly; None without one.
     leader: the winner, otherwise the candidate with the highest mean; None without candidates.
     accuracies: by name. comparisons: by (candidate, baseline); p: theirs after `holm`.
-    baselines: those that were trained. same_images: whether trials were chosen on these images.
+    baselines: those that were trained. same_images: whether trials were chosen on these examples.
     """
 
     winner: str | None
@@ -148,7 +148,7 @@ def sentence(verdict: Verdict) -> str:
     if len(verdict.p) > 1:
         text += f"; p corrected for {len(verdict.p)} comparisons"
     if verdict.same_images:
-        text += "; trials were chosen on these same images, which flatters the best of them"
+        text += "; trials were chosen on these same examples, which flatters the best of them"
     return text
 
 

@@ -122,10 +122,10 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _decode_all(root: Path, paths: list[Path], size: tuple[int, int] | None) -> torch.Tensor:
     """(N, 3, H, W) uint8"""
-    first = _decode(paths[0], size)
+    first = decode(paths[0], size)
     x = torch.empty((len(paths), 3, *first.shape[:2]), dtype=torch.uint8)
     for i, path in enumerate(paths):
-        image = _decode(path, size)
+        image = decode(path, size)
         if image.shape != first.shape:
             raise DataError(
                 f"{root}: images differ in size: {paths[0]} is {_height_width(first)}, "
@@ -136,7 +136,7 @@ def _decode_all(root: Path, paths: list[Path], size: tuple[int, int] | None) -> 
     return x
 
 
-def _decode(path: Path, size: tuple[int, int] | None) -> np.ndarray:
+def decode(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     """(H, W, 3) uint8"""
     try:
         from PIL import Image

@@ -104,7 +104,7 @@ def _figure(
         f"{unit[0].upper()}{unit[1:]} by part over {curve.scale.head}",
         _description(curve, unit, total, static),
         _place_axis(curve),
-        count_axis("MACs of one image" if unit == "MACs" else unit, [0, highest], zero=True),
+        count_axis("MACs of one input" if unit == "MACs" else unit, [0, highest], zero=True),
     )
     _draw_areas(figure, curve, parts_of)
     for i, point in enumerate(curve.all):

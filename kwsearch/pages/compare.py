@@ -103,7 +103,7 @@ def _bars(
         f"{unit[0].upper()}{unit[1:]} by part",
         "; ".join(f"{title} {total:,}" for title, total in totals) + ".",
         count_axis(
-            "MACs of one image" if unit == "MACs" else unit,
+            "MACs of one input" if unit == "MACs" else unit,
             [0, allowed or 0, *(total for _, total in totals)],
             zero=True,
         ),

@@ -61,7 +61,7 @@ def _bars(name: str, unit: str, found: Sequence[Mapping[str, int]], static: Sequ
         f"{unit[0].upper()}{unit[1:]} by part",
         "; ".join(f"{title} {total:,}" for title, total in totals) + ".",
         count_axis(
-            "MACs of one image" if unit == "MACs" else unit, [t for _, t in totals], zero=True
+            "MACs of one input" if unit == "MACs" else unit, [t for _, t in totals], zero=True
         ),
         [(title, parts.numbered(one)) for title, one in rows],
         lambda total: short_count(round(total)),

@@ -38,7 +38,7 @@ def params_of(plan: Plan) -> dict[str, int]:
 
 
 def macs_of(plan: Plan) -> dict[str, int]:
-    """MACs of one image by part."""
+    """MACs of one input by part."""
     macs = plan.cost().macs
     return {part: getattr(macs, part) for part in NUMBERS if part != "kernels"}
 

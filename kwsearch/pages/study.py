@@ -15,7 +15,7 @@ from kwsearch.passwords import without_password
 from kwsearch.resolve import network_of
 from kwsearch.results import result_from
 from kwsearch.run_directory import RECIPE
-from kwsearch.trials import ARCHITECTURE, LATENCY, NAMES, accuracy_of, baseline, front
+from kwsearch.trials import ARCHITECTURE, LATENCY, NAMES, PEAK, accuracy_of, baseline, front
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -64,6 +64,7 @@ def _context(study: Snapshot, result: Result, unbeaten: Sequence[FrozenTrial]) -
         "findings": study_report.best_lines(result),
         "plans": _plans(result),
         "sweep": len(result.budgets) > 1,
+        "of_architectures": study.recipe.of_architectures,
         "unmarked": sum(study_plots.reached(trial) is None for trial in result.trials),
         "costs": study_plots.over_costs(study, result, unbeaten),
         "progress": study_plots.over_time(study, result),
@@ -95,7 +96,7 @@ def _wide(columns: Sequence[study_table.Column], lines: Sequence[study_table.Lin
 class Row:
     """A network of the summary, or a difference of two. finals: mean and spread over seeds.
 
-    of_budget: its parameters over what the budget allows.
+    of_budget: its parameters over what the budget allows; of an architecture its memory.
     """
 
     name: str
@@ -163,8 +164,15 @@ def _row(name: str, trial: FrozenTrial, found: Found) -> Row:
         f"{attrs['params']:,}",
         f"{attrs['macs']:,}",
         f"{attrs[LATENCY]:.3g}" if LATENCY in attrs else "",
-        percent(attrs["params"] / found.allowed) if found.allowed else "",
+        _of_budget(trial, found),
     )
+
+
+def _of_budget(trial: FrozenTrial, found: Found) -> str:
+    attrs = trial.user_attrs
+    if PEAK in attrs:
+        return f"{attrs[PEAK]:,}"
+    return percent(attrs["params"] / found.allowed) if found.allowed else ""
 
 
 def _difference(best: tuple[str, FrozenTrial], other: tuple[str, FrozenTrial], found: Found) -> Row:
@@ -182,6 +190,7 @@ def _difference(best: tuple[str, FrozenTrial], other: tuple[str, FrozenTrial], f
         f"{own['params'] - others['params']:+,}",
         f"{own['macs'] - others['macs']:+,}",
         f"{own[LATENCY] - others[LATENCY]:+.3g}" if timed else "",
+        f"{own[PEAK] - others[PEAK]:+,}" if PEAK in own and PEAK in others else "",
     )
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ACCURACY = "held-out accuracy (%)"
 _COSTS = {
     "params": "parameters",
-    "macs": "MACs of one image",
+    "macs": "MACs of one input",
     PEAK: "memory (bytes of activations)",
     LATENCY: "latency (ms)",
 }

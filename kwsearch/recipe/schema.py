@@ -501,6 +501,11 @@ class Proxy(Section):
         default=1, validate_default=True, description="epochs over which the temperature falls to 0"
     )
     augment: Literal["none", "shift", "flip"] = Field(default="none", description="augmentation")
+    mixup: Positive | None = Field(
+        default=None,
+        description="mixes pairs of examples and their labels by shares of Beta(mixup, mixup), "
+        "e.g. 0.3 as DyMN was trained; null is none",
+    )
     threads: AtLeast1 | None = Field(
         default=None, description="CPU threads per trial; null is torch's own"
     )

@@ -278,6 +278,8 @@ def test_a_study_is_reported_as_any_other(
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "memory (bytes)" in page
     assert "limit 400 bytes" in page
+    assert "search of an architecture" in page
+    assert "best architecture" in shown.output
     numbers = json.loads(CliRunner().invoke(cli, ["report", str(tmp_path), "--json"]).output)
     assert numbers["budget"] is None
     result = result_from(snapshot.take(tmp_path))

@@ -358,7 +358,7 @@ def test_the_summary_is_what_was_worked_out_by_hand(tmp_path: Path, plan: Plan) 
     )
     found = Read(page(study))
     table = found.table("plans")
-    heads = "network|trial|held-out accuracy|final accuracy, test images|parameters|of the budget"
+    heads = "network|trial|held-out accuracy|final accuracy, test examples|parameters|of the budget"
     assert ["|".join(row.cells) for row in table.rows] == [
         f"{heads}|MACs",
         "best plan|2|75.00 %|81.00 ± 1.41 % over 2 seeds|136,200|99.97 %|42,000,000",
@@ -367,8 +367,8 @@ def test_the_summary_is_what_was_worked_out_by_hand(tmp_path: Path, plan: Plan) 
         "best less uniform||+5.00 points|+2.50 points|+200||+2,000,000",
         "best less static||+3.00 points|+1.50 points|+200||+22,000,000",
     ]
-    assert "best: trial 2, 75.00% on 1000 held-out images" in found.sections["s-summary"]
-    assert "verdict on test images: no significant winner" in found.sections["s-summary"]
+    assert "best: trial 2, 75.00% on 1000 held-out examples" in found.sections["s-summary"]
+    assert "verdict on test examples: no significant winner" in found.sections["s-summary"]
 
 
 def replaced(trial: FrozenTrial, **attrs: Any) -> FrozenTrial:

@@ -404,3 +404,48 @@ def test_a_network_is_prepared_at_the_temperature_that_training_starts_at(
     monkeypatch.setattr(proxy, "prepare_", watched)
     run(plan, SHORT)
     assert seen == [{1.0}]
+
+
+# Mixup
+
+
+def test_shares_are_those_of_the_beta_distribution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shares = [proxy.mixing(4, 1.0, generator)[0] for _ in range(4000)]
+    assert 0.5 <= min(shares) < max(shares) <= 1
+    assert sum(shares) / 4000 == pytest.approx(0.75, abs=0.01)  # of max(u, 1 - u), u uniform
+    assert sum(share > 0.9 for share in shares) / 4000 == pytest.approx(0.2, abs=0.02)
+    assert sorted(proxy.mixing(9, 0.3, generator)[1].tolist()) == list(range(9))
+    assert proxy.mixing(4, None, generator)[0] == 1
+
+
+def test_mixup_learns_mixed_labels_of_mixed_images() -> None:
+    settings = SHORT.model_copy(
+        update={
+            "augment": "none", "batch_size": 200, "epochs": 1, "mixup": 0.8, "momentum": 0.0,
+            "weight_decay": 0.0, "temperature_epochs": 0,
+        }
+    )  # fmt: skip
+    images = proxy.load(settings, (3, 32, 32))
+
+    def make() -> nn.Module:
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+
+    trained: list[nn.Module] = []
+    proxy.train(make, None, images, settings, 3, lambda *_: None, done=trained.append)
+
+    model = make()
+    order = torch.Generator().manual_seed(3)
+    shuffled = torch.randperm(len(images.train.y), generator=order)
+    share, others = proxy.mixing(len(shuffled), 0.8, order)
+    assert share < 0.999
+    x = images.batch(images.train.x[shuffled])
+    labels = torch.eye(10)[images.train.y[shuffled]]
+    labels = share * labels + (1 - share) * labels[others]
+    log = torch.log_softmax(model(share * x + (1 - share) * x[others]), 1)
+    (-(labels * log).sum(1).mean()).backward()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), trained[0].parameters(), strict=True):
+            assert mine.grad is not None
+            torch.testing.assert_close(theirs, mine - 0.05 * mine.grad, rtol=1e-4, atol=1e-6)

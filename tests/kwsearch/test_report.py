@@ -322,7 +322,7 @@ def test_a_half_finished_study_says_how_to_go_on_and_where_its_trials_are(run: R
     # 0.70 - 0.72; twice the error of two shares of 1000: 2 sqrt((0.21 + 0.2016) / 1000) = 0.0406.
     assert (
         "-2.00 points against the static network within the budget; within two standard errors "
-        "(4.06 points) of so few images and one seed"
+        "(4.06 points) of so few examples and one seed"
     ) in " ".join(" ".join(lines).split())
     assert not any(line.startswith("final trainings") for line in lines)
 
@@ -373,8 +373,8 @@ def test_a_sweep_shows_each_budget(run: Run) -> None:
     assert lines[0] == "study r: finished"
     assert "budget: 0.5 x the static network: at most 136,237 parameters" in lines
     assert "budget: 1 x the static network: at most 272,474 parameters" in lines
-    assert "budget 0.5: best: trial 2, 75.00% on 1000 held-out images" in lines
-    assert "budget 1: best: trial 4, 85.00% on 1000 held-out images" in lines
+    assert "budget 0.5: best: trial 2, 75.00% on 1000 held-out examples" in lines
+    assert "budget 1: best: trial 4, 85.00% on 1000 held-out examples" in lines
     assert any("| budgets" in line for line in lines)
     table = lines[: next(i for i, line in enumerate(lines) if line.startswith(" front:"))]
     rows = [line.split() for line in table if line.startswith((" 0.5 ", " 1 "))]
@@ -401,14 +401,14 @@ def test_a_budget_is_said_as_the_recipe_gives_it(run: Run) -> None:
         make(directory, first, overrides=(f"budget={given}",))
         lines = run(str(directory)).lines
         assert words in lines
-        assert "best: trial 0, 70.00% on 1000 held-out images" in lines
+        assert "best: trial 0, 70.00% on 1000 held-out examples" in lines
 
 
 def test_a_study_that_did_not_write_down_its_images_is_compared_without_errors(run: Run) -> None:
     older = {key: value for key, value in PROVENANCE.items() if key != "held_out"}
     make(Path("r"), UNIFORM, STATIC, provenance=older)
     lines = run("r").lines
-    assert "best: trial 0, 70.00% on held-out images" in lines
+    assert "best: trial 0, 70.00% on held-out examples" in lines
     assert not any("standard errors" in line for line in lines)
 
 
@@ -600,8 +600,8 @@ def test_watching_prints_a_line_per_change_and_ends_with_the_study(
     ran = run("r", "--watch", "--every", "0.5")
     assert ran.code == 0
     assert ran.lines[:2] == [
-        "trials: 2 of 8 finished (2 complete); best: trial 0, 70.00% on 1000 held-out images",
-        "trials: 3 of 8 finished (3 complete); best: trial 0, 70.00% on 1000 held-out images",
+        "trials: 2 of 8 finished (2 complete); best: trial 0, 70.00% on 1000 held-out examples",
+        "trials: 3 of 8 finished (3 complete); best: trial 0, 70.00% on 1000 held-out examples",
     ]
     assert ran.lines[2].startswith("study r: ")
     assert "trials: 8 of 8 finished (5 complete, 2 stopped, 1 failed)" in ran.lines

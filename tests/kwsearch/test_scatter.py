@@ -41,7 +41,7 @@ def test_marks_stand_where_arithmetic_says() -> None:
         gap * 6 + "0" + gap * 18 + "50" + gap * 17 + "100",
         "  · trial   2-9 so many trials   o on the front",
         "  U uniform plan   S static network",
-        "  * best plan   | the most that is allowed",
+        "  * best   | the most that is allowed",
     ]
 
 

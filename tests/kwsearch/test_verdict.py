@@ -121,7 +121,7 @@ def test_the_winner_is_significantly_better_than_every_baseline() -> None:
     assert " points against static (" in line
     assert "; p corrected for 4 comparisons; " in line
     assert line.endswith(
-        "; trials were chosen on these same images, which flatters the best of them"
+        "; trials were chosen on these same examples, which flatters the best of them"
     )
 
 
