@@ -26,6 +26,7 @@ from kwsearch.trials import LARGEST
 
 if TYPE_CHECKING:
     from kwsearch.proxy import ProxyData
+    from kwsearch.sign_data import SignData
 
 # Of search.space, what architectures have.
 _HAVE = {"limits"}
@@ -87,7 +88,10 @@ class ArchitectureStudy(Study):
     def _check_memory(self) -> None:
         """Networks for microcontrollers train anywhere."""
 
-    def _check_fit(self, data: ProxyData) -> None:
+    def _check_fit(self, data: ProxyData | SignData) -> None:
+        from kwsearch.proxy import ProxyData
+
+        assert isinstance(data, ProxyData)
         space = self.feasible.space
         have = tuple(data.train.x.shape[1:])
         if have != (1, space.steps, space.sensors):

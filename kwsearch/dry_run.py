@@ -271,14 +271,11 @@ def seconds_of(
 
 def images_of(proxy: Proxy) -> int | None:
     """Training images of an epoch, as far as the recipe or the data on this machine say."""
-    from kwsearch import data
+    from kwsearch import examples
 
-    count = proxy.subset
+    count = proxy.subset or examples.count(proxy)
     if count is None:
-        try:
-            count = len(data.load(proxy.data, "train", size=None).y)
-        except data.DataError:
-            return None
+        return None
     return count - round(count * proxy.holdout)
 
 

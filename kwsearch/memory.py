@@ -179,7 +179,7 @@ def _run(
                 model(x)
         else:
             with autocast:
-                loss = F.cross_entropy(model(x), y)
+                loss = _loss(model(x), y)
             kept = counted.alive()
             with counted.adding_up():
                 torch.autograd.backward(loss)
@@ -286,6 +286,14 @@ class _Labelled(contextlib.ExitStack):
 
 
 MOST_IMAGES = 2**16
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits: (B, classes), of videos (T, B, classes)  labels: (B,)"""
+    if logits.dim() == 3:
+        rows = logits.flatten(0, 1)
+        return F.cross_entropy(rows, labels.new_empty(len(rows)))
+    return F.cross_entropy(logits, labels)
 
 
 def largest_batch(total: Callable[[int], int], limit: int) -> int:

@@ -144,8 +144,8 @@ def trace_model(
 def count_outputs(model: nn.Module, input_size: InputSize) -> int:
     """The classes that `model` tells apart, by running it on `meta`, where it is left.
 
-    Raises PlanError if it does not give a tensor (B, classes), as losses and accuracies take it,
-    evaluated and trained.
+    Raises PlanError if it does not give a tensor (B, classes), of videos (T, B, classes), as losses
+    and accuracies take it, evaluated and trained.
     """
     import torch
 
@@ -163,7 +163,8 @@ def count_outputs(model: nn.Module, input_size: InputSize) -> int:
                 f"the model does not run on images of {_shown(input_size)}, {when}: "
                 f"{_reason(error)}"
             ) from error
-        if not isinstance(out, torch.Tensor) or out.dim() != 2:
+        spoken = isinstance(out, torch.Tensor) and out.dim() == 3 and len(input_size) == 4
+        if not isinstance(out, torch.Tensor) or (out.dim() != 2 and not spoken):
             what = (
                 f"a tensor {(*out.shape,)}" if isinstance(out, torch.Tensor) else type(out).__name__
             )
@@ -171,7 +172,7 @@ def count_outputs(model: nn.Module, input_size: InputSize) -> int:
                 f"the model gives {what} for 2 images, {when}: classifying images needs a "
                 "tensor (2, classes)"
             )
-        found.append(out.shape[1])
+        found.append(out.shape[-1])
     return min(found)
 
 

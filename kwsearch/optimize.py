@@ -16,6 +16,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from kwsearch import dry_run, networks
+from kwsearch.data import Videos
 from kwsearch.driver import SpaceExhausted
 from kwsearch.dry_run import PlanForecast
 from kwsearch.failures import StudyFailed
@@ -34,6 +35,7 @@ from kwsearch.resolve import (
 )
 from kwsearch.results import Found, Result, under, write_best
 from kwsearch.run_directory import JOURNAL, SearchError
+from kwsearch.sign_data import NEEDS
 from kwsearch.space import Space, fingerprint
 from kwsearch.static_twin import NoTwin, Twin, static_twin
 from kwsearch.study import Study
@@ -42,6 +44,7 @@ from kwsearch.train_step import train_bytes
 if TYPE_CHECKING:
     from kwlayers.plan import Network, Plan
     from kwsearch.proxy import ProxyData
+    from kwsearch.sign_data import SignData
 
 __all__ = ["JOURNAL", "PlanStudy", "Result", "SearchError", "SpaceExhausted", "StudyFailed"]
 
@@ -102,13 +105,26 @@ class PlanStudy(Study):
         """The network, which must be one that trains on images. Raises PlanError."""
         network = network_of(self.recipe, self.trust)
         size = network.input_size
-        if len(size) != 3:
+        if len(size) != 3 and not (len(size) == 4 and self._reads_signs()):
             raise SearchError(
                 f"{self.recipe.model.name} takes inputs of {'x'.join(map(str, size))}: a search "
-                "trains on images, CxHxW"
+                "trains on images, sound and sensors, CxHxW, or on videos with sentences by a "
+                "network for sign language, as sign_resnet18"
+            )
+        if len(size) == 4 and self.search.zero_cost is not None:
+            raise SearchError(
+                "search.zero_cost: scores of untrained networks are of classified images, not of "
+                "videos with sentences"
             )
         outputs_of(self.recipe, size, self.trust)
         return network
+
+    def _reads_signs(self) -> bool:
+        choice = self.recipe.model
+        model = networks.planning_model(
+            choice.name, self.recipe.input, choice.num_classes, self.trust
+        )
+        return all(hasattr(model, name) for name in NEEDS)
 
     def _prepare(self) -> None:
         self.network = self._trace()
@@ -211,12 +227,13 @@ class PlanStudy(Study):
                     f"at batch {self.proxy.batch_size}: lower proxy.batch_size or proxy.resolution"
                 )
 
-    def _check_fit(self, images: ProxyData) -> None:
-        """Before the first trial: the model takes these images and has their classes."""
-        size = (images.channels, *images.train.x.shape[-2:])
+    def _check_fit(self, data: ProxyData | SignData) -> None:
+        size = tuple(self.network.input_size)
+        if not isinstance(data.train, Videos):
+            size = (data.channels, *data.train.x.shape[-2:])
         outputs = outputs_of(self.recipe, size, self.trust)
-        if outputs < images.train.num_classes:
+        if outputs < data.train.num_classes:
             raise SearchError(
-                f"{images.train.name} has {images.train.num_classes} classes, the model "
-                f"{outputs}: set model.num_classes={images.train.num_classes}"
+                f"{data.train.name} has {data.train.num_classes} classes, the model "
+                f"{outputs}: set model.num_classes={data.train.num_classes}"
             )

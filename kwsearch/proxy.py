@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,9 +29,52 @@ class Diverged(ArithmeticError):
     """The loss became infinite or not a number."""
 
 
+class Examples(Protocol):
+    """What a proxy trains on and scores on. A part is what one call of the network takes of a
+    batch, with what is to be learned of it.
+    """
+
+    def steps(self, proxy: Proxy) -> int:
+        """Batches of an epoch."""
+
+    def batches(
+        self, proxy: Proxy, order: torch.Generator, splits: int
+    ) -> Iterator[list[tuple[Any, float]]]:
+        """Of an epoch: the parts of each batch, and what each counts."""
+
+    def loss(self, model: nn.Module, part: Any, proxy: Proxy) -> Tensor:
+        """Of a part."""
+
+    def score(self, model: nn.Module, batch_size: int) -> float:
+        """On the held-out examples, 1 if all is right."""
+
+    def prepare(self, model: nn.Module, proxy: Proxy) -> None:
+        """Let a converted network look at some examples, always the same."""
+
+    def criterion(self) -> nn.Module | None:
+        """What is trained with the network and is no part of it."""
+
+    def progress(self, share: float) -> None:
+        """So much of the training is done."""
+
+    def moved(self, device: torch.device) -> Examples:
+        """The same on that device, for one training."""
+
+
+class Part(NamedTuple):
+    """x: (B, C, H, W), mixed. rows: which training examples they are, (B,). beside: which are mixed
+    in, where `share` is below 1.
+    """
+
+    x: Tensor
+    rows: Tensor
+    beside: Tensor
+    share: float
+
+
 @dataclass(frozen=True)
 class ProxyData:
-    """Examples to train on and to score on, on the training device.
+    """Examples with a label each to train on and to score on, on the training device.
 
     mean, std: (1, C, 1, 1) of the training examples as floats; (1, 1, 1, S) of series.
     """
@@ -46,6 +89,62 @@ class ProxyData:
         """x: (B, c, H, W) as stored  out: (B, C, H, W) normalised; grey becomes every channel."""
         x = (self.train.floats(x) - self.mean) / self.std
         return x.expand(-1, self.channels, -1, -1) if x.shape[1] == 1 else x
+
+    def steps(self, proxy: Proxy) -> int:
+        return len(_batch_sizes(self, proxy))
+
+    def batches(
+        self, proxy: Proxy, order: torch.Generator, splits: int
+    ) -> Iterator[list[tuple[Part, float]]]:
+        for x, index in _batches(self, proxy, order):
+            share, others = mixing(len(x), proxy.mixup, order)
+            others = others.to(x.device)
+            mixed = x if share == 1 else share * x + (1 - share) * x[others]
+            sizes = micro_batch_sizes(len(x), splits)
+            parts = (torch.split(one, sizes) for one in (mixed, index, index[others]))
+            yield [
+                (Part(some, rows, beside, share), len(rows) / len(x))
+                for some, rows, beside in zip(*parts, strict=True)
+            ]
+
+    def loss(self, model: nn.Module, part: Part, proxy: Proxy) -> Tensor:
+        logits = model(part.x)
+        found = self._learned(logits, part.rows, proxy)
+        if part.share == 1:
+            return found
+        # It is linear in what is to be learned.
+        return part.share * found + (1 - part.share) * self._learned(logits, part.beside, proxy)
+
+    def _learned(self, logits: Tensor, rows: Tensor, proxy: Proxy) -> Tensor:
+        """By the labels of some training examples, and what a teacher says of them."""
+        train = self.train
+        if train.teacher is None:
+            return F.cross_entropy(logits, train.y[rows])
+        return offline_distillation(
+            logits, train.y[rows], train.teacher[rows], proxy.teacher_weight
+        )
+
+    def score(self, model: nn.Module, batch_size: int) -> float:
+        """The share that the network gets right."""
+        return evaluate(model, self, batch_size)
+
+    def prepare(self, model: nn.Module, proxy: Proxy) -> None:
+        prepare_(model, self._first_batches(proxy), F.cross_entropy)
+
+    def _first_batches(self, proxy: Proxy) -> Iterator[tuple[Tensor, Tensor]]:
+        start, train = 0, self.train
+        for size in _batch_sizes(self, proxy)[:_LOOKED_AT]:
+            yield self.batch(train.x[start : start + size]), train.y[start : start + size]
+            start += size
+
+    def criterion(self) -> None:
+        return None
+
+    def progress(self, share: float) -> None:
+        """Nothing depends on it."""
+
+    def moved(self, device: torch.device) -> ProxyData:
+        return moved(self, device)
 
 
 def load(proxy: Proxy, input_size: tuple[int, ...]) -> ProxyData:
@@ -118,7 +217,7 @@ def device_of(proxy: Proxy) -> torch.device:
 def train(
     make_model: Callable[[], nn.Module],
     plan: Plan | None,
-    images: ProxyData,
+    images: Examples,
     proxy: Proxy,
     seed: int,
     report: Callable[[int, float], None],
@@ -153,17 +252,17 @@ def train(
         model.load_state_dict(initial)
     if plan is not None:
         convert_(model, plan, warm_start=proxy.starts_static)
-    images = moved(images, device)
+    images = images.moved(device)
     cold = plan is not None and not proxy.starts_static
     run = _Run(model.to(device), images, proxy, seed, dynamic=cold)
     key = _key(model, plan, proxy, seed)
     if checkpoint is not None and (state := checkpoints.load(checkpoint, key)) is not None:
         run.load_state_dict(state)
     elif plan is not None:
-        prepare_(model, run.first_batches(), F.cross_entropy)
+        images.prepare(model, proxy)
     for epoch in range(len(run.accuracies) + 1, last + 1):
         run.train_epoch(splits)
-        run.accuracies.append(evaluate(model, images, proxy.batch_size))
+        run.accuracies.append(images.score(model, proxy.batch_size))
         if checkpoint is not None:
             checkpoints.save(checkpoint, key, run.state_dict())
         report(epoch, run.accuracies[-1])
@@ -176,13 +275,16 @@ class _Run:
     """A network in training, with all that changes from epoch to epoch."""
 
     def __init__(
-        self, model: nn.Module, images: ProxyData, proxy: Proxy, seed: int, *, dynamic: bool
+        self, model: nn.Module, images: Examples, proxy: Proxy, seed: int, *, dynamic: bool
     ) -> None:
         self.model = model
         self.images = images
         self.proxy = proxy
-        steps = len(_batch_sizes(images, proxy))
+        steps = images.steps(proxy)
+        self.criterion = images.criterion()
         self.optimizer = optimizer_of(model, proxy)
+        if self.criterion is not None and (own := [*self.criterion.parameters()]):
+            self.optimizer.add_param_group({"params": own, "weight_decay": proxy.weight_decay})
         self.rates = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, _cosine(proxy.epochs * steps)
         )
@@ -192,30 +294,16 @@ class _Run:
         self.order = torch.Generator().manual_seed(seed)
         self.accuracies: list[float] = []
 
-    def first_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Some to look at before training, the same for every plan."""
-        start, train = 0, self.images.train
-        for size in _batch_sizes(self.images, self.proxy)[:_LOOKED_AT]:
-            yield self.images.batch(train.x[start : start + size]), train.y[start : start + size]
-            start += size
-
     def train_epoch(self, splits: int) -> None:
         """Raises Diverged."""
         self.model.train()
-        for x, index in _batches(self.images, self.proxy, self.order):
+        self.images.progress(len(self.accuracies) / self.proxy.epochs)
+        for parts in self.images.batches(self.proxy, self.order, splits):
             if self.temperature is not None:
                 self.temperature.step()
             self.optimizer.zero_grad(set_to_none=True)
-            share, others = mixing(len(x), self.proxy.mixup, self.order)
-            mixed = x if share == 1 else share * x + (1 - share) * x[others.to(x.device)]
-            sizes = micro_batch_sizes(len(x), splits)
-            parts = (torch.split(one, sizes) for one in (mixed, index, index[others.to(x.device)]))
-            for part, rows, beside in zip(*parts, strict=True):
-                logits = self.model(part)
-                loss = self._loss(logits, rows)
-                if share < 1:  # it is linear in what is to be learned
-                    loss = share * loss + (1 - share) * self._loss(logits, beside)
-                loss = loss * (len(rows) / len(x))
+            for part, share in parts:
+                loss = self.images.loss(self.model, part, self.proxy) * share
                 if not math.isfinite(loss.item()):
                     epoch = len(self.accuracies) + 1
                     raise Diverged(f"the loss became {loss.item()} in epoch {epoch}")
@@ -223,17 +311,9 @@ class _Run:
             self.optimizer.step()
             self.rates.step()
 
-    def _loss(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """Of some of the training examples, by their labels and what a teacher says of them."""
-        train = self.images.train
-        if train.teacher is None:
-            return F.cross_entropy(logits, train.y[rows])
-        weight = self.proxy.teacher_weight
-        return offline_distillation(logits, train.y[rows], train.teacher[rows], weight)
-
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on bit for bit."""
-        cuda = self.images.mean.device.type == "cuda"
+        cuda = next(self.model.parameters()).device.type == "cuda"
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -243,6 +323,7 @@ class _Run:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if cuda else None,
             "accuracies": self.accuracies,
+            "criterion": None if self.criterion is None else self.criterion.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -257,6 +338,8 @@ class _Run:
         if state["random_cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["random_cuda"])
         self.accuracies = state["accuracies"]
+        if self.criterion is not None:
+            self.criterion.load_state_dict(state["criterion"])
 
 
 def _key(model: nn.Module, plan: Plan | None, proxy: Proxy, seed: int) -> str:

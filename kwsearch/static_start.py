@@ -16,7 +16,7 @@ from kwsearch.recipe import Proxy
 
 def weights(
     make_model: Callable[[], nn.Module],
-    images: proxy.ProxyData,
+    images: proxy.Examples,
     settings: Proxy,
     folder: Path,
     width: float | None,

@@ -32,7 +32,7 @@ from kwsearch.failures import disk_is_full
 from kwsearch.jobs import FINAL, TRAINING, Jobs, checkpoint_folder
 from kwsearch.proposals import GENERATION
 from kwsearch.recipe import Proxy, Recipe, Search
-from kwsearch.resolve import input_of, versions
+from kwsearch.resolve import versions
 from kwsearch.results import Found, Result, finalists, found_of, named, rungs_of, settled, values_of
 from kwsearch.run_directory import (
     BEST,
@@ -52,6 +52,7 @@ from kwsearch.trials import baseline
 if TYPE_CHECKING:
     from kwsearch.dry_run import Forecast
     from kwsearch.proxy import ProxyData
+    from kwsearch.sign_data import SignData
 
 
 class Watcher(DriverWatcher, finals.Watcher, Protocol):
@@ -125,7 +126,7 @@ class Study(ABC):
         """Raise SearchError if nothing of the space can be trained here."""
 
     @abstractmethod
-    def _check_fit(self, data: ProxyData) -> None:
+    def _check_fit(self, data: ProxyData | SignData) -> None:
         """Before the first trial: what is trained takes these examples and has their classes."""
 
     @abstractmethod
@@ -255,17 +256,16 @@ class Study(ABC):
         """Before the first trial: there are images, and they fit; how many are held out, and what
         the provenance says of them.
         """
-        from kwsearch import proxy
-        from kwsearch.data import fingerprint as fingerprint_images
+        from kwsearch import examples, proxy
 
         if self.recipe.proxy is None:
             self._notes.append("the recipe has no proxy section: trials train on digits by default")
         if self.search.executor == "local":
             proxy.device_of(self.proxy)
-        images = proxy.load(self.proxy, input_of(self.recipe))
-        self._check_fit(images)
-        data = f"{images.train.name} {fingerprint_images(images.train)}"
-        held_out = len(images.valid.y)
+        found = examples.load(self.recipe, self.proxy, self.trust)
+        self._check_fit(found)
+        data = f"{found.train.name} {examples.fingerprint(found)}"
+        held_out = len(found.valid)
         return held_out, {"data": data, "held_out": held_out}
 
     def _open(self, storage: BaseStorage) -> optuna.Study:

@@ -60,8 +60,8 @@ class TrainStep:
         import torch.nn.functional as F
 
         self.optimizer.zero_grad(set_to_none=True)
-        out = self.model(self.x)
-        labels = torch.arange(len(self.x), device=self.device) % out.shape[-1]
+        out = self.model(self.x).flatten(0, -2)  # rows of logits, of videos several each
+        labels = torch.arange(len(out), device=self.device) % out.shape[-1]
         F.cross_entropy(out, labels).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
@@ -111,14 +111,14 @@ def _builder(
     return partial(networks.planning_model, model.name, recipe.input, model.num_classes, trust)
 
 
-def _input_of(recipe: Recipe, proxy: Proxy) -> tuple[int, int, int]:
-    """(C, H, W) that the proxy trains on."""
+def _input_of(recipe: Recipe, proxy: Proxy) -> tuple[int, ...]:
+    """(C, H, W) that the proxy trains on, of videos (C, T, H, W)."""
     from kwsearch.resolve import input_of
 
-    channels, height, width = input_of(recipe)
+    *others, height, width = input_of(recipe)
     if proxy.resolution is not None:
         height = width = proxy.resolution
-    return channels, height, width
+    return (*others, height, width)
 
 
 def _wait(device: torch.device) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from kwlayers.plan import Network, Plan
     from kwsearch.proxy import ProxyData
+    from kwsearch.sign_data import SignData
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Trained:
             return None
         return static_start.weights(
             self.create_model,
-            _images(self.recipe, self.init),
+            _images(self.recipe, self.init, self.trust),
             Proxy.model_validate_json(self.init),
             path_of(self.checkpoint).parent,
             self.width,
@@ -100,7 +101,7 @@ class Trained:
         return proxy.train(
             self.create_model,
             self.plan(),
-            _images(self.recipe, self.proxy),
+            _images(self.recipe, self.proxy, self.trust),
             Proxy.model_validate_json(self.proxy),
             self.seed,
             report,
@@ -135,7 +136,9 @@ def score_trial(
     from kwsearch.scores import score_all
 
     settings = Proxy.model_validate_json(trained.proxy)
-    images = proxy.moved(_images(trained.recipe, trained.proxy), proxy.device_of(settings))
+    images = _images(trained.recipe, trained.proxy, trained.trust)
+    assert isinstance(images, proxy.ProxyData)  # others have no scores before training
+    images = proxy.moved(images, proxy.device_of(settings))
 
     initial = trained.initial()
 
@@ -165,10 +168,12 @@ def search_trial(
     gets right of the held-out examples itself, by that architecture.
     """
     from kwsearch import architectures, supernet_search
+    from kwsearch.proxy import ProxyData
 
     settings = Proxy.model_validate_json(proxy)
     parsed = Recipe.model_validate_json(recipe)
-    examples = _images(recipe, proxy)
+    examples = _images(recipe, proxy, False)
+    assert isinstance(examples, ProxyData)
     found, accuracy = supernet_search.run(
         parsed, examples, settings, seed, report, path_of(checkpoint)
     )
@@ -177,17 +182,19 @@ def search_trial(
 
 def train_final(report: Callable[[int, float], None], *, trained: Trained) -> dict[str, Any]:
     """Train in full; the accuracies on held-out ("valid") and test images, None without any."""
-    from kwsearch import proxy
+    from kwsearch import examples, proxy
     from kwsearch.data import DataError
 
     settings = Proxy.model_validate_json(trained.proxy)
+    recipe = Recipe.model_validate_json(trained.recipe)
     found: dict[str, Any] = {"test": None}
 
     def score(model: nn.Module) -> None:
         with contextlib.suppress(DataError):  # a data set without test images
-            images = proxy.load_test(settings, _images(trained.recipe, trained.proxy))
-            images = proxy.moved(images, proxy.device_of(settings))
-            found["test"] = proxy.evaluate(model, images, settings.batch_size)
+            known = _images(trained.recipe, trained.proxy, trained.trust)
+            tested = examples.load_test(recipe, settings, known)
+            moved = tested.moved(proxy.device_of(settings))
+            found["test"] = moved.score(model, settings.batch_size)
 
     found["valid"] = trained.train(report, done=score)
     return found
@@ -202,9 +209,9 @@ def _network(recipe: str, trust: bool) -> Network:
 
 
 @functools.lru_cache(maxsize=2)
-def _images(recipe: str, proxy: str) -> ProxyData:
-    from kwsearch import proxy as proxies
-    from kwsearch.resolve import input_of
+def _images(recipe: str, proxy: str, trust: bool) -> ProxyData | SignData:
+    from kwsearch import examples
 
-    size = input_of(Recipe.model_validate_json(recipe))
-    return proxies.load(Proxy.model_validate_json(proxy), size)
+    return examples.load(
+        Recipe.model_validate_json(recipe), Proxy.model_validate_json(proxy), trust
+    )

@@ -163,18 +163,24 @@ def test_the_lines_of_sound_build_the_network() -> None:
     assert sum(p.numel() for p in scope["model"].parameters()) == 10_548_479 - 477 * 1281
 
 
-def test_the_lines_of_microcontrollers_run_as_they_stand() -> None:
-    code = next(block for block in blocks("python") if "micronas" in block)
-    torch.manual_seed(0)
-    x, y = torch.randn(4, 1, 128, 9), torch.tensor([0, 1, 2, 3])
-    scope: dict[str, Any] = {"x_train": x, "y_train": y, "x_valid": x, "y_valid": y}
-    exec(code, scope)
-    found = scope["found"]
-    assert found.bytes <= 10_000
-    assert found.broken == ()
-    model = scope["model"]
-    assert sum(p.numel() for p in model.parameters()) == found.params
-    assert model(x).shape == (4, 6)
+def test_the_lines_of_microcontrollers_are_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    import click
+    from click.testing import CliRunner
+
+    from kwsearch.cli import cli
+    from kwsearch.micronas.space import Space
+
+    monkeypatch.chdir(ROOT)
+    block = next(one for one in blocks("") if "recipes/micronas.yaml" in one)
+    commands = [re.split(r" {2,}", line)[0].split() for line in block.splitlines() if line]
+    known = cli.list_commands(click.Context(cli))
+    assert all(words[0] == "kwsearch" and words[1] in known for words in commands)
+    shown = CliRunner().invoke(cli, commands[0][1:])
+    assert shown.exit_code == 0
+    assert f"{Space(128, 9, 6).architectures:.3g} architectures" in shown.output
+    assert "largest within the limits" in shown.output
+    planned = CliRunner().invoke(cli, [*commands[1][1:], "--dry-run"])
+    assert planned.exit_code == 0, planned.output
 
 
 def test_the_standalone_lines_run_as_they_stand() -> None:

@@ -14,9 +14,12 @@ from __future__ import annotations
 from kwsearch.data.audio_folder import Clips
 from kwsearch.data.errors import DataError
 from kwsearch.data.images import Images, Split, fingerprint, resize, split_holdout, subset
-from kwsearch.data.loading import NAMES, load, places
+from kwsearch.data.loading import NAMES, load, load_videos, places
 from kwsearch.data.series import Series, windows
 from kwsearch.data.teacher import taught
+from kwsearch.data.videos import Videos, thinned
+from kwsearch.data.videos import fingerprint as fingerprint_videos
+from kwsearch.data.videos import held_out as hold_out_videos
 
 __all__ = [
     "NAMES",
@@ -25,12 +28,17 @@ __all__ = [
     "Images",
     "Series",
     "Split",
+    "Videos",
     "fingerprint",
+    "fingerprint_videos",
+    "hold_out_videos",
     "load",
+    "load_videos",
     "places",
     "resize",
     "split_holdout",
     "subset",
     "taught",
+    "thinned",
     "windows",
 ]

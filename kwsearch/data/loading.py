@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kwsearch.data import audio_folder, cifar, idx, image_folder, npz, ts, uci_har
+from kwsearch.data import audio_folder, cifar, idx, image_folder, npz, phoenix, ts, uci_har
 from kwsearch.data.errors import DataError
 from kwsearch.data.images import Images, Split, check_size, resize
 from kwsearch.data.series import Series
+from kwsearch.data.videos import Videos
 from kwsearch.files import is_url
 
 _SYSTEM = Path("/usr/share/datasets")
@@ -89,7 +90,12 @@ _KNOWN = {
         "try unpacking the archive of https://archive.ics.uci.edu/dataset/240 there",
     ),
 }
-NAMES = ("digits", *_KNOWN)
+# Videos with sentences, by the folders that they may be called.
+_VIDEOS = {
+    "phoenix14": ("phoenix-2014-multisigner", "phoenix2014"),
+    "phoenix14t": ("PHOENIX-2014-T", "phoenix2014T"),
+}
+NAMES = ("digits", *_KNOWN, *_VIDEOS)
 _PATHS = (
     "or the path or URL of a folder of IDX files, a CIFAR folder, a folder of class folders, "
     "an ESC-50 folder, a UCI-HAR folder, a folder of NAME_TRAIN.ts and NAME_TEST.ts, "
@@ -129,13 +135,40 @@ def load(
     return images if size is None else resize(images, size)
 
 
+def load_videos(source: str | Path, split: Split, size: tuple[int, int]) -> Videos:
+    """One split of videos with sentences: `phoenix14`, `phoenix14t`, or a folder laid out as they
+    are. size: (H, W) of the frames, which are decoded when they are asked for. Raises DataError.
+    """
+    check_size(size)
+    try:
+        if source in _VIDEOS:
+            tried = places(str(source))
+            root = next((folder for folder in tried if phoenix.holds(folder)), None)
+            if root is None:
+                raise DataError(
+                    f"{source}: not found on this machine; looked in {', '.join(map(str, tried))}, "
+                    f"for {phoenix.LOOKED_FOR}; try https://www-i6.informatik.rwth-aachen.de/~koller/"
+                )
+            return replace(phoenix.read(root, split, size), name=str(source))
+        root = Path(os.path.expanduser(source))
+        if not phoenix.holds(root):
+            raise DataError(
+                f"{source}: no videos with sentences; looked for {phoenix.LOOKED_FOR}; allowed "
+                f"{', '.join(_VIDEOS)}, or such a folder"
+            )
+        return phoenix.read(root, split, size)
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error})") from error
+
+
 def places(name: str) -> list[Path]:
     """The folders where a known name is looked up, first to last."""
+    folders = _VIDEOS[name] if name in _VIDEOS else _KNOWN[name].folders
     given = os.environ.get("KWSEARCH_DATA")
     roots = [Path("data"), Path(os.path.expanduser("~/.cache/kwsearch")), _SYSTEM]
     if given:
         roots.insert(0, Path(os.path.expanduser(given)))
-    return [root / folder for root in roots for folder in _KNOWN[name].folders]
+    return [root / folder for root in roots for folder in folders]
 
 
 def _read(
@@ -143,6 +176,8 @@ def _read(
 ) -> Images:
     if source == "digits":
         return _digits(split)
+    if source in _VIDEOS:
+        raise DataError(f"{source}: videos, for networks of videos such as sign_resnet18")
     if isinstance(source, str) and source in _KNOWN:
         return _named(source, split, size, fold)
     if isinstance(source, str) and is_url(source):

@@ -29,7 +29,7 @@ def holds(root: Path) -> bool:
 
 
 def read(root: Path, split: Split, size: tuple[int, int]) -> Videos:
-    """One split; its frames are resized to `size` (H, W) when they are decoded. Raises DataError."""
+    """One split; frames are resized to `size` (H, W) when they are decoded. Raises DataError."""
     train = list(_rows(root, "train"))
     glosses = sorted({gloss for _, sentence in train for gloss in sentence})
     rows = train if split == "train" else list(_rows(root, split))

@@ -17,9 +17,9 @@ from kwsearch.data.image_folder import decode
 
 @dataclass(frozen=True, eq=False)
 class Videos:
-    """frames: the files of each video, in order. sentences: what is signed in it, in order. glosses:
-    those that have a class; the first has class 1, as class 0 is CTC's blank. size: (H, W) of decoded
-    frames. kept: clips that were decoded, by their first file.
+    """frames: the files of each video, in order. sentences: what is signed in it, in order.
+    glosses: those that have a class; the first has class 1, as class 0 is CTC's blank. size: (H, W)
+    of decoded frames. kept: clips that were decoded, by their first file.
     """
 
     frames: tuple[tuple[Path, ...], ...] = field(repr=False)

@@ -149,6 +149,9 @@ def calls_by_module(
         ):
             out = model(x)
             if training:
+                if out.dim() == 3:  # of videos, several rows of logits each
+                    out = out.flatten(0, 1)
+                    y = torch.empty(len(out), dtype=torch.long, device="meta")
                 F.cross_entropy(out, y)
     except (ValueError, RuntimeError) as error:
         raise PlanError(f"a step of {batch} images cannot run: {error}") from error

@@ -475,6 +475,18 @@ def _fits_epochs(value: int, info: ValidationInfo) -> int:
     return value
 
 
+class Tap(Section):
+    """A part of a network that learns through its classifier (SR-CTC, a reconstruction)."""
+
+    weight: NotNegativeFloat = Field(default=1.0, description="its CTC in the loss, at first")
+    final_weight: NotNegativeFloat | None = Field(
+        default=None, description="at the end; null is the same"
+    )
+    distillation: NotNegativeFloat = Field(
+        default=0.0, description="what it learns from the network's own logits"
+    )
+
+
 class Proxy(Section):
     """The short training that scores a trial."""
 
@@ -519,6 +531,11 @@ class Proxy(Section):
     init_epochs: AtLeast1 | None = Field(
         default=None,
         description="epochs of the static network of warm_start; null is those of a full trial",
+    )
+    taps: dict[Name, Tap] = Field(
+        default={"conv1d": Tap()},
+        description="parts of a network for sign language that learn through its classifier while "
+        "it is trained, e.g. {conv1d: {distillation: 10}, layer4: {weight: 0.5, final_weight: 0}}",
     )
     teacher: Text | None = Field(
         default=None,

@@ -242,7 +242,8 @@ def test_a_label_beyond_a_known_data_sets_classes_is_refused(nowhere: Path) -> N
 
 
 def test_unknown_names_and_paths_say_what_is_allowed(nowhere: Path) -> None:
-    allowed = "digits, fashion_mnist, mnist, cifar10, cifar100, esc50, uci_har, or the path or"
+    allowed = "digits, fashion_mnist, mnist, cifar10, cifar100, esc50, uci_har, phoenix14, "
+    allowed += "phoenix14t, or the path or"
     refused("fashion-mnist", "'fashion-mnist' (did you mean fashion_mnist?)", allowed)
     refused("CIFAR10", "did you mean cifar10?")
     assert "did you mean" not in refused("zzz", "unknown data set 'zzz'", allowed)

@@ -229,10 +229,11 @@ def test_a_folder_that_takes_no_file_is_named_before_the_work(
 ) -> None:
     monkeypatch.setattr("kwsearch.resolve.outcome_of", lambda *_: pytest.fail("planned"))
     save(converted.state_dict())
-    args = ["--to", kind, "-o", "/proc/made.py"]
+    made = "/proc/made.tflite" if kind == "tflite" else "/proc/made.py"
+    args = ["--to", kind, "-o", made]
     args += ["--weights", "weights.pt"] if export.KINDS[kind].weights else []
     assert run(["export", "small.yaml", *args]) == 1
-    assert capsys.readouterr().err == "Error: -o /proc/made.py: No such file or directory\n"
+    assert capsys.readouterr().err == f"Error: -o {made}: No such file or directory\n"
 
 
 @pytest.mark.parametrize("kind", ["train.py", "static"])

@@ -150,7 +150,7 @@ OTHERS = {
 def test_every_other_published_setting_has_its_recipe() -> None:
     stems = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
     assert stems >= set(OTHERS)
-    searches = {"quickstart", "fashion_mnist", "esc50"}
+    searches = {"quickstart", "fashion_mnist", "esc50", "micronas", "phoenix14"}
     assert all(stem.startswith("kw_") for stem in stems - set(OTHERS) - searches)
 
 

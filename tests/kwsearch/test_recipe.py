@@ -281,6 +281,7 @@ def test_what_is_left_out_has_the_documented_default() -> None:
             "device": "auto",
             "init": "scratch",
             "init_epochs": None,
+            "taps": {"conv1d": {"weight": 1.0, "final_weight": None, "distillation": 0.0}},
             "teacher": None,
             "teacher_weight": 0.9,
         },
@@ -820,7 +821,8 @@ WRONG_OVERRIDES = [
     ("proxy.epochs=x", "proxy.epochs: not a whole number (got 'x'; allowed a whole number >= 1)"),
     ("proxy.epoch=3", "proxy.epoch: unknown key, did you mean 'epochs'? (allowed data, resolution, "
      "fold, epochs, subset, holdout, batch_size, optimizer, lr, momentum, weight_decay, "
-     "temperature_epochs, augment, threads, device, init, init_epochs, teacher, teacher_weight)"),
+     "temperature_epochs, augment, mixup, threads, device, init, init_epochs, taps, teacher, "
+     "teacher_weight)"),
     ("proxy.epochs", "not KEY=VALUE (allowed e.g. proxy.epochs=3)"),
     ("=3", "not KEY=VALUE (allowed e.g. proxy.epochs=3)"),
     ("proxy..epochs=3", "not KEY=VALUE (allowed e.g. proxy.epochs=3)"),
@@ -1314,7 +1316,8 @@ def test_the_schema_is_valid_and_describes_every_key() -> None:
     others = [find(name) for name in NAMES if name != "kernel_warehouse"]
     by_method = sum(len(allowed_of(m.settings)) + len(allowed_of(m.group)) for m in others)
     named = len(others) * (2 + 3)  # name and rules; method, name and layers
-    own = 11 + 2 + 9 + 8 + 3 + 1 + 9 + 23 + 2 + 3 + 13 + 2 + 6 + 20 + 7
+    own = 11 + 2 + 9 + 8 + 3 + 1 + 9 + 23 + 2 + 3 + 13 + 2 + 6 + 21 + 7
+    own += 3  # taps
     own += 10 + 2 + 2 + 5 + 11  # micronas, its architecture and cells, the supernet
     assert seen == own + by_method + named
 

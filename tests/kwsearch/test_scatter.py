@@ -40,8 +40,8 @@ def test_marks_stand_where_arithmetic_says() -> None:
         gap * 6 + "+" + "-" * 19 + "+" + "-" * 19 + "+",
         gap * 6 + "0" + gap * 18 + "50" + gap * 17 + "100",
         "  · trial   2-9 so many trials   o on the front",
-        "  U uniform plan   S static network",
-        "  * best   | the most that is allowed",
+        "  U uniform plan   S static network   * best",
+        "  | the most that is allowed",
     ]
 
 
