@@ -422,6 +422,7 @@ def test_channels_last_trains_to_the_same_parameters() -> None:
     assert_same(dict(model.named_parameters()), dict(twin.named_parameters()))
 
 
+@pytest.mark.slow  # compiles
 def test_a_compiled_model_trains_through_the_warm_up_without_compiling_again() -> None:
     torch._dynamo.reset()
     counts = torch._dynamo.utils.counters["stats"]

@@ -102,6 +102,7 @@ def test_without_a_number_there_are_at_least_five_rounds() -> None:
     assert len(times["one"].wall) == timing.LEAST_ROUNDS == 5
 
 
+@pytest.mark.slow  # a process more
 def test_apart_is_another_process_with_the_same_threads() -> None:
     assert APART(os.getpid) != os.getpid()
     assert APART(torch.get_num_threads) == 1
@@ -477,6 +478,7 @@ def test_what_torch_cannot_do_ends_with_what_is_finished(
     assert "forward, 2 rounds" in ran.out
 
 
+@pytest.mark.slow  # a process more
 def test_the_tuned_environment_reaches_the_same_command() -> None:
     script = (
         "from kwsearch import cli, timing\n"

@@ -212,6 +212,7 @@ def test_an_onnx_model_of_a_whole_network_computes_the_same(
     check_onnx(runtime, model, size, tmp_path / "model.onnx")
 
 
+@pytest.mark.slow  # ten seconds
 def test_an_exported_program_runs_without_our_package(tmp_path: Path) -> None:
     build, size, plan = CASES["signals and tokens"]
     model = trained(build(), size, plan).eval()

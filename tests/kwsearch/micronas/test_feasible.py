@@ -198,12 +198,12 @@ def test_under_limits_on_flash_it_is_the_best_of_all(seed: int) -> None:
     )
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_under_all_limits_what_is_found_keeps_them_and_is_near_the_best(seed: int) -> None:
     mixture = random_mixture(SMALL, seed)
     rows = [(c, ms, held, flash_of(one), one) for c, ms, held, one in all_of(mixture)]
     quantiles = [sorted(row[i] for row in rows) for i in (1, 2, 3)]
-    some = [column[len(column) // 8 :: len(column) // 4] for column in quantiles]
+    some = [column[len(column) // 6 :: len(column) // 3] for column in quantiles]
     exact = 0
     for ms, held, flash in itertools.product(*some):
         within = [row for row in rows if row[1] <= ms and row[2] <= held and row[3] <= flash]
