@@ -32,8 +32,13 @@ def command(ctx: click.Context, recipe: str, overrides: tuple[str, ...], trust: 
     except RecipeError as error:
         click.echo(str(error), err=True)
         ctx.exit(2)
-    # What only the model can tell: its name, the plan's layers, whether a plan fits.
-    outcome_of(loaded, network_of(loaded, trust))
+    if loaded.of_architectures and loaded.method.name == "kernel_warehouse":
+        from kwsearch import architectures
+
+        architectures.feasible_of(loaded)
+        architectures.architecture_of(loaded)
+    else:  # What only the model can tell: its name, the plan's layers, whether a plan fits.
+        outcome_of(loaded, network_of(loaded, trust))
     click.echo(f"{recipe}: ok ({', '.join(_summary(loaded))})")
 
 
@@ -48,6 +53,8 @@ def _summary(recipe: Recipe) -> list[str]:
             parts += [] if value is None else [f"{key} {value:g}"]
         if recipe.budget.params is not None:
             parts.append(f"params {format_count(recipe.budget.params)}")
+    if recipe.micronas is not None and recipe.micronas.architecture is not None:
+        parts.append("an architecture")
     if recipe.plan is not None:
         parts.append(counted(len(recipe.plan.groups), "group"))
     return parts

@@ -421,6 +421,18 @@ def test_an_architecture_that_is_none_of_its_space_is_refused(windows: Path) -> 
         architectures.architecture_of(recipe)
 
 
+def test_validate_knows_recipes_of_architectures(
+    windows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(TEXT.format(data=windows))
+    assert run_cli(["validate", str(path)]) == 0
+    assert f"{path}: ok (micronas)" in capsys.readouterr().out
+    none = "micronas.architecture={time: [{kernel: 3, channels: 6}], fusion: []}"
+    assert run_cli(["validate", str(path), none]) == 2
+    assert "micronas.architecture: " in capsys.readouterr().err
+
+
 def test_a_plan_study_has_no_supernet_and_no_flash(tmp_path: Path) -> None:
     from kwsearch.optimize import PlanStudy
 
