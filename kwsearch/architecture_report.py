@@ -49,26 +49,23 @@ def count(feasible: Feasible, architecture: Architecture, warehouse: float | Non
     """Raises PlanError where there is no plan at that b."""
     table = feasible.table
     network = operators(feasible.space, architecture)
-    latency = None if table is None else table.latency(network)
     timed = network
     if warehouse is not None:
-        one = architectures.warehoused(feasible, architecture, warehouse)
-        network, timed = one.operators, one.timed
-        latency = None if table is None else one.latency(table)
+        mixed = architectures.warehoused(feasible, architecture, warehouse)
+        network, timed = mixed.operators, mixed.timed
     rows = []
     live = live_bytes(network, **feasible.how)
-    for one_, asked, held in zip(network, timed, live, strict=True):
+    for one, asked, held in zip(network, timed, live, strict=True):
         took = None if table is None else table.latency([asked]).milliseconds
-        output = "x".join(map(str, one_.key.output))
-        made = warehouse is not None and one_.name.endswith(".mix")
-        mixed = warehouse is not None and len(one_.inputs) > len(one_.key.inputs)
-        params = 0 if made else one_.key.output[-1] if mixed else one_.key.params
-        rows.append(Row(one_.name, output, params, one_.key.macs, held, took))
+        output = "x".join(map(str, one.key.output))
+        params = one.key.params if warehouse is None else mixed.own_params(one)
+        rows.append(Row(one.name, output, params, one.key.macs, held, took))
     costs = architectures.facts(feasible, architecture, warehouse)
     shared = costs["params"] - sum(row.params for row in rows)
     if warehouse is not None:
         rows.append(Row("cells and norms", "", shared, 0, 0, None))
-    return Counted(feasible, costs, tuple(rows), () if latency is None else latency.fitted)
+    fitted = () if table is None else table.latency(timed).fitted
+    return Counted(feasible, costs, tuple(rows), fitted)
 
 
 def parts(

@@ -18,6 +18,7 @@ from kwsearch import architectures, dry_run
 from kwsearch.architecture_proposals import ArchitectureProposer
 from kwsearch.dry_run import ArchitectureForecast
 from kwsearch.micronas.cycles import CycleError
+from kwsearch.micronas.space import operators
 from kwsearch.results import Found, with_architecture, write_found
 from kwsearch.run_directory import SearchError
 from kwsearch.study import Study
@@ -74,11 +75,8 @@ class ArchitectureStudy(Study):
         self.largest, broken = self.feasible.largest()
         if broken:
             raise SearchError(f"search.space.limits: {'; '.join(broken)}")
-        latency = None if self.feasible.table is None else self.feasible.table.latency
-        if latency is not None:
-            from kwsearch.micronas.space import operators
-
-            fitted = latency(operators(self.feasible.space, self.largest)).fitted
+        if (table := self.feasible.table) is not None:
+            fitted = table.latency(operators(self.feasible.space, self.largest)).fitted
             if fitted:
                 self._notes.append(
                     f"the latency table has no measured cycles of {len(fitted)} operators of the "

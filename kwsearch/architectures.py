@@ -15,8 +15,6 @@ from kwsearch.trials import ARCHITECTURE, FINGERPRINT, FLASH, LATENCY, PEAK, WAR
 from kwsearch.zoo import get
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from kwlayers.plan import Plan
     from kwsearch.micronas.cycles import CycleTable
     from kwsearch.micronas.feasible import Feasible
@@ -142,25 +140,16 @@ def warehoused(feasible: Feasible, architecture: Architecture, warehouse: float)
 
 def broken(feasible: Feasible, costs: Mapping[str, Any]) -> tuple[str, ...]:
     """Which limits what costs that much does not keep, by how much."""
-    limits = feasible.limits
-    pairs = [
-        ("latency", costs.get(LATENCY), limits.milliseconds, "ms", ".3f"),
-        ("memory", costs[PEAK], limits.bytes, "bytes", ","),
-        ("flash", costs[FLASH], limits.flash, "bytes", ","),
-    ]
-    return tuple(
-        f"{name} {has:{form}} {unit}: above the limit of {most:,g} {unit}"
-        for name, has, most, unit, form in pairs
-        if has is not None and most is not None and has > most
-    )
+    return feasible.limits.broken(costs.get(LATENCY), costs[PEAK], costs[FLASH])
 
 
-def plan_of(network: nn.Module, recipe: Recipe, warehouse: float) -> Plan:
+def plan_of(recipe: Recipe, architecture: Mapping[str, Any], warehouse: float) -> Plan:
     """Of the network of an architecture, at that b."""
-    from kwlayers.sites import trace
-    from kwsearch.micronas.warehouses import plan_of
+    from kwsearch.micronas import warehouses
 
-    return plan_of(trace(network, input_of(recipe)), warehouse)
+    space = space_of(recipe)
+    network = warehouses.network_of(space, _checked(space, architecture))
+    return warehouses.plan_of(network, warehouse)
 
 
 def _checked(space: Space, said: Mapping[str, Any]) -> Architecture:

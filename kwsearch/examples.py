@@ -32,9 +32,7 @@ def load_test(
     recipe: Recipe, settings: Proxy, examples: ProxyData | SignData
 ) -> ProxyData | SignData:
     """`examples` with the test part to score on. Raises data.DataError where there is none."""
-    from kwsearch.proxy import ProxyData
-
-    if isinstance(examples, ProxyData):
+    if isinstance(examples, proxy.ProxyData):
         return proxy.load_test(settings, examples)
     from kwsearch import sign_data
 

@@ -179,7 +179,7 @@ def _run(
                 model(x)
         else:
             with autocast:
-                loss = _loss(model(x), y)
+                loss = step_loss(model(x), y)
             kept = counted.alive()
             with counted.adding_up():
                 torch.autograd.backward(loss)
@@ -288,7 +288,7 @@ class _Labelled(contextlib.ExitStack):
 MOST_IMAGES = 2**16
 
 
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+def step_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """logits: (B, classes), of videos (T, B, classes)  labels: (B,)"""
     if logits.dim() == 3:
         rows = logits.flatten(0, 1)

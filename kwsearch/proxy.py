@@ -144,7 +144,8 @@ class ProxyData:
         """Nothing depends on it."""
 
     def moved(self, device: torch.device) -> ProxyData:
-        return moved(self, device)
+        train, valid = self.train.to(device), self.valid.to(device)
+        return ProxyData(train, valid, self.channels, self.mean.to(device), self.std.to(device))
 
 
 def load(proxy: Proxy, input_size: tuple[int, ...]) -> ProxyData:
@@ -369,17 +370,6 @@ def evaluate(model: nn.Module, images: ProxyData, batch_size: int) -> float:
     for x, y in zip(*batches, strict=True):
         right += int((model(images.batch(x)).argmax(dim=1) == y).sum())
     return right / len(images.valid.y)
-
-
-def moved(images: ProxyData, device: torch.device) -> ProxyData:
-    """The same on that device."""
-    return ProxyData(
-        images.train.to(device),
-        images.valid.to(device),
-        images.channels,
-        images.mean.to(device),
-        images.std.to(device),
-    )
 
 
 def _batches(

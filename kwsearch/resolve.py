@@ -146,7 +146,7 @@ def outcome_of(recipe: Recipe, network: Network) -> Outcome:
     Raises PlanError for a plan that cannot be or has more parameters than the budget, BudgetError
     for a budget that no plan meets.
     """
-    if recipe.of_architectures and methods.find(recipe.method.name).name == "kernel_warehouse":
+    if recipe.of_architectures:
         with located(recipe, "model"):
             raise PlanError(
                 "model: the recipe is about architectures of micronas and has no plan; `kwsearch "

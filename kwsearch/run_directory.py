@@ -81,12 +81,9 @@ def prepare(directory: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | N
 def write_down(directory: Path, recipe: Recipe, provenance: Mapping[str, Any]) -> None:
     """Keep the recipe of the study, with where it comes from."""
     search = recipe.search or Search()
-    dormant = {"supernet"} if search.strategy == "sampler" else set[str]()
+    unused = search.strategy == "sampler" and "supernet" not in search.model_fields_set
     filled = {
-        "search": {
-            **search.model_dump(exclude=dormant),
-            **{name: getattr(search, name) for name in dormant & search.model_fields_set},
-        },
+        "search": search.model_dump(exclude={"supernet"} if unused else None),
         "proxy": (recipe.proxy or Proxy()).model_dump(),
         "provenance": dict(provenance),
     }

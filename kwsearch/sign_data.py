@@ -73,13 +73,11 @@ class SignData:
 
     def part(self, videos: Videos, numbers: list[int]) -> SignPart:
         """Some videos as one batch."""
-        clips = [self._floats(videos.clip(number)) for number in numbers]
-        longest = max(clip.shape[1] for clip in clips)
-        padded = [F.pad(clip, (0, 0, 0, 0, 0, longest - clip.shape[1])) for clip in clips]
+        x, lengths = self._padded(videos, numbers)
         labels = [torch.tensor(videos.labels(number)) for number in numbers]
         return SignPart(
-            torch.stack(padded).to(self.device),
-            torch.tensor([clip.shape[1] for clip in clips]),
+            x,
+            lengths,
             nn.utils.rnn.pad_sequence(labels, batch_first=True).to(self.device),
             torch.tensor([len(one) for one in labels]),
         )
@@ -105,11 +103,8 @@ class SignData:
         said: list[list[str]] = []
         for start in range(0, len(self.valid), batch_size):
             numbers = list(range(start, min(start + batch_size, len(self.valid))))
-            clips = [self._floats(self.valid.clip(number)) for number in numbers]
-            longest = max(clip.shape[1] for clip in clips)
-            padded = [F.pad(clip, (0, 0, 0, 0, 0, longest - clip.shape[1])) for clip in clips]
-            lengths = torch.tensor([clip.shape[1] for clip in clips])
-            logits = model(torch.stack(padded).to(self.device), lengths)
+            x, lengths = self._padded(self.valid, numbers)
+            logits = model(x, lengths)
             paths = greedy_decode(logits, model.output_lengths(lengths))
             said += [self.train.words(path) for path in paths]
         return 1 - word_errors(self.valid.sentences, said).rate
@@ -138,8 +133,12 @@ class SignData:
         loss = SRCTCLoss(dict(self.taps), self.features).to(device)
         return replace(self, device=device, supervision=loss)
 
-    def _floats(self, clip: Tensor) -> Tensor:
-        return (clip.float() / 255 - self.mean) / self.std
+    def _padded(self, videos: Videos, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """Some videos, normalised, with zeros after each one's end, and their lengths."""
+        clips = [(videos.clip(n).float() / 255 - self.mean) / self.std for n in numbers]
+        lengths = [clip.shape[1] for clip in clips]
+        padded = [F.pad(clip, (0, 0, 0, 0, 0, max(lengths) - clip.shape[1])) for clip in clips]
+        return torch.stack(padded).to(self.device), torch.tensor(lengths)
 
 
 def load(proxy: Proxy, size: tuple[int, int], model: Any) -> SignData:

@@ -41,7 +41,7 @@ def run(
     file exists, it goes on from there, to the same end. Raises ArithmeticError for a loss that is
     not finite.
     """
-    examples = proxy.moved(examples, proxy.device_of(settings))
+    examples = examples.moved(proxy.device_of(settings))
     feasible = architectures.feasible_of(recipe)
     section = (recipe.search or SearchSection()).supernet
     search = Search(

@@ -53,7 +53,8 @@ class Trained:
             from kwsearch import architectures
 
             recipe = Recipe.model_validate_json(self.recipe)
-            return architectures.plan_of(self.create_model(), recipe, self.warehouse)
+            assert self.architecture is not None
+            return architectures.plan_of(recipe, self.architecture, self.warehouse)
         if self.groups is None:
             return None
         return Plan.from_groups(_network(self.recipe, self.trust), self.groups)
@@ -138,7 +139,7 @@ def score_trial(
     settings = Proxy.model_validate_json(trained.proxy)
     images = _images(trained.recipe, trained.proxy, trained.trust)
     assert isinstance(images, proxy.ProxyData)  # others have no scores before training
-    images = proxy.moved(images, proxy.device_of(settings))
+    images = images.moved(proxy.device_of(settings))
 
     initial = trained.initial()
 

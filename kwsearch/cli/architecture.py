@@ -20,7 +20,7 @@ def recipe_of(model: str) -> Recipe | None:
     from kwsearch.recipe import load_recipe
 
     found = load_recipe(model)
-    return found if found.of_architectures and found.method.name == "kernel_warehouse" else None
+    return found if found.of_architectures else None
 
 
 def check_used() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from kwsearch.cli import INTERRUPTED
+from kwsearch.cli import INTERRUPTED, architecture
 from kwsearch.cli.options import (
     COUNT,
     RATIO,
@@ -85,7 +85,8 @@ def command(
     kwsearch profile recipe.yaml --threads 1 -o device.lut.yaml
     kwsearch profile --grid --size 32,64 --train -o device.lut.yaml
     """
-    if (recipe := _of_architectures(models)) is not None:
+    found = map(architecture.recipe_of, models)
+    if (recipe := next(filter(None, found), None)) is not None:
         if grid or len(models) > 1 or train or batch != [1]:
             raise click.UsageError(
                 f"{models[0]}: is about architectures, whose operators are measured by themselves: "
@@ -119,14 +120,6 @@ def command(
         table = _table(output, circumstances.here(device, dtype))
         profile = Profile(table, _steps(subjects, modes), lambda: table.save(output))
         _run(profile, output)
-
-
-def _of_architectures(models: tuple[str, ...]) -> Recipe | None:
-    """The recipe among the models that is about architectures."""
-    from kwsearch.recipe import load_recipe
-
-    loaded = (load_recipe(model) for model in models if is_recipe(model))
-    return next((one for one in loaded if one.of_architectures), None)
 
 
 def _profile_operators(recipe: Recipe, device: str, threads: int | None, output: Path) -> None:

@@ -32,7 +32,7 @@ def command(ctx: click.Context, recipe: str, overrides: tuple[str, ...], trust: 
     except RecipeError as error:
         click.echo(str(error), err=True)
         ctx.exit(2)
-    if loaded.of_architectures and loaded.method.name == "kernel_warehouse":
+    if loaded.of_architectures:
         from kwsearch import architectures
 
         architectures.feasible_of(loaded)

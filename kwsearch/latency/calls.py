@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_flatten, tree_leaves
@@ -29,6 +28,7 @@ from kwlayers.ops.device import standing_for
 from kwlayers.ops.library import choose_for
 from kwlayers.plan import PlanError
 from kwsearch.allocations import AsLaidOut
+from kwsearch.memory import step_loss
 from kwsearch.terminal import talk_to_stderr
 
 # What asks a tensor about itself, and computes nothing.
@@ -149,10 +149,7 @@ def calls_by_module(
         ):
             out = model(x)
             if training:
-                if out.dim() == 3:  # of videos, several rows of logits each
-                    out = out.flatten(0, 1)
-                    y = torch.empty(len(out), dtype=torch.long, device="meta")
-                F.cross_entropy(out, y)
+                step_loss(out, y)
     except (ValueError, RuntimeError) as error:
         raise PlanError(f"a step of {batch} images cannot run: {error}") from error
     return recorder.found()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kwlayers.plan import counted
@@ -24,8 +23,8 @@ from kwsearch.latency.measure import measure
 from kwsearch.latency.plans import HERE
 from kwsearch.latency.table import Entry, Table, TableError
 from kwsearch.micronas.cycles import CycleTable, kind_of
-from kwsearch.micronas.space import Key
-from kwsearch.micronas.supernet import conv2d, same
+from kwsearch.micronas.space import Key, Operator
+from kwsearch.micronas.supernet import Network, run
 
 MCU = "mcu"
 _PREFIX = "operator "
@@ -123,12 +122,8 @@ class _Runs:
 
     def __init__(self, key: Key, device: str) -> None:
         self._inputs = [torch.randn(_channels_first(shape), device=device) for shape in key.inputs]
-        self._kind = key.kind
-        self._conv = None
-        if key.kind == "conv2d":
-            (kh, kw), (down, right) = key.kernel, key.strides
-            read, written = key.inputs[0][-1], key.output[-1]
-            self._conv = conv2d(read, written, (kh, kw), (down, right)).to(device)
+        self._one = Operator("timed", ("input",) * len(key.inputs), key, relu=True)
+        self._convs = Network((self._one,)).to(device).convs
 
     @torch.no_grad()
     def seconds(self) -> float:
@@ -140,12 +135,8 @@ class _Runs:
         return (time.perf_counter() - begun) / _RUNS
 
     def _run(self) -> Tensor:
-        x = self._inputs[0]
-        if self._conv is not None:
-            return F.relu(same(self._conv, x))
-        if self._kind == "add":
-            return x + self._inputs[1]
-        return x.mean((2, 3)) if self._kind == "gap2d" else torch.softmax(x, 1)
+        out = run(self._one, self._inputs, self._convs)
+        return torch.softmax(out, 1) if self._one.key.kind == "softmax" else out
 
 
 def _operators(table: Table) -> Iterator[tuple[Key, Entry]]:

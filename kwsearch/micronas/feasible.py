@@ -49,6 +49,18 @@ class Limits:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"limit of {name} {value}: must be a positive number, or None")
 
+    def broken(self, milliseconds: float | None, nbytes: int, flash: int) -> tuple[str, ...]:
+        """Which limits what takes that much does not keep, by how much. milliseconds: None where
+        nobody knows.
+        """
+        found, most = [], self.milliseconds
+        if most is not None and milliseconds is not None and milliseconds > most:
+            found.append(f"latency {milliseconds:.3f} ms: above the limit of {most:g} ms")
+        for name, has, limit in (("memory", nbytes, self.bytes), ("flash", flash, self.flash)):
+            if limit is not None and has > limit:
+                found.append(f"{name} {has:,} bytes: above the limit of {limit:,} bytes")
+        return tuple(found)
+
 
 class Found(NamedTuple):
     """broken: why the architecture does not keep the limits, in a sentence; empty if it does.
@@ -151,27 +163,10 @@ class Feasible:
         """Bytes of the weights and biases."""
         return sum(one.key.flash for one in operators(self.space, architecture))
 
-    def score(self, mixture: Mixture, architecture: Architecture) -> float:
-        """The logarithm of its probability."""
-        scores = _scores(self.space, mixture)
-        return sum(
-            float(scores[one.name][one.options.index(option)])
-            for one, option in zip(
-                self.space.decisions, self.space.options(architecture).values(), strict=True
-            )
-        )
-
     def broken(self, architecture: Architecture) -> tuple[str, ...]:
         """Which limits it does not keep, by how much."""
-        found, limits = [], self.limits
         took = self.milliseconds(architecture)
-        if limits.milliseconds is not None and took is not None and took > limits.milliseconds:
-            found.append(f"latency {took:.3f} ms: above the limit of {limits.milliseconds:g} ms")
-        if limits.bytes is not None and (held := self.bytes(architecture)) > limits.bytes:
-            found.append(f"memory {held:,} bytes: above the limit of {limits.bytes:,} bytes")
-        if limits.flash is not None and (kept := self.flash(architecture)) > limits.flash:
-            found.append(f"flash {kept:,} bytes: above the limit of {limits.flash:,} bytes")
-        return tuple(found)
+        return self.limits.broken(took, self.bytes(architecture), self.flash(architecture))
 
     def preferred(self, mixture: Mixture) -> Architecture:
         """The most probable, limits or not."""
@@ -262,7 +257,10 @@ class Feasible:
 
     def _chances(self, mixture: Mixture) -> list[_Worth]:
         """Logarithms of probabilities."""
-        scores = _scores(self.space, mixture)
+        scores = {
+            name: one.clamp(min=1e-300).log()
+            for name, one in as_double(self.space, mixture).items()
+        }
         found = []
         for choices in self._choices:
             own = choices.sums(scores)
@@ -336,11 +334,6 @@ class _Walk(NamedTuple):
                 chosen |= cell.chosen(worth.favourite)
                 chosen[f"{cell.place.name}.keep"] = 0
         return self.space.architecture(chosen)
-
-
-def _scores(space: Space, mixture: Mixture) -> dict[str, Tensor]:
-    """Logarithms of probabilities."""
-    return {name: one.clamp(min=1e-300).log() for name, one in as_double(space, mixture).items()}
 
 
 def _onward(

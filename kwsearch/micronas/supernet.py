@@ -16,6 +16,7 @@ its network, with the channels beyond its widths at zero. Different from the pub
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -201,19 +202,30 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         made = {"input": x}
         for one in self.operators:
-            out = self._run(one, [made[name] for name in one.inputs])
+            out = run(one, [made[name] for name in one.inputs], self.convs)
             drop = self.training and one.name in self._last
             made[one.name] = F.dropout(out, DROPOUT, drop)
         return out
 
-    def _run(self, one: Operator, inputs: list[Tensor]) -> Tensor:
-        if one.key.kind == "add":
-            return inputs[0] + inputs[1]
-        (x,) = inputs
-        if one.key.kind == "conv2d":
-            x = same(self.convs[one.name.replace(".", "_")], x)
-            return F.relu(x) if one.relu else x
-        return x.mean((2, 3)) if one.key.kind == "gap2d" else x
+
+def run(
+    one: Operator,
+    inputs: Sequence[Tensor],
+    convs: nn.ModuleDict,
+    convolved: Callable[[nn.Module, Tensor], Tensor] = same,
+    positions: tuple[int, int] = (2, 3),
+) -> Tensor:
+    """An operator with the convolutions of its network. A softmax is left to the caller.
+
+    convolved: a convolution with "same" padding. positions: the dimensions of steps and sensors.
+    """
+    if one.key.kind == "add":
+        return inputs[0] + inputs[1]
+    (x,) = inputs
+    if one.key.kind == "conv2d":
+        x = convolved(convs[one.name.replace(".", "_")], x)
+        return F.relu(x) if one.relu else x
+    return x.mean(positions) if one.key.kind == "gap2d" else x
 
 
 def largest(

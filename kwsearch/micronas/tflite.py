@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kwsearch.micronas import supernet
 from kwsearch.micronas.peak_memory import peak_bytes
 from kwsearch.micronas.space import Operator
 from kwsearch.micronas.supernet import Network, same_padding
@@ -72,23 +73,15 @@ class _ChannelsLast(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         made = {"input": x}
         for one in self.network.operators:
-            made[one.name] = out = self._run(one, [made[name] for name in one.inputs])
+            inputs = [made[name] for name in one.inputs]
+            out = supernet.run(one, inputs, self.network.convs, _conv, (1, 2))
+            made[one.name] = out = torch.softmax(out, 1) if one.key.kind == "softmax" else out
         return out
 
-    def _run(self, one: Operator, inputs: list[Tensor]) -> Tensor:
-        if one.key.kind == "add":
-            return inputs[0] + inputs[1]
-        (x,) = inputs
-        if one.key.kind == "conv2d":
-            conv = self.network.convs[one.name.replace(".", "_")]
-            assert isinstance(conv, nn.Conv2d)
-            x = _conv(x, conv)
-            return F.relu(x) if one.relu else x
-        return x.mean((1, 2)) if one.key.kind == "gap2d" else torch.softmax(x, 1)
 
-
-def _conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def _conv(conv: nn.Module, x: Tensor) -> Tensor:
     """x: (B, H, W, C)  out: (B, H', W', O)"""
+    assert isinstance(conv, nn.Conv2d)
     sides = zip(x.shape[1:3], conv.kernel_size, conv.stride, strict=True)
     (top, bottom), (left, right) = (same_padding(*side) for side in sides)
     padding = (top, left)

@@ -94,19 +94,23 @@ class Warehoused:
     @property
     def flash(self) -> int:
         """Bytes of cells and weights in int8, biases in int32."""
-        made = {one.name for one in self.operators if one.name.endswith(".mix")}
         total: int = sum(group.num_cells * math.prod(group.cell) for group in self.plan.warehouses)
         for one in self.operators:
-            if one.name in made:
-                continue
-            if f"{one.name}.mix" in made:
-                total += 4 * one.key.output[-1]
-            else:
-                total += one.key.flash
+            total += one.key.flash if self._has_weights(one) else 4 * self.own_params(one)
             group = self._groups.get(_site(one))
             if group is not None and group.norm == "layer":
                 total += 5 * hidden_width(one.key.inputs[0][-1], group.reduction)
         return total
+
+    def own_params(self, one: Operator) -> int:
+        """Of an operator, without the cells: of a converted convolution its biases are left."""
+        if self._has_weights(one):
+            return one.key.params
+        return one.key.output[-1] if _site(one) in self._groups else 0
+
+    def _has_weights(self, one: Operator) -> bool:
+        """Whether its weights, if it has some, are its own: none that it mixes, or is given."""
+        return not one.name.endswith(".mix") and _site(one) not in self._groups
 
     def bytes(self, *, in_place_add: bool = False, conv_scratch: bool = False) -> int:
         """The peak."""

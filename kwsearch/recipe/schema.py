@@ -652,7 +652,9 @@ class Recipe(Section):
     @property
     def of_architectures(self) -> bool:
         """Whether it is about architectures, and not about plans of one network."""
-        return self.model.name == MODEL and self.budget is None and self.plan is None
+        sized = self.method.name != OWN
+        none = self.budget is None and self.plan is None
+        return self.model.name == MODEL and none and not sized
 
     def place(self, *path: str | int) -> str:
         """`file:line:column` of the value at `path`; "" if the recipe was not read from text."""

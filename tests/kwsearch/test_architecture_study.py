@@ -199,7 +199,7 @@ def test_warehouses_are_tried_where_they_keep_the_limits(windows: Path, tmp_path
         assert trial.params["warehouse"] == ("none" if ratio is None else f"{ratio:g}")
         model = architectures.network(recipe, attrs["architecture"])
         if ratio is not None:
-            convert_(model, architectures.plan_of(model, recipe, ratio))
+            convert_(model, architectures.plan_of(recipe, attrs["architecture"], ratio))
         assert attrs["params"] == sum(p.numel() for p in model.parameters())
     mixed = next(t for t in result.trials if "warehouse" in t.user_attrs)
     path = tmp_path / "mixed.yaml"
