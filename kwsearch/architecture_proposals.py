@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from kwlayers.plan import PlanError
 from kwsearch import architectures
 from kwsearch.driver import SpaceExhausted
+from kwsearch.micronas.cycles import CycleError
 from kwsearch.micronas.feasible import Feasible
 from kwsearch.micronas.space import Architecture, Decision
 from kwsearch.proposals import (
@@ -100,7 +101,9 @@ class ArchitectureProposer:
     def _costs(self, architecture: Architecture, ratio: float | None = None) -> dict[str, Any]:
         """Its facts, with warehouses if it keeps the limits with them."""
         if ratio is not None:
-            with suppress(PlanError):  # too few cells, nothing to share
+            with suppress(
+                PlanError, CycleError
+            ):  # too few cells, or no cycles of what makes kernels
                 found = architectures.facts(self.feasible, architecture, ratio)
                 if not architectures.broken(self.feasible, found):
                     return found

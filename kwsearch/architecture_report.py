@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kwsearch import architectures
 from kwsearch.micronas.peak_memory import live_bytes
 from kwsearch.micronas.space import Architecture, operators
+from kwsearch.step_report import DoesNotFit
 from kwsearch.terminal import new_table
 from kwsearch.trials import FLASH, LATENCY, PEAK
 
@@ -79,12 +80,23 @@ def parts(
         counted = count(feasible, architecture, warehouse)
         head += "" if warehouse is None else f", KernelWarehouse at b = {warehouse:g}"
         return [head, _operators(counted), *_kept(counted)]
-    lines: list[str | Table] = [
+    return [
         f"{head}: {space.architectures:.3g} architectures, {len(space.decisions)} decisions",
         _named(feasible),
     ]
-    broken = feasible.largest().broken
-    return [*lines, *(f"no architecture keeps the limits: {why}" for why in broken)]
+
+
+def check(
+    feasible: Feasible, architecture: Architecture | None, warehouse: float | None = None
+) -> None:
+    """Raise DoesNotFit for an architecture over the limits, or limits that none keeps."""
+    if architecture is None:
+        if broken := feasible.largest().broken:
+            raise DoesNotFit(f"no architecture keeps the limits: {'; '.join(broken)}")
+        return
+    costs = architectures.facts(feasible, architecture, warehouse)
+    if broken := architectures.broken(feasible, costs):
+        raise DoesNotFit(f"not within the limits: {'; '.join(broken)}")
 
 
 def to_json(
@@ -133,21 +145,17 @@ def _kept(counted: Counted) -> list[str]:
     if counted.fitted:
         lines.append(f"not measured, so fitted: {', '.join(counted.fitted)}")
     limits = counted.feasible.limits
-    if counted.broken:
-        return [*lines, *(f"NOT within the limits: {one}" for one in counted.broken)]
-    if limits != type(limits)():
+    if limits != type(limits)() and not counted.broken:
         lines.append("within the limits")
     return lines
 
 
 def _corners(feasible: Feasible) -> dict[str, Architecture]:
-    """smallest: as published, of first options."""
+    """smallest: as published, of first options. None within limits that nothing keeps."""
     space = feasible.space
-    return {
-        "smallest": space.minimum(),
-        "largest": space.maximum(),
-        "largest_within_limits": feasible.largest().architecture,
-    }
+    found = {"smallest": space.minimum(), "largest": space.maximum()}
+    within, broken = feasible.largest()
+    return found if broken else {**found, "largest_within_limits": within}
 
 
 def _named(feasible: Feasible) -> Table:

@@ -7,26 +7,30 @@ of its own first, by another seed, which chooses one.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
+from kwlayers.plan import PlanError
 from kwsearch import architectures, dry_run
 from kwsearch.architecture_proposals import ArchitectureProposer
 from kwsearch.dry_run import ArchitectureForecast
+from kwsearch.executors import Job
 from kwsearch.micronas.cycles import CycleError
 from kwsearch.micronas.space import operators
+from kwsearch.recipe import Method
 from kwsearch.results import Found, with_architecture, write_found
 from kwsearch.run_directory import SearchError
 from kwsearch.study import Study
 from kwsearch.train_step import train_bytes
-from kwsearch.trials import LARGEST
+from kwsearch.trials import AGAIN, ARCHITECTURE, FINGERPRINT, LARGEST, SUPERNET
 
 if TYPE_CHECKING:
-    from kwsearch.proxy import ProxyData
+    from kwsearch.labelled_data import LabelledData
     from kwsearch.sign_data import SignData
 
 # Of search.space, what architectures have.
@@ -57,15 +61,35 @@ class ArchitectureStudy(Study):
                         f"{', '.join(sorted(had))}"
                     )
         self.ratios = self.recipe.micronas.warehouses if self.recipe.micronas else ()
-        if search.strategy != "sampler" and self.ratios:
+        if search.strategy != "sampler":
+            self._check_supernets()
+        if self.recipe.method != Method():
             raise SearchError(
-                "micronas.warehouses: is of search.strategy sampler; supernets have plain "
-                "convolutions"
+                "method: is of plans; warehouses of architectures are those of its defaults: leave "
+                "it out"
             )
         if self.proxy.starts_static:
             raise SearchError(
                 f"proxy.init {self.proxy.init}: is of plans; architectures start from scratch"
             )
+
+    def _check_supernets(self) -> None:
+        search = self.search
+        if self.ratios:
+            raise SearchError(
+                "micronas.warehouses: is of search.strategy sampler; supernets have plain "
+                "convolutions"
+            )
+        for name, given in (
+            ("rungs", bool(search.rungs)),
+            ("zero_cost", search.zero_cost is not None),
+            ("pruner: median", search.pruner == "median"),
+        ):
+            if given:
+                raise SearchError(
+                    f"search.{name}: is of search.strategy sampler; a trial of differentiable has "
+                    "two parts, its supernet and what that chose, and finishes: leave it out"
+                )
 
     def _prepare(self) -> None:
         try:
@@ -75,6 +99,8 @@ class ArchitectureStudy(Study):
         self.largest, broken = self.feasible.largest()
         if broken:
             raise SearchError(f"search.space.limits: {'; '.join(broken)}")
+        for ratio in self.ratios:
+            self._check_ratio(ratio)
         if (table := self.feasible.table) is not None:
             fitted = table.latency(operators(self.feasible.space, self.largest)).fitted
             if fitted:
@@ -83,13 +109,26 @@ class ArchitectureStudy(Study):
                     "largest architecture: they are fitted"
                 )
 
+    def _check_ratio(self, ratio: float) -> None:
+        """Raise SearchError where the table tells no latency of mixed kernels."""
+        with contextlib.suppress(PlanError):  # others may have a plan
+            one = architectures.warehoused(self.feasible, self.largest, ratio)
+            if self.feasible.table is None:
+                return
+            try:
+                one.latency(self.feasible.table)
+            except CycleError as error:
+                raise SearchError(
+                    f"micronas.warehouses {ratio:g}: what mixes the kernels has no latency: {error}"
+                ) from None
+
     def _check_memory(self) -> None:
         """Networks for microcontrollers train anywhere."""
 
-    def _check_fit(self, data: ProxyData | SignData) -> None:
-        from kwsearch.proxy import ProxyData
+    def _check_fit(self, data: LabelledData | SignData) -> None:
+        from kwsearch.labelled_data import LabelledData
 
-        assert isinstance(data, ProxyData)
+        assert isinstance(data, LabelledData)
         space = self.feasible.space
         have = tuple(data.train.x.shape[1:])
         if have != (1, space.steps, space.sensors):
@@ -106,9 +145,35 @@ class ArchitectureStudy(Study):
     def _proposer(self) -> Callable[[optuna.Study], FrozenTrial]:
         return ArchitectureProposer(self.search, self.feasible, self.ratios)
 
+    def _cycles(self) -> dict[str, Any] | None:
+        table = self.feasible.table
+        return None if table is None else table.to_dict()
+
+    def _job(self, trial: FrozenTrial, rung: int, attempt: int, splits: int) -> Job:
+        """A supernet may choose what another one did: that is trained by another seed."""
+        facts = trial.user_attrs
+        if rung and SUPERNET in facts and AGAIN not in facts:
+            others = [
+                other
+                for other in self.study.get_trials(deepcopy=False)
+                if other.number != trial.number
+                and ARCHITECTURE in other.user_attrs
+                and other.user_attrs[FINGERPRINT] == facts[FINGERPRINT]
+            ]
+            storage = self.study._storage
+            storage.set_trial_user_attr(trial._trial_id, AGAIN, len(others))
+            trial = storage.get_trial(trial._trial_id)
+        return super()._job(trial, rung, attempt, splits)
+
     def _slot_bytes(self) -> int:
         said = self.largest.to_dict()
-        return train_bytes(self.recipe, None, self.proxy, architecture=said)
+        network = train_bytes(self.recipe, None, self.proxy, architecture=said)
+        if self.search.strategy != "differentiable":
+            return network
+        from kwsearch import proxy, supernet_search
+
+        device = proxy.device_of(self.proxy).type
+        return max(network, supernet_search.step_bytes(self.feasible, self.search.supernet, device))
 
     def _calibration(self) -> int:
         # Supernets have been trained when their trials come to the first rung.

@@ -62,15 +62,17 @@ def table_of(recipe: Recipe) -> CycleTable | None:
         return load(Path(limits.lut), force=limits.lut_force)
 
 
-def feasible_of(recipe: Recipe) -> Feasible:
-    """Architectures within the recipe's limits. Raises PlanError, micronas.cycles.CycleError."""
+def feasible_of(recipe: Recipe, table: CycleTable | None = None) -> Feasible:
+    """Architectures within the recipe's limits. table: in place of the one that the recipe names,
+    which another machine may not have. Raises PlanError, micronas.cycles.CycleError.
+    """
     from kwsearch.micronas.feasible import Feasible, Limits
 
     limits, how = (recipe.search or Search()).space.limits, _section(recipe)
     return Feasible(
         space_of(recipe),
         Limits(limits.latency_ms, limits.peak_memory, limits.flash),
-        table_of(recipe),
+        table_of(recipe) if table is None else table,
         in_place_add=how.in_place_add,
         conv_scratch=how.conv_scratch,
     )
@@ -102,11 +104,12 @@ def facts(
     """
     from kwsearch.micronas.space import macs, operators, params
 
-    said = architecture.to_dict()
-    what = json.dumps([said, warehouse], sort_keys=True)
+    plain = operators(feasible.space, architecture)
+    # Of the network: what is chosen for a cell that is left out changes nothing.
+    what = json.dumps([plain, warehouse])
     found: dict[str, Any] = {
         FINGERPRINT: hashlib.sha256(what.encode()).hexdigest()[:12],
-        ARCHITECTURE: said,
+        ARCHITECTURE: architecture.to_dict(),
     }
     if warehouse is not None:
         one = warehoused(feasible, architecture, warehouse)
@@ -119,7 +122,6 @@ def facts(
             FLASH: one.flash,
         }
     else:
-        plain = operators(feasible.space, architecture)
         took = feasible.milliseconds(architecture)
         found |= {
             "params": params(plain),

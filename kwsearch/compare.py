@@ -184,7 +184,11 @@ def reasons(entries: Sequence[Entry]) -> list[str]:
     """Of each method that does not meet the target, or whose latency nobody knows; and what is
     trained, if that is more than is deployed.
     """
-    found = [f"{entry.method.title}: {entry.reason}" for entry in entries if entry.reason]
+    whose: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.reason:
+            whose.setdefault(entry.reason, []).append(entry.method.title)
+    found = [f"{', '.join(titles)}: {reason}" for reason, titles in whose.items()]
     for entry in entries:
         cost = None if entry.plan is None else entry.plan.cost()
         if cost is not None and cost.deployed != cost.params.total:

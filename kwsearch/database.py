@@ -23,6 +23,7 @@ from sqlalchemy.exc import (
 from kwsearch import passwords
 from kwsearch.interrupts import sleep
 from kwsearch.passwords import STORAGE
+from kwsearch.wording import one_line
 
 # Seconds that the database may be away.
 PATIENCE = 900.0
@@ -189,13 +190,13 @@ def _behind_proxy(error: BaseException) -> str | None:
         return None
     kind, text = code().name, str(details())
     lost = any(sign in text for sign in ("OperationalError", "InterfaceError", "during the commit"))
-    return " ".join(text.split())[:200] if kind == "UNAVAILABLE" or lost else None
+    return one_line(text) if kind == "UNAVAILABLE" or lost else None
 
 
 def line_of(error: BaseException) -> str:
     """What went wrong, in one line; of a database without the statement."""
     said = error.orig if isinstance(error, DBAPIError) else error
-    return " ".join(str(said).split())[:200]
+    return one_line(said)
 
 
 def refusal(name: str, error: BaseException) -> StorageError:

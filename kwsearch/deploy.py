@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kwsearch import architectures, data, proxy
+from kwsearch import architectures, data, labelled_data, proxy
 from kwsearch.export.errors import ExportError
 from kwsearch.micronas import tflite
 from kwsearch.micronas.space import Operator, operators
@@ -17,9 +17,9 @@ from kwsearch.micronas.supernet import Network, extract
 from kwsearch.recipe import Proxy, Recipe, Search
 
 if TYPE_CHECKING:
-    from kwsearch.proxy import ProxyData
+    from kwsearch.labelled_data import LabelledData
 
-# Training windows over which the ranges of activations are taken.
+# Training windows, of all classes, over which the ranges of activations are taken.
 _CALIBRATION = 256
 
 
@@ -63,13 +63,17 @@ class Deployed:
 
 
 def deploy(
-    recipe: Recipe, path: Path, weights: Path | None, report: Callable[[int, float], None]
+    recipe: Recipe,
+    path: Path,
+    weights: Path | None,
+    kept: Path,
+    report: Callable[[int, float], None],
 ) -> Deployed:
     """Write the recipe's architecture to `path`, and run the file on the test windows; on the
     held-out ones where there are no others.
 
-    weights: a state dict of its network; None trains it by the recipe's proxy. report: told of
-    every epoch. Raises ExportError, TFLiteError, data.DataError.
+    weights: a state dict of its network; None trains it by the recipe's proxy, and then they are
+    `kept`. report: told of every epoch. Raises ExportError, TFLiteError, data.DataError.
     """
     if not recipe.of_architectures:
         raise ExportError(
@@ -89,16 +93,24 @@ def deploy(
     tflite.need()
     space = architectures.space_of(recipe)
     settings = recipe.proxy or Proxy()
-    examples = proxy.load(settings, (1, space.steps, space.sensors))
+    examples = labelled_data.load(settings, (1, space.steps, space.sensors))
     seed = (recipe.search or Search()).seed
-    model = _trained(extract(space, architecture), settings, examples, seed, weights, report)
-    calibration = examples.batch(examples.train.x[:_CALIBRATION])
-    tflite.export(model, calibration, path)
+
+    def make() -> Network:
+        return extract(space, architecture)
+
+    if weights is None:
+        model = _trained(make, settings, examples, seed, report)
+        torch.save(model.state_dict(), kept)
+    else:
+        model = _loaded(make(), weights)
+    windows = data.subset(examples.train, _CALIBRATION, seed=seed)
+    tflite.export(model, examples.batch(windows.x), path)
     split, scored = _scored(settings, examples)
     return Deployed(
         split,
         len(scored.valid.y),
-        proxy.evaluate(model, scored, settings.batch_size),
+        scored.score(model, settings.batch_size),
         _checked(path, operators(space, architecture), scored),
         tuple(examples.mean.flatten().tolist()),
         tuple(examples.std.flatten().tolist()),
@@ -106,17 +118,18 @@ def deploy(
 
 
 def _trained(
-    model: Network,
+    make: Callable[[], Network],
     settings: Proxy,
-    examples: ProxyData,
+    examples: LabelledData,
     seed: int,
-    weights: Path | None,
     report: Callable[[int, float], None],
 ) -> Network:
-    if weights is None:
-        kept: list[torch.nn.Module] = []
-        proxy.train(lambda: model, None, examples, settings, seed, report, done=kept.append)
-        return model.to("cpu").eval()
+    kept: list[Network] = []
+    proxy.train(make, None, examples, settings, seed, report, done=kept.append)  # type: ignore[arg-type]
+    return kept[0].to("cpu").eval()
+
+
+def _loaded(model: Network, weights: Path) -> Network:
     try:
         model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:  # of many kinds, by what the file is
@@ -127,12 +140,12 @@ def _trained(
     return model.eval()
 
 
-def _scored(settings: Proxy, examples: ProxyData) -> tuple[str, ProxyData]:
+def _scored(settings: Proxy, examples: LabelledData) -> tuple[str, LabelledData]:
     try:
-        return "test", proxy.load_test(settings, examples)
+        return "test", labelled_data.load_test(settings, examples)
     except data.DataError:  # a data set without test windows
         return "held-out", examples
 
 
-def _checked(path: Path, network: tuple[Operator, ...], scored: ProxyData) -> tflite.Check:
+def _checked(path: Path, network: tuple[Operator, ...], scored: LabelledData) -> tflite.Check:
     return tflite.check(path, network, scored.batch(scored.valid.x), scored.valid.y)

@@ -178,7 +178,7 @@ def forecast(
     step_s = TrainStep(recipe, uniform, proxy, trust).seconds()
     params = uniform.cost().params.total
     return PlanForecast(
-        **_course(recipe, rungs, trainings, step_s, train_bytes, params),
+        **_course(recipe, rungs, trainings, step_s, train_bytes, checkpoint_bytes(params, proxy)),
         combinations=spaces[-1].size(),
         warehouses=spaces[-1].warehouses(),
         params_allowed=[space.allowed for space in spaces],
@@ -202,12 +202,14 @@ def forecast_architectures(
     finalists = min(search.finalists, search.trials - 1)
     trainings = (finalists + 1) * search.seeds if finalists > 0 else 0
     supernet_s, stops = None, rungs
+    checkpoint = checkpoint_bytes(largest["params"], proxy)
     if search.strategy == "differentiable":
-        from kwsearch.supernet_search import step_seconds
+        from kwsearch import supernet_search
 
-        supernet_s = step_seconds(feasible, search.supernet)
+        supernet_s = supernet_search.step_seconds(feasible, search.supernet)
+        checkpoint = max(checkpoint, supernet_search.checkpoint_bytes(feasible))
         stops = (Rung(proxy.epochs, proxy.epochs),)  # beside the supernets'
-    found = _course(recipe, stops, trainings, step_s, train_bytes, largest["params"])
+    found = _course(recipe, stops, trainings, step_s, train_bytes, checkpoint)
     if supernet_s is not None and (images := found["train_images"]) is not None:
         epochs, steps = search.supernet.epochs, -(-images // search.supernet.batch_size)
         supernets = (search.trials - 1) * epochs * steps * supernet_s
@@ -226,9 +228,9 @@ def _course(
     trainings: int,
     step_s: float,
     train_bytes: int,
-    params: int,
+    checkpoint: int,
 ) -> dict[str, Any]:
-    """What any study has. params: of the network that is trained."""
+    """What any study has. checkpoint: bytes of a trial's."""
     search, proxy = recipe.search or Search(), recipe.proxy or Proxy()
     workers = engines.planned_slots(search, proxy, lambda: train_bytes)
     images = images_of(proxy)
@@ -236,7 +238,6 @@ def _course(
     if images is not None:
         steps = -(-images // proxy.batch_size)
         least, most = seconds_of(step_s, steps, search.trials, search.calibration, rungs, trainings)
-    checkpoint = checkpoint_bytes(params, proxy)
     unfinished = search.trials if workers is None or len(rungs) > 1 else workers
     return {
         "trials": search.trials,

@@ -5,22 +5,22 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from kwsearch import data, proxy
+from kwsearch import data, labelled_data
+from kwsearch.labelled_data import LabelledData
 from kwsearch.recipe import Proxy, Recipe
 from kwsearch.resolve import input_of
 
 if TYPE_CHECKING:
-    from kwsearch.proxy import ProxyData
     from kwsearch.sign_data import SignData
 
 
-def load(recipe: Recipe, settings: Proxy, trust: bool = False) -> ProxyData | SignData:
+def load(recipe: Recipe, settings: Proxy, trust: bool = False) -> LabelledData | SignData:
     """By the recipe's input: videos have one dimension more. trust: whether the network may be the
     user's own code. Raises data.DataError.
     """
     size = input_of(recipe)
     if len(size) != 4:
-        return proxy.load(settings, size)
+        return labelled_data.load(settings, size)
     from kwsearch import networks, sign_data
 
     choice = recipe.model
@@ -29,11 +29,11 @@ def load(recipe: Recipe, settings: Proxy, trust: bool = False) -> ProxyData | Si
 
 
 def load_test(
-    recipe: Recipe, settings: Proxy, examples: ProxyData | SignData
-) -> ProxyData | SignData:
+    recipe: Recipe, settings: Proxy, examples: LabelledData | SignData
+) -> LabelledData | SignData:
     """`examples` with the test part to score on. Raises data.DataError where there is none."""
-    if isinstance(examples, proxy.ProxyData):
-        return proxy.load_test(settings, examples)
+    if isinstance(examples, LabelledData):
+        return labelled_data.load_test(settings, examples)
     from kwsearch import sign_data
 
     return sign_data.load_test(settings, frame_size(recipe, settings), examples)
@@ -45,7 +45,7 @@ def frame_size(recipe: Recipe, settings: Proxy) -> tuple[int, int]:
     return (height, width) if settings.resolution is None else (settings.resolution,) * 2
 
 
-def fingerprint(examples: ProxyData | SignData) -> str:
+def fingerprint(examples: LabelledData | SignData) -> str:
     """Of the training part."""
     train = examples.train
     if isinstance(train, data.Videos):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from kwsearch.run_directory import CHECKPOINTS, SearchError
 from kwsearch.rungs import Rung, phase_of
 from kwsearch.trial import Trained
 from kwsearch.trials import AGAIN, ARCHITECTURE, FINGERPRINT, SUPERNET, TEMPERATURE, WAREHOUSE
+from kwsearch.wording import one_line
 
 TRAINING, FINAL = "kwsearch.trial:train_trial", "kwsearch.trial:train_final"
 SCORING, SEARCHING = "kwsearch.trial:score_trial", "kwsearch.trial:search_trial"
@@ -24,7 +25,7 @@ SCORING, SEARCHING = "kwsearch.trial:score_trial", "kwsearch.trial:search_trial"
 class Jobs:
     """Of a study of `recipe`. checkpoints: their folder. trust: whether networks may be own code.
     training, final, searching: what trains trials, finalists and supernets, in place of those of
-    `kwsearch.trial` (for simulations).
+    `kwsearch.trial` (for simulations). cycles: of operators, which supernets need.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class Jobs:
         training: str = TRAINING,
         final: str = FINAL,
         searching: str = SEARCHING,
+        cycles: Mapping[str, Any] | None = None,
     ) -> None:
         self._search, self._proxy = recipe.search or Search(), recipe.proxy or Proxy()
         self._recipe = recipe.model_copy(update={"plan": None}).model_dump_json()
         self._rungs, self._checkpoints, self._trust = tuple(rungs), checkpoints, trust
         self._training, self._final, self._searching = training, final, searching
+        self._cycles = cycles
 
     def begins(self, trial: FrozenTrial) -> int:
         """The rung that a trial trains for first: its supernet's, if it has one."""
@@ -59,6 +62,8 @@ class Jobs:
                 "proxy": self._proxy.model_dump_json(),
                 "seed": own,
                 "checkpoint": str(checkpoint),
+                "splits": splits,
+                "cycles": self._cycles,
             }
             return Job(trial.number, attempt, self._searching, searching, self._proxy.threads)
         if self._rungs[rung].epochs == 0:
@@ -145,6 +150,7 @@ def checkpoint_folder(directory: Path, asked: str | None, own: str | None) -> Pa
     except Exception as error:  # of many libraries
         if asked is None:
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise SearchError(f"search.checkpoints {found}: cannot be written: {reason}") from None
+        raise SearchError(
+            f"search.checkpoints {found}: cannot be written: {one_line(error)}"
+        ) from None
     return found

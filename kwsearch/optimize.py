@@ -43,7 +43,7 @@ from kwsearch.train_step import train_bytes
 
 if TYPE_CHECKING:
     from kwlayers.plan import Network, Plan
-    from kwsearch.proxy import ProxyData
+    from kwsearch.labelled_data import LabelledData
     from kwsearch.sign_data import SignData
 
 __all__ = ["JOURNAL", "PlanStudy", "Result", "SearchError", "SpaceExhausted", "StudyFailed"]
@@ -227,7 +227,7 @@ class PlanStudy(Study):
                     f"at batch {self.proxy.batch_size}: lower proxy.batch_size or proxy.resolution"
                 )
 
-    def _check_fit(self, data: ProxyData | SignData) -> None:
+    def _check_fit(self, data: LabelledData | SignData) -> None:
         size = tuple(self.network.input_size)
         if not isinstance(data.train, Videos):
             size = (data.channels, *data.train.x.shape[-2:])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kwsearch.files import alone, write_whole
 from kwsearch.recipe import Proxy, Recipe, Search, load_recipe, write_recipe
 from kwsearch.trials import BUDGET, LATENCY, REASON, SECONDS, accuracy_of, baseline
+from kwsearch.wording import one_line
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -138,7 +139,7 @@ def _changes(before: Recipe, now: Recipe) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    return "nothing" if value is None else " ".join(str(value).split())[:60]
+    return "nothing" if value is None else one_line(value, 60)
 
 
 @contextmanager

@@ -20,9 +20,11 @@ from kwlayers.sr_ctc import SRCTCLoss, Tap
 from kwsearch import data
 from kwsearch.data import DataError, Videos
 from kwsearch.recipe import Proxy
-from kwsearch.wer import greedy_decode, word_errors
+from kwsearch.wer import greedy_decode, need, word_errors
 
 NEEDS = ("features", "output_lengths", "classifier", "tap_widths")
+# Of a proxy, what is of examples with a label each.
+_UNUSED = ("augment", "mixup", "teacher", "fold")
 # Videos and frames of each that mean and deviation are of; batches of one that are looked at.
 _VIDEOS, _FRAMES, _LOOKED_AT = 64, 8, 10
 
@@ -41,7 +43,8 @@ class SignPart(NamedTuple):
 @dataclass(frozen=True)
 class SignData:
     """mean, std: (3, 1, 1, 1) of frames from 0 to 1. taps: those of the loss, by name. features:
-    what the classifier takes. supervision: the loss of one training, None before `moved`.
+    what the classifier takes. notes: what a user should know. supervision: the loss of one
+    training, None before `moved`.
     """
 
     train: Videos
@@ -51,6 +54,7 @@ class SignData:
     taps: tuple[tuple[str, Tap], ...]
     features: int
     device: torch.device
+    notes: tuple[str, ...] = ()
     supervision: SRCTCLoss | None = None
 
     @property
@@ -98,15 +102,20 @@ class SignData:
 
     @torch.no_grad()
     def score(self, model: Any, batch_size: int) -> float:
-        """1 less the word error rate of greedy decoding; below 0 where most is insertions."""
+        """1 less the word error rate of greedy decoding; below 0 where most is insertions. Of a
+        video that is too short for the network nothing is said.
+        """
         model.eval()
-        said: list[list[str]] = []
-        for start in range(0, len(self.valid), batch_size):
-            numbers = list(range(start, min(start + batch_size, len(self.valid))))
+        said: list[list[str]] = [[] for _ in range(len(self.valid))]
+        rows = model.output_lengths(torch.tensor(self.valid.lengths)).tolist()
+        known = [number for number, count in enumerate(rows) if count >= 1]
+        for start in range(0, len(known), batch_size):
+            numbers = known[start : start + batch_size]
             x, lengths = self._padded(self.valid, numbers)
             logits = model(x, lengths)
             paths = greedy_decode(logits, model.output_lengths(lengths))
-            said += [self.train.words(path) for path in paths]
+            for number, path in zip(numbers, paths, strict=True):
+                said[number] = self.train.words(path)
         return 1 - word_errors(self.valid.sentences, said).rate
 
     def prepare(self, model: nn.Module, proxy: Proxy) -> None:
@@ -147,14 +156,28 @@ def load(proxy: Proxy, size: tuple[int, int], model: Any) -> SignData:
     model: the network, on any device, for the widths of its taps and the frames that it needs.
     Raises DataError.
     """
+    try:
+        need()
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    strangers = [
+        f"proxy.{name} {value}"
+        for name, value in proxy.model_dump(include=set(_UNUSED)).items()
+        if value != Proxy.model_fields[name].default
+    ]
+    if strangers:
+        raise DataError(f"{', '.join(strangers)}: not for videos with sentences; leave it out")
     missing = [name for name in NEEDS if not hasattr(model, name)]
     if missing:
         raise DataError(
             f"{type(model).__name__} has no {', '.join(missing)}: videos with sentences are for "
             "sign_resnet18 and sign_resnet34, or networks with what those have"
         )
-    videos = data.load_videos(proxy.data, "train", size)
-    videos = _long_enough(videos, model)
+    found = data.load_videos(proxy.data, "train", size)
+    videos = _long_enough(found, model)
+    notes: tuple[str, ...] = ()
+    if short := len(found) - len(videos):
+        notes = (f"{short} of {len(found)} videos are left out: too short for their sentences",)
     if proxy.subset is not None:
         videos = data.thinned(videos, proxy.subset, seed=0)
     train, valid = data.hold_out_videos(videos, proxy.holdout, seed=0)
@@ -170,7 +193,7 @@ def load(proxy: Proxy, size: tuple[int, int], model: Any) -> SignData:
     features = model.classifier.weight.shape[0]
     mean, std = _statistics(train)
     device = torch.device("cpu")
-    return SignData(train, valid, mean, std, tuple(taps.items()), features, device)
+    return SignData(train, valid, mean, std, tuple(taps.items()), features, device, notes)
 
 
 def load_test(proxy: Proxy, size: tuple[int, int], examples: SignData) -> SignData:

@@ -12,7 +12,6 @@ all this; a sample whose own plan does not is moved towards the anchor until it 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import itertools
 import json
 import math
@@ -22,12 +21,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kwlayers.layout import Layout, MethodSettings
-from kwlayers.methods import find
 from kwlayers.plan import Group, Network, Plan, PlanError
 from kwlayers.planner import BudgetError, lay_out
 from kwlayers.sharing import Sharing, stage_of
-from kwlayers.solver import Variable
 from kwsearch.budget import Target, meet
+from kwsearch.shapes import METHOD, Shape, applies, changed, choices_around, value_of
+from kwsearch.spreading import Warehouse, exchange, spread
 
 if TYPE_CHECKING:
     import optuna
@@ -35,24 +34,10 @@ if TYPE_CHECKING:
     from kwsearch.latency.predict import Latency
     from kwsearch.recipe import Space as SpaceSection
 
-METHOD, OWN = "method", "kernel_warehouse"
+_OWN = "kernel_warehouse"
 _STEPS = 8  # from a sample to its shape's anchor
 _TILTS = 8  # how many splits for the fewest MACs are tried for a shape
-_PASSES = 32  # exchanges of cells
 _DRAWS = 1000  # random neighbours, over all shapes
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How the network is cut into warehouses, or by another method made dynamic.
-
-    keep_static: glob patterns of layers left out. stage_sharing: (stage, sharing rule) of
-    each stage; empty if `settings.sharing` holds for all.
-    """
-
-    settings: MethodSettings
-    keep_static: tuple[str, ...] = ()
-    stage_sharing: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +76,7 @@ class Space:
         self._untold = ""  # why the table says nothing about some plan
         self._layouts: dict[str, Layout] = {}
         self._outlooks: dict[str, _Outlook] = {}
-        self._sizes: dict[Group, _Warehouse] = {}
+        self._sizes: dict[Group, Warehouse] = {}
         self._floors: dict[str, _Floor] = {}
         self._stages: dict[str, int] = {}
         own = Shape(settings)
@@ -110,7 +95,7 @@ class Space:
             self._stages = stage_of(network)
             found = sorted(set(self._stages.values()))
             own = Shape(settings, stage_sharing=tuple((stage, rule) for stage in found))
-        self.choices = _choices(own, section)
+        self.choices = choices_around(own, section)
         self.temperatures = (None, *section.temperature_epochs)
         for shape in self._by_distance(own, 1):  # what no choice can be is said before the search
             self._layout(shape)
@@ -158,18 +143,18 @@ class Space:
             for values in itertools.product(*cutting.values(), rules):
                 changes = dict(zip(cutting, values, strict=False))
                 changes.update(dict.fromkeys(sharing, values[-1]))
-                counts.append(len(self._layout(_changed(start, changes)).groups))
+                counts.append(len(self._layout(changed(start, changes)).groups))
         return min(counts), max(counts)
 
     def _starts(self) -> list[Shape]:
         """The start by each method."""
-        return [_changed(self._start, {METHOD: m}) for m in self.choices.get(METHOD, [])] or [
+        return [changed(self._start, {METHOD: m}) for m in self.choices.get(METHOD, [])] or [
             self._start
         ]
 
     def _values(self, shape: Shape, name: str) -> Sequence[Any]:
         """What a dimension may be in a shape, whose method may not have it: then what it is."""
-        return self.choices[name] if _applies(shape, name) else (_value(shape, name),)
+        return self.choices[name] if applies(shape, name) else (value_of(shape, name),)
 
     def valid_share(self, samples: int, seed: int) -> float:
         """The share of random samples whose plans are on the budget and under the limits."""
@@ -180,9 +165,9 @@ class Space:
     def start(self) -> dict[str, Any]:
         """The trial of the uniform plan: the recipe's own settings, all ratios equal."""
         start: dict[str, Any] = {
-            name: _label(_value(self._start, name))
+            name: _label(value_of(self._start, name))
             for name, values in self.choices.items()
-            if len(values) > 1 and _applies(self._start, name)
+            if len(values) > 1 and applies(self._start, name)
         }
         if len(self.temperatures) > 1:
             start["temperature_epochs"] = _label(None)
@@ -270,8 +255,8 @@ class Space:
     ) -> Sample:
         shape = self._start
         for name, values in self.choices.items():  # the method first
-            if len(values) > 1 and _applies(shape, name):
-                shape = _changed(shape, {name: choose(name, values)})
+            if len(values) > 1 and applies(shape, name):
+                shape = changed(shape, {name: choose(name, values)})
         temperature = None
         if len(self.temperatures) > 1:
             temperature = choose("temperature_epochs", self.temperatures)
@@ -288,7 +273,7 @@ class Space:
         sharing = shape.settings.sharing if isinstance(shape.settings.sharing, str) else "groups"
         if shape.stage_sharing:
             sharing = "by_stage"
-        if shape.settings.method != OWN:
+        if shape.settings.method != _OWN:
             sharing = shape.settings.method
         return f"relative_ratio/{sharing}/{warehouse}"
 
@@ -310,17 +295,17 @@ class Space:
             return enough
         spend = self.allowed - layout.static_params
         warehouses = self._warehouses(layout)
-        cells = _spread(warehouses, relative, spend)
+        cells = spread(warehouses, relative, spend)
         total = sum(w.params(n) for w, n in zip(warehouses, cells, strict=True))
         if layout.static_params + total < self.least:
-            cells = _exchange(warehouses, relative, cells, spend, spend - self.allowed + self.least)
+            cells = exchange(warehouses, relative, cells, spend, spend - self.allowed + self.least)
         return layout.sized(cells)
 
-    def _warehouses(self, layout: Layout) -> list[_Warehouse]:
+    def _warehouses(self, layout: Layout) -> list[Warehouse]:
         """Shapes have many warehouses in common, so their sizes are remembered."""
         if any(group not in self._sizes for group in layout.groups):
             for group, variable in zip(layout.groups, layout.variables(), strict=True):
-                self._sizes.setdefault(group, _Warehouse(variable))
+                self._sizes.setdefault(group, Warehouse(variable))
         return [self._sizes[group] for group in layout.groups]
 
     def _is_valid(self, plan: Plan) -> bool:
@@ -400,7 +385,7 @@ class Space:
                 floor.stages[stage] = floor.stages.get(stage, 0) + warehouse.params(1)
         return floor
 
-    def _candidates(self, warehouses: Sequence[_Warehouse]) -> Iterator[list[float]]:
+    def _candidates(self, warehouses: Sequence[Warehouse]) -> Iterator[list[float]]:
         """Equal ratios; then as much as the split allows where a parameter costs few MACs.
 
         MACs are least where all ratios are at one end, on either side of one price.
@@ -465,14 +450,14 @@ class Space:
     def _by_distance(self, shape: Shape, most: int | None = None) -> Iterator[Shape]:
         """All shapes (with at most so many choices changed), the fewest changes first."""
         others = {
-            name: [value for value in values if value != _value(shape, name)]
+            name: [value for value in values if value != value_of(shape, name)]
             for name, values in self.choices.items()
-            if len(values) > 1 and _applies(shape, name)
+            if len(values) > 1 and applies(shape, name)
         }
         for count in range(len(others) + 1 if most is None else most + 1):
             for names in itertools.combinations(others, count):
                 for values in itertools.product(*(others[name] for name in names)):
-                    yield _changed(shape, dict(zip(names, values, strict=True)))
+                    yield changed(shape, dict(zip(names, values, strict=True)))
 
 
 @dataclass
@@ -493,205 +478,6 @@ class _Outlook:
 
     anchor: list[float] | None
     miss: tuple[int, int, float] = (0, 0, 0.0)
-
-
-class _Warehouse:
-    """A warehouse to size, whose parameters by number of cells are remembered."""
-
-    def __init__(self, variable: Variable) -> None:
-        self.mixtures = variable.mixtures
-        self.mixing = variable.mixing
-        self._count = variable.params
-        self._known: dict[int, int] = {}
-
-    def params(self, cells: int) -> int:
-        if cells not in self._known:
-            self._known[cells] = self._count(cells)
-        return self._known[cells]
-
-    def step(self, cells: int) -> int:
-        """What one cell more costs."""
-        return self.params(cells + 1) - self.params(cells)
-
-
-def _spread(warehouses: Sequence[_Warehouse], relative: Sequence[float], spend: int) -> list[int]:
-    """Cells for at most `spend` parameters: in proportion, and then where the ratio is lowest.
-
-    One cell in each warehouse must fit.
-    """
-    weights = [r * w.mixtures for r, w in zip(relative, warehouses, strict=True)]
-
-    def shares(ratio: float) -> list[int]:
-        return [max(int(ratio * weight), 1) for weight in weights]
-
-    def fit(cells: Sequence[int]) -> bool:
-        return sum(w.params(n) for w, n in zip(warehouses, cells, strict=True)) <= spend
-
-    low, high = 0.0, 1.0
-    while fit(shares(high)):
-        low, high = high, 2 * high
-    below, above = shares(low), shares(high)
-    while any(b - a > 1 for a, b in zip(below, above, strict=True)):
-        middle = (low + high) / 2
-        cells = shares(middle)
-        if fit(cells):
-            low, below = middle, cells
-        else:
-            high, above = middle, cells
-    _fill(warehouses, weights, below, spend)
-    return below
-
-
-def _fill(
-    warehouses: Sequence[_Warehouse], weights: Sequence[float], cells: list[int], spend: int
-) -> int:
-    """Add cells to `cells`, each where the ratio is lowest, until none fits; their parameters."""
-    total = sum(w.params(n) for w, n in zip(warehouses, cells, strict=True))
-    queue = [
-        ((n + 1) / weight, i) for i, (n, weight) in enumerate(zip(cells, weights, strict=True))
-    ]
-    heapq.heapify(queue)
-    while queue:
-        i = queue[0][1]
-        step = warehouses[i].step(cells[i])
-        if total + step > spend:  # and never will, since the rest only shrinks
-            heapq.heappop(queue)
-            continue
-        total += step
-        cells[i] += 1
-        heapq.heapreplace(queue, ((cells[i] + 1) / weights[i], i))
-    return total
-
-
-def _exchange(
-    warehouses: Sequence[_Warehouse],
-    relative: Sequence[float],
-    cells: Sequence[int],
-    spend: int,
-    least: int,
-) -> list[int]:
-    """Give cells of one warehouse for one of another while that leaves less of `spend`.
-
-    Stops at `least` parameters, or where no exchange helps.
-    """
-    weights = [r * w.mixtures for r, w in zip(relative, warehouses, strict=True)]
-    best = list(cells)
-    total = sum(w.params(n) for w, n in zip(warehouses, best, strict=True))
-    for _ in range(_PASSES):
-        if total >= least:
-            break
-        found = total
-        for up, down in itertools.permutations(range(len(best)), 2):
-            moved = list(best)
-            moved[up] += 1
-            left = spend - total - warehouses[up].step(best[up])
-            while left < 0 and moved[down] > 1:
-                moved[down] -= 1
-                left += warehouses[down].step(moved[down])
-            if left < 0:
-                continue
-            filled = _fill(warehouses, weights, moved, spend)
-            if filled > found:
-                found, better = filled, moved
-        if found == total:
-            break
-        best, total = better, found
-    return best
-
-
-def _choices(own: Shape, section: SpaceSection) -> dict[str, list[Any]]:
-    """What each dimension may be: `own`'s value first, then the section's others."""
-    listed: dict[str, Sequence[Any]] = {
-        METHOD: section.method,
-        "cell_ratio": section.cell_ratio,
-    }
-    if own.stage_sharing:
-        listed.update({f"sharing/stage{stage}": section.sharing for stage, _ in own.stage_sharing})
-    else:
-        listed["sharing"] = section.sharing
-    for name in ("reduction", "basis_ratio", "spatial_partition", "keep_static"):
-        listed[name] = getattr(section, name)
-    for method in (own.settings.method, *section.method):
-        settings = own.settings if method == own.settings.method else find(method).settings()
-        for key, wanted in section.methods.get(method, {}).items():
-            _check_values(settings, method, key, wanted)
-            listed[f"{method}/{key}"] = wanted
-    if strangers := sorted(set(section.methods) - {own.settings.method, *section.method}):
-        raise PlanError(f"search.space.methods.{strangers[0]}: list it in search.space.method, too")
-    starts = [_changed(own, {METHOD: name}) for name in (own.settings.method, *section.method)]
-    for name, values in list(listed.items()):
-        if not any(_applies(start, name) for start in starts):
-            if values:
-                raise PlanError(f"search.space.{name}: {own.settings.method} has no {name}")
-            del listed[name]
-    found: dict[str, list[Any]] = {}
-    for name, values in listed.items():
-        first = _value(next(start for start in starts if _applies(start, name)), name)
-        found[name] = [first, *(value for value in values if value != first)]
-    return found
-
-
-def _value(shape: Shape, name: str) -> Any:
-    """What a shape has in a dimension; None where its method has none."""
-    if name == METHOD:
-        return shape.settings.method
-    if name.startswith("sharing/stage"):
-        return dict(shape.stage_sharing)[int(name.removeprefix("sharing/stage"))]
-    if name == "keep_static":
-        return shape.keep_static
-    method, _, key = name.rpartition("/")
-    if method and method != shape.settings.method:
-        return None
-    return getattr(shape.settings, key, None)
-
-
-def _applies(shape: Shape, name: str) -> bool:
-    """Whether a dimension says anything about a shape, by its method."""
-    if name in (METHOD, "keep_static"):
-        return True
-    if name.startswith("sharing/stage"):
-        return bool(shape.stage_sharing)
-    method, _, key = name.rpartition("/")
-    return key in shape.settings.names and method in ("", shape.settings.method)
-
-
-def _check_values(settings: MethodSettings, method: str, key: str, values: Sequence[Any]) -> None:
-    """Raise PlanError for values that a setting cannot have."""
-    if key not in settings.names:
-        raise PlanError(
-            f"search.space.methods.{method}: there is no {key}; its settings are "
-            f"{', '.join(settings.names)}"
-        )
-    if key == find(method).group.size_name:
-        raise PlanError(
-            f"search.space.methods.{method}: {key} is what the budget decides; search.space.split "
-            "varies it between layers"
-        )
-    for value in values:
-        try:
-            settings.changed(**{key: value})
-        except PlanError as error:
-            raise PlanError(f"search.space.methods.{method}: {error}") from None
-
-
-def _changed(shape: Shape, values: Mapping[str, Any]) -> Shape:
-    """`shape` with other values in some dimensions. By another method settings are its own, as
-    published, besides what the values say.
-    """
-    if (method := values.get(METHOD, shape.settings.method)) != shape.settings.method:
-        shape = Shape(find(method).settings(), shape.keep_static)
-    by_stage = {
-        int(name.removeprefix("sharing/stage")): rule
-        for name, rule in values.items()
-        if name.startswith("sharing/stage")
-    }
-    own = {name.removeprefix(f"{method}/"): value for name, value in values.items()}
-    fields = [name for name in shape.settings.names if name in own]
-    return Shape(
-        shape.settings.changed(**{name: own[name] for name in fields}),
-        values.get("keep_static", shape.keep_static),
-        tuple((stage, by_stage.get(stage, rule)) for stage, rule in shape.stage_sharing),
-    )
 
 
 def fingerprint(plan: Plan) -> str:

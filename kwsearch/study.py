@@ -51,7 +51,7 @@ from kwsearch.trials import baseline
 
 if TYPE_CHECKING:
     from kwsearch.dry_run import Forecast
-    from kwsearch.proxy import ProxyData
+    from kwsearch.labelled_data import LabelledData
     from kwsearch.sign_data import SignData
 
 
@@ -126,7 +126,7 @@ class Study(ABC):
         """Raise SearchError if nothing of the space can be trained here."""
 
     @abstractmethod
-    def _check_fit(self, data: ProxyData | SignData) -> None:
+    def _check_fit(self, data: LabelledData | SignData) -> None:
         """Before the first trial: what is trained takes these examples and has their classes."""
 
     @abstractmethod
@@ -148,6 +148,14 @@ class Study(ABC):
     def _calibration(self) -> int:
         """First trials that are never stopped."""
         return self.search.calibration * len(self.values)
+
+    def _cycles(self) -> dict[str, Any] | None:
+        """Of operators, as plain data, which workers need."""
+        return None
+
+    def _job(self, trial: FrozenTrial, rung: int, attempt: int, splits: int) -> Job:
+        """What brings a trial to a rung."""
+        return self._jobs.of_trial(trial, rung, attempt, splits)
 
     def _warnings(self) -> tuple[str, ...]:
         """What still holds of the result."""
@@ -179,7 +187,15 @@ class Study(ABC):
                 self.watcher.say(note)
             own = self._provenance.get("id")
             folder = checkpoint_folder(self.directory, self.search.checkpoints, own)
-            self._jobs = Jobs(self.recipe, self.rungs, folder, self.trust, function, final)
+            self._jobs = Jobs(
+                self.recipe,
+                self.rungs,
+                folder,
+                self.trust,
+                function,
+                final,
+                cycles=self._cycles(),
+            )
             if executor is None:
                 executor = engines.executor_of(
                     self.search,
@@ -200,7 +216,7 @@ class Study(ABC):
                 self._rules(),
                 self.watcher,
                 self._proposer(),
-                self._jobs.of_trial,
+                self._job,
                 lambda trial: baseline(trial) is not None,
                 self._forget,
                 self._jobs.begins,
@@ -264,6 +280,7 @@ class Study(ABC):
             proxy.device_of(self.proxy)
         found = examples.load(self.recipe, self.proxy, self.trust)
         self._check_fit(found)
+        self._notes += found.notes
         data = f"{found.train.name} {examples.fingerprint(found)}"
         held_out = len(found.valid)
         return held_out, {"data": data, "held_out": held_out}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from kwlayers.plan import Network, Plan
-    from kwsearch.proxy import ProxyData
+    from kwsearch.labelled_data import LabelledData
     from kwsearch.sign_data import SignData
 
 
@@ -134,11 +134,12 @@ def score_trial(
     """
     from kwlayers.convert import convert_
     from kwsearch import proxy
+    from kwsearch.labelled_data import LabelledData
     from kwsearch.scores import score_all
 
     settings = Proxy.model_validate_json(trained.proxy)
     images = _images(trained.recipe, trained.proxy, trained.trust)
-    assert isinstance(images, proxy.ProxyData)  # others have no scores before training
+    assert isinstance(images, LabelledData)  # others have no scores before training
     images = images.moved(proxy.device_of(settings))
 
     initial = trained.initial()
@@ -164,21 +165,28 @@ def search_trial(
     proxy: str,
     seed: int,
     checkpoint: str,
+    splits: int = 1,
+    cycles: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train a supernet; the facts of the architecture that it chooses, and as the "value" what it
     gets right of the held-out examples itself, by that architecture.
+
+    cycles: the driver's table, as plain data. splits: by how much smaller batches are.
     """
     from kwsearch import architectures, supernet_search
-    from kwsearch.proxy import ProxyData
+    from kwsearch.labelled_data import LabelledData
+    from kwsearch.micronas.cycles import CycleTable
 
     settings = Proxy.model_validate_json(proxy)
     parsed = Recipe.model_validate_json(recipe)
     examples = _images(recipe, proxy, False)
-    assert isinstance(examples, ProxyData)
+    assert isinstance(examples, LabelledData)
+    table = None if cycles is None else CycleTable.from_dict(cycles)
     found, accuracy = supernet_search.run(
-        parsed, examples, settings, seed, report, path_of(checkpoint)
+        parsed, examples, settings, seed, report, path_of(checkpoint), table, splits
     )
-    return {"value": accuracy, **architectures.facts(architectures.feasible_of(parsed), found)}
+    feasible = architectures.feasible_of(parsed, table)
+    return {"value": accuracy, **architectures.facts(feasible, found)}
 
 
 def train_final(report: Callable[[int, float], None], *, trained: Trained) -> dict[str, Any]:
@@ -210,7 +218,7 @@ def _network(recipe: str, trust: bool) -> Network:
 
 
 @functools.lru_cache(maxsize=2)
-def _images(recipe: str, proxy: str, trust: bool) -> ProxyData | SignData:
+def _images(recipe: str, proxy: str, trust: bool) -> LabelledData | SignData:
     from kwsearch import examples
 
     return examples.load(

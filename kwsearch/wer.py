@@ -8,6 +8,7 @@ jiwer's, an optional package.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,11 +34,20 @@ class WordErrors:
         return (self.substitutions + self.deletions + self.insertions) / self.words
 
 
+def need() -> None:
+    """Raise ValueError where jiwer is not installed."""
+    if importlib.util.find_spec("jiwer") is None:
+        raise ValueError(
+            "word error rates need the package jiwer, which is not installed: "
+            "pip install 'kwsearch[sign]'"
+        )
+
+
 def word_errors(references: Sequence[Sentence], hypotheses: Sequence[Sentence]) -> WordErrors:
     """The fewest errors between each reference and its hypothesis, summed.
 
-    Raises ValueError without jiwer, for other counts of sentences, for references without a word
-    and for words with blanks.
+    Raises ValueError without jiwer (`need`), for other counts of sentences, for references without
+    a word and for words with blanks.
     """
     if isinstance(references, str) or isinstance(hypotheses, str):
         raise ValueError("references and hypotheses: lists of sentences, not one sentence")
@@ -48,15 +58,9 @@ def word_errors(references: Sequence[Sentence], hypotheses: Sequence[Sentence]) 
     wanted, given = ([_words(one) for one in group] for group in (references, hypotheses))
     if not any(wanted):
         raise ValueError("the references have no words: an error rate needs one at least")
-    try:
-        import jiwer
-    except ModuleNotFoundError as error:
-        if error.name != "jiwer":
-            raise
-        raise ValueError(
-            "word error rates need the package jiwer, which is not installed: "
-            "pip install 'kwsearch[sign]'"
-        ) from None
+    need()
+    import jiwer
+
     found = jiwer.process_words(
         [" ".join(words) for words in wanted], [" ".join(words) for words in given]
     )

@@ -45,7 +45,8 @@ from kwsearch.trial import Trained
 
 # What a database may ask a worker to run.
 FUNCTIONS = frozenset(
-    f"kwsearch.trial:{name}" for name in ("train_trial", "train_final", "score_trial")
+    f"kwsearch.trial:{name}"
+    for name in ("train_trial", "train_final", "score_trial", "search_trial")
 )
 _TRAINED = "trained"
 # Seconds that a worker which is to stop waits for a database that is away: SLURM kills after 30.

@@ -48,7 +48,8 @@ def show(recipe: Recipe, as_json: bool) -> None:
     if as_json:
         data = architecture_report.to_json(feasible, found, warehouse)
         click.echo(json.dumps(data, indent=2))
-        return
-    out = terminal.console()
-    for part in architecture_report.parts(feasible, found, warehouse):
-        out.print(part if not isinstance(part, str) else terminal.plain(part))
+    else:
+        out = terminal.console()
+        for part in architecture_report.parts(feasible, found, warehouse):
+            out.print(part if not isinstance(part, str) else terminal.plain(part))
+    architecture_report.check(feasible, found, warehouse)

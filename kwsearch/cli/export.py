@@ -109,7 +109,10 @@ def _write_tflite(request: _Request, path: Path) -> None:
     def tell(epoch: int, accuracy: float) -> None:
         click.echo(f"epoch {epoch}: {accuracy:.2%} on held-out windows", err=True)
 
-    found = deploy.deploy(request.recipe, path, request.weights, tell)
+    kept = request.output.with_suffix(".pt")
+    found = deploy.deploy(request.recipe, path, request.weights, kept, tell)
+    if request.weights is None:
+        click.echo(f"wrote {kept}, the trained weights, for --weights", err=True)
     name = re.sub(r"\W", "_", request.output.stem, flags=re.ASCII)
     name = f"_{name}" if name[:1].isdigit() else name
     tflite.header(path, name, found.notes()).replace(request.output.with_suffix(".h"))
@@ -194,6 +197,14 @@ def command(
     click.echo(f"wrote {target}", err=True)
 
 
+def _beside(kind: str, target: Path, weights: Path | None) -> list[Path]:
+    """What else is written."""
+    if kind != "tflite":
+        return []
+    header, kept = target.with_suffix(".h"), target.with_suffix(".pt")
+    return [header] if weights is not None else [header, kept]
+
+
 def _check(kind: str, target: Path, force: bool, weights: Path | None, ema: bool) -> None:
     """Before the work: options that do not go together, a file that may not be written."""
     chosen = KINDS[kind]
@@ -206,8 +217,9 @@ def _check(kind: str, target: Path, force: bool, weights: Path | None, ema: bool
         raise click.UsageError("--ema: of checkpoints of train.py; tflite takes a state dict")
     if kind == "tflite" and target.suffix != ".tflite":
         raise click.UsageError(f"-o {target}: must end in .tflite; the C header is written beside")
-    if kind == "tflite" and target.with_suffix(".h").exists() and not force:
-        raise click.UsageError(f"{target.with_suffix('.h')} exists: --force replaces it, too")
+    for beside in _beside(kind, target, weights):
+        if beside.exists() and not force:
+            raise click.UsageError(f"{beside} exists: --force replaces it, too")
     if ema and weights is None:
         raise click.UsageError("--ema needs --weights, a checkpoint of train.py --ema")
     if kind == "timm" and target.suffix != ".py":

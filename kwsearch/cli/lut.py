@@ -140,6 +140,7 @@ def check(
     import torch
 
     from kwsearch.latency import circumstances
+    from kwsearch.latency.operators import MCU
     from kwsearch.latency.plans import load
     from kwsearch.latency.profiling import steps_of
     from kwsearch.latency.subjects import Mode, of_model
@@ -147,6 +148,11 @@ def check(
 
     loaded = load(table)
     kept = loaded.circumstances
+    if kept["device"] == MCU:
+        raise TableError(
+            f"{table} is of a microcontroller: what runs there cannot be measured here; its "
+            "operators' times are exact, and `kwsearch lut show` says how good its fits are"
+        )
     torch.set_num_threads(kept["threads"])
     if found := loaded.differences(circumstances.here(kept["device"], kept["dtype"])):
         raise TableError(f"{table} cannot be checked here, it is of {'; '.join(found)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from kwsearch.latency.subjects import Mode, Subject
     from kwsearch.latency.table import Table
     from kwsearch.recipe import Recipe
+
+_OF_MODEL = ("input_size", "ratio", "methods", "classes")
+_OF_NETWORKS = (*_OF_MODEL, "size", "dtype", "trust")
 
 
 @click.command("profile")
@@ -92,13 +96,14 @@ def command(
                 f"{models[0]}: is about architectures, whose operators are measured by themselves: "
                 "leave out other models, --grid, --train and --batch"
             )
+        _refuse(_OF_NETWORKS, "of networks; operators of architectures are timed as they are")
+        _check_folder(output)
         _profile_operators(recipe, device, threads, output)
         return
     if not models and not grid:
         raise click.UsageError("nothing to profile: give a MODEL, a RECIPE.yaml or --grid")
     _check_used(models, grid)
-    if not output.absolute().parent.is_dir():
-        raise click.UsageError(f"-o {output}: there is no folder {output.parent}")
+    _check_folder(output)
     import torch
 
     from kwsearch.bench import check_device
@@ -131,7 +136,7 @@ def _profile_operators(recipe: Recipe, device: str, threads: int | None, output:
     from kwsearch.bench import check_device
     from kwsearch.latency import circumstances, operators
     from kwsearch.latency.table import sole_writer
-    from kwsearch.micronas.cycles import needed
+    from kwsearch.micronas.expected import needed
     from kwsearch.terminal import tracked
 
     if threads is not None:
@@ -142,9 +147,9 @@ def _profile_operators(recipe: Recipe, device: str, threads: int | None, output:
         left = operators.missing(table, sorted(needed(space_of(recipe))))
         try:
             with tracked("measuring", len(left)) as advance:
-                for done in operators.profile(table, left):
+                for done, total in operators.profile(table, left):
                     table.save(output)
-                    advance(done)
+                    advance(done, total)
         except KeyboardInterrupt:
             click.echo("interrupted: the same command goes on", err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
@@ -155,19 +160,25 @@ def _profile_operators(recipe: Recipe, device: str, threads: int | None, output:
 
 def _check_used(models: tuple[str, ...], grid: bool) -> None:
     """Refuse options of what is not profiled."""
-    context = click.get_current_context()
-
-    def refuse(names: dict[str, str], why: str) -> None:
-        for name, option in names.items():
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                raise click.UsageError(f"{option}: {why}")
-
     if not grid:
-        refuse({"size": "--size"}, "of --grid; a MODEL takes --input")
+        _refuse(("size",), "of --grid; a MODEL takes --input")
     if all(map(is_recipe, models)):
-        names = ("ratio", "methods", "classes")
-        own = {"input_size": "--input", **{name: f"--{name}" for name in names}}
-        refuse(own, "of a MODEL; a recipe says it itself, --grid has sizes (--size) and ratios")
+        why = "of a MODEL; a recipe says it itself, --grid has sizes (--size) and ratios"
+        _refuse(_OF_MODEL, why)
+
+
+def _refuse(names: Sequence[str], why: str) -> None:
+    """Those that were given."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = next(one.opts[0] for one in context.command.params if one.name == name)
+            raise click.UsageError(f"{option}: {why}")
+
+
+def _check_folder(output: Path) -> None:
+    if not output.absolute().parent.is_dir():
+        raise click.UsageError(f"-o {output}: there is no folder {output.parent}")
 
 
 def _trainings(train: bool) -> tuple[bool, ...]:

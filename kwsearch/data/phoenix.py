@@ -9,6 +9,9 @@ the alphabet.
 from __future__ import annotations
 
 import csv
+import io
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +50,11 @@ def _rows(root: Path, split: str) -> Iterator[tuple[str, tuple[str, ...]]]:
             f"{root}: {len(found)} files {_MANUAL}/*{split}.corpus.csv; allowed one of each part"
         )
     (path,) = found
-    with path.open(encoding="utf-8", newline="") as file:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error}); try another copy") from None
+    with io.StringIO(text, newline="") as file:
         lines = csv.DictReader(file, delimiter="|", quoting=csv.QUOTE_NONE)
         names = lines.fieldnames or ()
         columns = next((pair for pair in _COLUMNS if set(pair) <= set(names)), None)
@@ -69,7 +76,7 @@ def _features(root: Path) -> Path:
     found = sorted(path for path in (root / "features").glob("fullFrame-*") if path.is_dir())
     if not found:
         raise DataError(f"{root}: no folder features/fullFrame-*; looked for {LOOKED_FOR}")
-    return found[0]
+    return max(found, key=lambda path: math.prod(map(int, re.findall(r"\d+", path.name))))
 
 
 def _frames(features: Path, folder: str) -> tuple[Path, ...]:

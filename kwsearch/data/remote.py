@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from kwsearch.data.errors import DataError
 from kwsearch.files import NoSuchPlace, path_of
+from kwsearch.wording import one_line
 
 CACHE = Path("~/.cache/kwsearch/remote")
 
@@ -44,7 +45,7 @@ def fetched(url: str) -> Path:
     except DataError:
         raise
     except Exception as error:  # of many libraries
-        raise DataError(f"{url}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{url}: cannot be read: {one_line(error)}") from None
     return folder / str(there.name)
 
 

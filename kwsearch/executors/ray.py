@@ -31,6 +31,7 @@ from kwsearch.executors import (
     Started,
 )
 from kwsearch.executors.work import answer, failed, other_version, packed, unpacked
+from kwsearch.wording import one_line
 
 # Before Ray is loaded: nothing is reported to anybody.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -216,10 +217,9 @@ def _connect(address: str | None) -> None:
             _reach(where)
         ray.init(address, **options)
     except (RayError, OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ExecutorError(
-            f"no Ray cluster at {where or 'this machine'}: {reason}; `ray start --head` starts "
-            "one, and --address says where"
+            f"no Ray cluster at {where or 'this machine'}: {one_line(error)}; `ray start --head` "
+            "starts one, and --address says where"
         ) from None
     # What befell a task is an event, and standard output is for results.
     if hasattr(ray._private.worker, "print_to_stdstream"):
@@ -266,7 +266,7 @@ def _next(job: Job, task: Any) -> Event:
 
 
 def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 # From here on: in the worker.

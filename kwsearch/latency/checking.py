@@ -6,14 +6,17 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-from kwsearch.latency.measure import measure
+from kwsearch.latency.measure import Timed, measure
 from kwsearch.latency.predict import Predictor
 from kwsearch.latency.profiling import Step
 from kwsearch.latency.subjects import Mode, Subject
 from kwsearch.latency.table import DRIFT, Check, Table, TableError
 from kwsearch.verdict import kendall
+from kwsearch.wording import one_line
 
-_AGAIN = 1
+# Where prediction and measurement are further apart, the measurement is in doubt; and how many more
+# are made then.
+_DOUBT, _AGAIN = 0.15, 2
 
 
 def check(
@@ -22,8 +25,8 @@ def check(
     """Predict each step, measure it, and yield both. Steps that the table has as wholes are left
     out, and with a note those that it says nothing about or that cannot run. Measured times are
     those of a machine on which the anchor takes as long as it usually did for the table. Where the
-    machine was slow, and where prediction and measurement do not agree, it is measured again, and
-    the last measurement counts, whatever it is.
+    machine was slow, and where prediction and measurement do not agree, it is measured twice more,
+    and the median counts, whatever it is.
     """
     predictor, known = Predictor(table), {whole.key for whole in table.wholes}
     device = str(table.circumstances["device"])
@@ -34,14 +37,13 @@ def check(
         making = partial(step.subject.whole, step.mode)
         try:
             predicted = predictor.step(step.calls, step.mode.batch, step.mode.training)
-            for _ in range(1 + _AGAIN):
-                (times,) = measure([making], device)
-                ms = 1e3 * times.median * usual / times.anchor
-                agrees = predicted.low <= ms <= predicted.high
-                if agrees and times.anchor <= (1 + DRIFT) * usual:
-                    break
+            ms, slow = _measured(making, device, usual)
+            agrees = abs(predicted.ms / ms - 1) <= _DOUBT and predicted.low <= ms <= predicted.high
+            if slow or not agrees:
+                more = (_measured(making, device, usual)[0] for _ in range(_AGAIN))
+                ms = statistics.median((ms, *more))
         except (TableError, RuntimeError, MemoryError) as error:
-            note(step.subject, step.mode, " ".join(str(error).split())[:200])
+            note(step.subject, step.mode, one_line(error))
             continue
         yield Check(
             step.name,
@@ -52,6 +54,12 @@ def check(
             predicted.low,
             predicted.high,
         )
+
+
+def _measured(making: Callable[[], Timed], device: str, usual: float) -> tuple[float, bool]:
+    """Milliseconds at the usual speed, and whether the machine was slow. usual: of the anchor."""
+    (times,) = measure([making], device)
+    return 1e3 * times.median * usual / times.anchor, times.anchor > (1 + DRIFT) * usual
 
 
 def summary(checks: Sequence[Check]) -> dict[str, float]:

@@ -10,7 +10,9 @@ from kwsearch import timing
 
 
 def here(device: str = "cpu", dtype: str = "float32") -> dict[str, Any]:
-    """Of this process, for a table."""
+    """Of this process, for a table. device: cpu in place of one that is not here."""
+    if device.partition(":")[0] != "cuda" or gpu() is None:
+        device = "cpu"
     machine, versions = timing.machine(device), timing.versions()
     return {
         "cpu": machine["cpu"],

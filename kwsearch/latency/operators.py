@@ -7,8 +7,6 @@ are equal, and nanoseconds are exact enough to have the cycles back.
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,10 +19,12 @@ from kwlayers.plan import counted
 from kwsearch.latency import circumstances
 from kwsearch.latency.measure import measure
 from kwsearch.latency.plans import HERE
+from kwsearch.latency.profiling import REPEATS
 from kwsearch.latency.table import Entry, Table, TableError
 from kwsearch.micronas.cycles import CycleTable, kind_of
 from kwsearch.micronas.space import Key, Operator
 from kwsearch.micronas.supernet import Network, run
+from kwsearch.timing import clock_of
 
 MCU = "mcu"
 _PREFIX = "operator "
@@ -39,8 +39,7 @@ def load(path: Path, *, force: bool = False) -> CycleTable:
     than this one, if it is none of a microcontroller and not forced.
     """
     table = Table.load(path)
-    entries = dict(_operators(table))
-    if not entries:
+    if not any(_operators(table)):
         raise TableError(
             f"{path}: has calls of networks, none of micronas' operators: `kwsearch lut import` "
             "writes a microcontroller's, `kwsearch profile` with a recipe of micronas this one's"
@@ -53,7 +52,9 @@ def load(path: Path, *, force: bool = False) -> CycleTable:
                 f"{path} is not of this machine: {'; '.join(found)}; measure it here, or take it "
                 "as it is (search.space.limits.lut_force: true)"
             )
+        table = table.steadied()
     clock = float(kept.get("clock_mhz", _GHZ))
+    entries = dict(_operators(table))
     cycles = {key: round(entry.median_ns * clock / 1000) for key, entry in entries.items()}
     return CycleTable(str(kept.get("cpu")), clock, cycles)
 
@@ -78,29 +79,27 @@ def table_of(cycles: CycleTable) -> Table:
 
 
 def missing(table: Table, keys: Sequence[Key]) -> list[Key]:
-    """Those that a table does not have."""
-    known = {key for key, _ in _operators(table)}
+    """Those that a table does not have, or that were measured while the machine was slow."""
+    slow = table.drifted()
+    known = {key for key, entry in _operators(table) if entry.key not in slow}
     return sorted(key for key in keys if key not in known)
 
 
-def profile(table: Table, keys: Sequence[Key]) -> Iterator[int]:
-    """Measure operators on the table's device and add them; yields how many are done."""
+def profile(table: Table, keys: Sequence[Key]) -> Iterator[tuple[int, int]]:
+    """Measure operators on the table's device and add them, a few times more those at which the
+    machine was slow; yields how many are done of how many.
+    """
     device = table.circumstances["device"]
-    for start in range(0, len(keys), _BESIDE):
-        part = keys[start : start + _BESIDE]
-        found = measure([partial(_Runs, key, device) for key in part], device)
-        table.add(_entry(key, times.in_ns()) for key, times in zip(part, found, strict=True))
-        yield start + len(part)
-
-
-def parse(text: str) -> Key:
-    """The inverse of `str(key)`. Raises ValueError."""
-    found = re.fullmatch(r"(\w+) ([\dx +]+) to ([\dx]+)(?:, ([\dx]+) by ([\dx]+))?", text)
-    if found is None:
-        raise ValueError(f"not an operator: {text!r}")
-    kind, read, written, kernel, strides = found.groups()
-    inputs = tuple(_sizes(one) for one in read.split(" + "))
-    return Key(kind, inputs, _sizes(written), _sizes(kernel), _sizes(strides))
+    left, done, total = list(keys), 0, len(keys)
+    for _ in range(1 + REPEATS):
+        for start in range(0, len(left), _BESIDE):
+            part = left[start : start + _BESIDE]
+            found = measure([partial(_Runs, key, device) for key in part], device)
+            table.add(_entry(key, times.in_ns()) for key, times in zip(part, found, strict=True))
+            done += len(part)
+            yield done, total
+        left = missing(table, keys)
+        total += len(left)
 
 
 def summary(table: Table) -> list[str]:
@@ -124,15 +123,16 @@ class _Runs:
         self._inputs = [torch.randn(_channels_first(shape), device=device) for shape in key.inputs]
         self._one = Operator("timed", ("input",) * len(key.inputs), key, relu=True)
         self._convs = Network((self._one,)).to(device).convs
+        self._clock = clock_of(device)
 
     @torch.no_grad()
     def seconds(self) -> float:
         """Of one run."""
         self._run()
-        begun = time.perf_counter()
+        begun = self._clock()
         for _ in range(_RUNS):
             self._run()
-        return (time.perf_counter() - begun) / _RUNS
+        return (self._clock() - begun) / _RUNS
 
     def _run(self) -> Tensor:
         out = run(self._one, self._inputs, self._convs)
@@ -143,7 +143,7 @@ def _operators(table: Table) -> Iterator[tuple[Key, Entry]]:
     for entry in table.entries.values():
         if entry.kind.startswith(_PREFIX):
             try:
-                yield parse(entry.family), entry
+                yield Key.parse(entry.family), entry
             except ValueError as error:
                 raise TableError(f"a latency table with an entry that is none: {error}") from None
 
@@ -155,7 +155,3 @@ def _entry(key: Key, times: tuple[int, int, int, int, int]) -> Entry:
 def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
     """(H, W, C) or (C,) with a batch of one."""
     return (1, shape[-1], *shape[:-1])
-
-
-def _sizes(text: str | None) -> tuple[int, ...]:
-    return tuple(map(int, text.split("x"))) if text else ()

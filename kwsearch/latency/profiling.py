@@ -16,9 +16,10 @@ from kwsearch.latency.predict import Predictor
 from kwsearch.latency.replay import Replay
 from kwsearch.latency.subjects import Mode, Subject
 from kwsearch.latency.table import Entry, Table, TableError, Whole
+from kwsearch.wording import one_line
 
 # So many are timed side by side; and again, as often, where the machine was slow meanwhile.
-_CALLS, _WHOLES, _REPEATS = 24, 4, 2
+_CALLS, _WHOLES, REPEATS = 24, 4, 2
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Profile:
 
     def _run(self) -> Iterator[Progress]:
         done = total = 0
-        for _ in range(1 + _REPEATS):
+        for _ in range(1 + REPEATS):
             calls, wholes = self.missing()
             total += len(calls) + len(wholes)
             # In no order: so no kind of call is measured at one time only.
@@ -180,7 +181,7 @@ class Profile:
         try:
             return dict(zip(making, measure([*making.values()], device), strict=True))
         except (RuntimeError, MemoryError) as error:  # a dtype without kernels, no memory
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
         if len(making) == 1:
             self.failed |= dict.fromkeys(making, reason)
             return {}

@@ -20,19 +20,16 @@ no negative weight, in proportion to
 with the least relative squares, separately for convolutions whose channels are both multiples of 4
 (which CMSIS-NN has quicker code for) and all others. A fit's error is the mean absolute relative
 error over five parts, each predicted from the other four.
-
-`ExpectedCycles` is the published expectation over a mixture. For a convolution with probabilities w
-of its output widths and v of its input widths it is w' Lat v; for the cells see `_time` and
-`_fusion`.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,19 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kwsearch.micronas.choices import Choices
-from kwsearch.micronas.mixture import Mixture, as_double, of_cell
-from kwsearch.micronas.space import (
-    KERNELS,
-    FusionCell,
-    Key,
-    Operator,
-    Shape,
-    Space,
-    TimeCell,
-    TimePlace,
-    head,
-)
+from kwsearch.micronas.space import Key, Operator, Shape
 
 # MHz, of the boards that the paper measured on.
 CLOCKS = {"NiclaSense": 64.0, "NUCLEOL552ZEQ": 80.0, "NUCLEOF446RE": 180.0}
@@ -126,6 +111,17 @@ class CycleTable:
         if not self.clock_mhz > 0 or not math.isfinite(self.clock_mhz):
             raise CycleError(f"clock {self.clock_mhz} MHz: must be a positive number")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, without what was refused."""
+        entries = {str(key): count for key, count in self.entries.items()}
+        return {"device": self.device, "clock_mhz": self.clock_mhz, "entries": entries}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CycleTable:
+        """The inverse."""
+        entries = {Key.parse(text): count for text, count in data["entries"].items()}
+        return cls(data["device"], data["clock_mhz"], entries)
+
     def cycles(self, key: Key) -> Cycles:
         """Measured, or else fitted. Raises CycleError where too little was measured for a fit."""
         if key in self.entries:
@@ -195,20 +191,24 @@ def load_csv(path: Path, device: str, *, clock_mhz: float | None = None) -> Cycl
     """
     entries: dict[Key, int] = {}
     refused: list[Refused] = []
-    with path.open(encoding="utf-8", newline="") as lines:
+    # A spreadsheet begins its UTF-8 with a mark.
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CycleError(f"{path}: not UTF-8 ({error}); try saving it as that") from None
+    with io.StringIO(text, newline="") as lines:
         reader = csv.DictReader(lines)
         if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
             raise CycleError(
                 f"{path}: no column {', '.join(missing)}: the first line must name "
                 f"{', '.join(COLUMNS)}"
             )
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            try:
+        try:
+            for row in reader:
                 key, count = _of_row(row)
-            except ValueError as error:
-                raise CycleError(f"{where}: {error}") from None
-            _enter(key, count, where, entries, refused)
+                _enter(key, count, f"{path}:{reader.line_num}", entries, refused)
+        except (ValueError, csv.Error) as error:
+            raise CycleError(f"{path}:{reader.line_num}: {error}") from None
     return CycleTable(device, _clock(device, clock_mhz), entries, tuple(refused))
 
 
@@ -252,7 +252,8 @@ def _take(record: Any, where: str, entries: dict[Key, int], refused: list[Refuse
 
 def _timings(record: Mapping[str, Any]) -> list[int]:
     rows = record.get("timing") or []
-    return [row["cpuCycles"] for row in rows if type(row.get("cpuCycles")) is int]
+    counts = (row.get("cpuCycles") for row in rows if isinstance(row, Mapping))
+    return [count for count in counts if type(count) is int]
 
 
 def _of_row(row: dict[str, str]) -> tuple[Key, int]:
@@ -342,114 +343,3 @@ def _weights(terms: Tensor, took: Tensor) -> Tensor:
     scale = rows.amax(0)
     weights, _ = nnls((rows / scale).numpy(), torch.ones(len(rows), dtype=torch.float64).numpy())
     return torch.from_numpy(weights) / scale
-
-
-class Expected:
-    """What a mixture costs, differentiable, by what each operator does. of one architecture: the
-    sum over its operators.
-    """
-
-    def __init__(self, space: Space, cost: Callable[[Key], float]) -> None:
-        self.space = space
-        self._cells = [_matrices(Choices(place), cost) for place in space.cells]
-        ends = [head(space, width, "input") for width in space.cells[-1].channels]
-        costs = [sum(cost(one.key) for one in network) for network in ends]
-        self._head = torch.tensor(costs, dtype=torch.float64)
-
-    def __call__(self, mixture: Mixture) -> Tensor:
-        """mixture: of every decision of the space. out: () in float64"""
-        mixture = as_double(self.space, mixture)
-        total = torch.zeros((), dtype=torch.float64)
-        before = torch.ones(1, dtype=torch.float64)
-        for place, matrices in zip(self.space.cells, self._cells, strict=True):
-            own = of_cell(mixture, place.name)
-            if isinstance(place, TimePlace):
-                total = total + _time(matrices, own, before)
-                before = own["channels"]
-                continue
-            skip, keep = own.get("keep", before.new_tensor([0.0, 1.0]))
-            total = total + keep * _fusion(matrices, own, before)
-            kept = keep * own["channels"]
-            before = kept if place.reducing else skip * before + kept
-        return total + before @ self._head
-
-
-class ExpectedCycles(Expected):
-    """Cycles of a mixture by a table. fitted: operators that were not measured.
-
-    Raises CycleError where the table lacks an operator of the space that cannot be fitted.
-    """
-
-    def __init__(self, space: Space, table: CycleTable) -> None:
-        self.table = table
-        asked: dict[Key, Cycles] = {}
-
-        def cost(key: Key) -> float:
-            asked[key] = table.cycles(key)
-            return asked[key].number
-
-        super().__init__(space, cost)
-        self.operators = frozenset(asked)
-        self.fitted = frozenset(key for key, cycles in asked.items() if cycles.fitted)
-
-    def milliseconds(self, mixture: Mixture) -> Tensor:
-        """At the device's clock. out: ()"""
-        return self(mixture) / (1000 * self.table.clock_mhz)
-
-
-def needed(space: Space) -> frozenset[Key]:
-    """Every operator that some architecture of a space has: what is to be measured."""
-    found: set[Key] = set()
-
-    def cost(key: Key) -> float:
-        found.add(key)
-        return 0.0
-
-    for place in space.cells:
-        _matrices(Choices(place), cost)
-    for width in space.cells[-1].channels:
-        found |= {one.key for one in head(space, width, "input")}
-    return frozenset(found)
-
-
-def _matrices(choices: Choices, cost: Callable[[Key], float]) -> dict[str, Tensor]:
-    """Of every operator that a cell may have, by its name in the cell: (I, O) or (B, O) cycles."""
-    place, least = choices.place, choices.place.channels[0]
-    found = {}
-    if isinstance(place, TimePlace):
-        for kernel in KERNELS:
-            (conv,) = place.operators(TimeCell(kernel, least), 1, "input")
-            found[f"conv{kernel}"] = choices.matrix(conv, cost)
-        return found
-    for one in place.operators(FusionCell(least, least, KERNELS, True), 1, "input"):
-        found[one.name.removeprefix(f"{place.name}.")] = choices.matrix(one, cost)
-    return found
-
-
-def _time(matrices: Mapping[str, Tensor], own: Mixture, before: Tensor) -> Tensor:
-    """Each kernel's convolution in its share."""
-    convs = [before @ matrices[f"conv{kernel}"] @ own["channels"] for kernel in KERNELS]
-    return own["kernel"] @ torch.stack(convs)
-
-
-def _fusion(matrices: Mapping[str, Tensor], own: Mixture, before: Tensor) -> Tensor:
-    """With chances p1, p2, p3 of the branches, none of them q, r of the residual, A of an addition:
-
-    branches = sum_k p_k l_k + A (p2 p1 + p3 max(p1, p2))
-    cell = (bottleneck + branches) (1 - q) + r residual + A r (1 - q)
-
-    As published: for independent branches p1 + p2 - p1 p2 would stand for the maximum, and only the
-    bottleneck would have the factor 1 - q. It is exact where branch 3 or 5 is certainly on, and for
-    every architecture.
-    """
-    narrow, written = own["bottleneck"], own["channels"]
-    p1, p2, p3 = p = [own[f"branch{kernel}"][1] for kernel in KERNELS]
-    r = own["residual"][1]
-    some = 1 - (1 - p1) * (1 - p2) * (1 - p3)
-    add = written @ matrices["add1"].diagonal()
-    bottleneck = before @ matrices["bottleneck"] @ narrow
-    convs = [narrow @ matrices[f"branch{kernel}"] @ written for kernel in KERNELS]
-    branches = torch.stack(p) @ torch.stack(convs) + add * (p2 * p1 + p3 * torch.maximum(p1, p2))
-    residual = before @ matrices["residual"] @ written
-    cell: Tensor = (bottleneck + branches) * some + r * residual + add * r * some
-    return cell

@@ -35,7 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kwsearch.micronas.cycles import CycleTable, Expected, ExpectedCycles
+from kwsearch.micronas.cycles import CycleTable
+from kwsearch.micronas.expected import Expected, ExpectedCycles
 from kwsearch.micronas.feasible import Feasible, Limits
 from kwsearch.micronas.mixture import Mixture, gumbel_softmax, softmax
 from kwsearch.micronas.peak_memory import ExpectedPeak

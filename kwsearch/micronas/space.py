@@ -20,6 +20,7 @@ The exported network has no ReLU on the logits of the classes, which the publish
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -79,6 +80,16 @@ class Key(NamedTuple):
         read = " + ".join(_by(shape) for shape in self.inputs)
         how = f", {_by(self.kernel)} by {_by(self.strides)}" if self.kernel else ""
         return f"{self.kind} {read} to {_by(self.output)}{how}"
+
+    @classmethod
+    def parse(cls, text: str) -> Key:
+        """The inverse of `str(key)`. Raises ValueError."""
+        found = re.fullmatch(r"(\w+) ([\dx +]+) to ([\dx]+)(?:, ([\dx]+) by ([\dx]+))?", text)
+        if found is None:
+            raise ValueError(f"not an operator: {text!r}")
+        kind, read, written, kernel, strides = found.groups()
+        inputs = tuple(_sizes(one) for one in read.split(" + "))
+        return cls(kind, inputs, _sizes(written), _sizes(kernel), _sizes(strides))
 
 
 class Operator(NamedTuple):
@@ -447,6 +458,11 @@ def macs(network: tuple[Operator, ...]) -> int:
 
 def _half(size: int) -> int:
     return -(-size // 2)
+
+
+def _sizes(text: str | None) -> Shape:
+    """The inverse of `_by`; () of nothing."""
+    return tuple(map(int, text.split("x"))) if text else ()
 
 
 def _by(sizes: Shape) -> str:

@@ -19,7 +19,7 @@ from kwsearch.pages.study_plots import reached
 from kwsearch.passwords import without_password
 from kwsearch.recipe import dump_recipe
 from kwsearch.results import recipe_of_trial, under
-from kwsearch.space import METHOD
+from kwsearch.shapes import METHOD
 from kwsearch.study_report import result_of
 from kwsearch.trials import (
     ARCHITECTURE,

@@ -480,7 +480,8 @@ class Tap(Section):
 
     weight: NotNegativeFloat = Field(default=1.0, description="its CTC in the loss, at first")
     final_weight: NotNegativeFloat | None = Field(
-        default=None, description="at the end; null is the same"
+        default=None,
+        description="in the last epoch, to which it changes linearly; null is the same",
     )
     distillation: NotNegativeFloat = Field(
         default=0.0, description="what it learns from the network's own logits"

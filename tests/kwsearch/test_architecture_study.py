@@ -16,20 +16,33 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kwlayers import convert_
 from kwlayers.plan import PlanError
-from kwsearch import architectures, proxy, snapshot, supernet_search
+from kwsearch import (
+    architectures,
+    checkpoint,
+    deploy,
+    jobs,
+    labelled_data,
+    snapshot,
+    supernet_search,
+)
 from kwsearch.architecture_proposals import nearest
 from kwsearch.architecture_study import ArchitectureStudy
 from kwsearch.cli import cli
 from kwsearch.cli import run as run_cli
 from kwsearch.executors import Event, Finished, Job, Reported
+from kwsearch.latency import operators as latency
+from kwsearch.micronas.cycles import CycleTable
 from kwsearch.micronas.differentiable import Search, Settings
+from kwsearch.micronas.expected import needed
 from kwsearch.micronas.feasible import Feasible, Limits
 from kwsearch.micronas.peak_memory import peak_bytes
 from kwsearch.micronas.space import Space, operators
-from kwsearch.micronas.supernet import extract
+from kwsearch.micronas.supernet import Supernet, extract
 from kwsearch.recipe import Recipe, RecipeError, load_recipe, parse_recipe
 from kwsearch.results import Result, result_from
 from kwsearch.run_directory import SearchError
+from kwsearch.worker import FUNCTIONS, decode, encode
+from tests.kwsearch.micronas.spaces import some_cycles
 
 TEXT = """
 format: 1
@@ -221,7 +234,7 @@ def test_a_supernet_of_a_study_is_the_differentiable_search(windows: Path, tmp_p
     result = run(windows, tmp_path, DIFFERENTIABLE, "search.trials=2")
     trial = result.trials[1]
     assert result.recipe.proxy is not None
-    data = proxy.load(result.recipe.proxy, (1, 20, 4))
+    data = labelled_data.load(result.recipe.proxy, (1, 20, 4))
     mean = data.train.x.mean((0, 1, 2), keepdim=True)
     deviation = data.train.x.std((0, 1, 2), keepdim=True)
     train, valid = (((p.x - mean) / deviation, p.y) for p in (data.train, data.valid))
@@ -334,6 +347,17 @@ REFUSED = [
     (("search.space.split=3",), SearchError, "search.space.split: is of plans; .* have limits"),
     (("search.budgets=[1, 2]",), SearchError, "search.budgets: architectures have limits, not"),
     ((DIFFERENTIABLE, "micronas.warehouses=[1]"), SearchError, "warehouses: is of search.strategy"),
+    (
+        (DIFFERENTIABLE, "search.pruner=median"),
+        SearchError,
+        "search.pruner: median: is of search.strategy sampler",
+    ),
+    (
+        (DIFFERENTIABLE, "search.rungs=[{epochs: 1}, {epochs: 2}]"),
+        SearchError,
+        "search.rungs: is of search.strategy sampler",
+    ),
+    (("method={reduction: 0.25}",), SearchError, "method: is of plans"),
     (("proxy.init=static",), SearchError, "proxy.init static: is of plans"),
     (("input=3x20x4",), PlanError, "input 3x20x4: micronas takes windows"),
     (("input=1x20x5",), ValueError, "do not fit 20x5"),
@@ -354,6 +378,36 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "study.journal").exists()
 
 
+def test_warehouses_whose_latency_nobody_knows_are_refused(windows: Path, tmp_path: Path) -> None:
+    space = Space(20, 4, 3, (2, 4), (4, 8, 12), plain_cells=1)
+    path = tmp_path / "board.lut.yaml"
+    cycles = some_cycles(needed(space))
+    few = {key: n for key, n in cycles.items() if key.kind != "add"}
+    latency.table_of(CycleTable("a board", 1.0, {**few, **dict([*cycles.items()][:0])})).save(path)
+    limits = f"search.space.limits={{latency_ms: 1000, lut: {path}}}"
+    with pytest.raises(SearchError, match=r"has no latency|limits\.lut"):
+        run(windows, tmp_path / "run", "micronas.warehouses=[1]", limits)
+
+
+def test_limits_that_are_not_kept_are_an_exit_code(
+    windows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(TEXT.format(data=windows).replace("flash: 900", "flash: 30"))
+    assert run_cli(["budget", str(path), "--json"]) == 3
+    told = capsys.readouterr()
+    assert "no architecture keeps the limits: flash limit 30 bytes" in told.err
+    assert "largest_within_limits" not in json.loads(told.out)
+    path.write_text(TEXT.format(data=windows))
+    run(windows, tmp_path / "run", "search.trials=1")
+    best = load_recipe(tmp_path / "run" / "best.yaml")
+    tight = best.model_dump(mode="json", exclude_none=True)
+    tight["search"]["space"]["limits"]["flash"] = 30
+    path.write_text(json.dumps(tight))
+    assert run_cli(["budget", str(path)]) == 3
+    assert "not within the limits: flash " in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_is_searched(windows: Path, tmp_path: Path) -> None:
     search, _ = study(windows, tmp_path, DIFFERENTIABLE)
     forecast = search.forecast()
@@ -367,12 +421,19 @@ def test_a_dry_run_says_what_is_searched(windows: Path, tmp_path: Path) -> None:
     assert "the largest within the limits" in text
     sampled = study(windows, tmp_path)[0].forecast()
     assert sampled.supernet_s is None
+    # Supernets have more weights than any network of theirs, and the optimizer's two copies.
+    weights = sum(one.numel() for one in Supernet(search.feasible.space).parameters())
+    assert forecast.checkpoint_bytes == 4 * weights * 3 > sampled.checkpoint_bytes
+    # Weights, gradients and copies at least, beside what is kept for backward, which a network's
+    # step has less of.
+    assert forecast.train_bytes > 4 * weights * 4
+    assert forecast.train_bytes > sampled.train_bytes
 
 
 def test_a_supernet_goes_on_from_its_checkpoint(windows: Path, tmp_path: Path) -> None:
     recipe = recipe_of(windows, DIFFERENTIABLE)
     assert recipe.proxy is not None
-    data = proxy.load(recipe.proxy, (1, 20, 4))
+    data = labelled_data.load(recipe.proxy, (1, 20, 4))
     path, seen = tmp_path / "one.pt", []
 
     def stops(step: int, value: float) -> None:
@@ -386,11 +447,81 @@ def test_a_supernet_goes_on_from_its_checkpoint(windows: Path, tmp_path: Path) -
     found = supernet_search.run(
         recipe, data, recipe.proxy, 7, lambda step, value: after.append(step), path
     )
-    assert (seen, after) == ([1, 2], [3])
+    assert (seen, after) == ([1, 2], [])  # the last is told by the result
     whole = supernet_search.run(
         recipe, data, recipe.proxy, 7, lambda step, value: None, tmp_path / "two.pt"
     )
     assert found == whole
+    # However the study is run, the checkpoint is of the same supernet; of another one it is not.
+    how = ("search.trials=50", "search.workers=4", "search.finalists=2", "search.timeout=9")
+    other = recipe_of(windows, DIFFERENTIABLE, *how)
+    again = supernet_search.run(other, data, recipe.proxy, 7, pytest.fail, path)  # type: ignore[arg-type]
+    assert again == whole
+    longer = recipe_of(windows, DIFFERENTIABLE, "search.supernet={epochs: 4, batch_size: 8}")
+    with pytest.raises(checkpoint.CheckpointError):
+        supernet_search.run(longer, data, recipe.proxy, 7, pytest.fail, path)  # type: ignore[arg-type]
+
+
+def test_supernets_that_choose_the_same_train_it_by_other_seeds(
+    windows: Path, tmp_path: Path
+) -> None:
+    space = architectures.space_of(recipe_of(windows))
+    lightest = Feasible(space, Limits(flash=1)).largest().architecture
+    least = Feasible(space, Limits()).flash(lightest)
+    limits = f"search.space.limits={{flash: {least}}}"
+    result = run(windows, tmp_path, DIFFERENTIABLE, "search.trials=3", limits)
+    prints = [trial.user_attrs["fingerprint"] for trial in result.trials]
+    assert len(set(prints)) == 1  # there is one that is so small
+    assert [trial.user_attrs.get("again") for trial in result.trials] == [None, 1, 2]
+
+
+def test_networks_that_are_equal_are_one_architecture(windows: Path) -> None:
+    recipe = recipe_of(windows)
+    feasible = architectures.feasible_of(recipe)
+    space, options = feasible.space, feasible.space.options(feasible.space.maximum())
+    (keep,) = (name for name in options if name.endswith(".keep"))
+    cell = keep.removesuffix(".keep")
+    left_out = space.architecture({**options, keep: 0})
+    other = space.architecture({**options, keep: 0, f"{cell}.branch3": 0})
+    kept = space.architecture({**options, f"{cell}.branch3": 0})
+    marks = [
+        architectures.facts(feasible, one)["fingerprint"]
+        for one in (left_out, other, kept, space.maximum())
+    ]
+    assert left_out != other
+    assert operators(space, left_out) == operators(space, other)
+    assert marks[0] == marks[1]
+    assert len(set(marks)) == 3
+
+
+def test_a_table_goes_to_workers_as_plain_data() -> None:
+    space = Space(20, 4, 3, (2, 4), (4, 8, 12), plain_cells=1)
+    table = CycleTable("a board", 64.0, some_cycles(needed(space)))
+    sent = json.loads(json.dumps(encode({"cycles": table.to_dict(), "seed": 1})))
+    found = CycleTable.from_dict(decode(sent, trust=False)["cycles"])
+    assert found == table
+
+
+def test_workers_of_a_queue_run_all_that_a_study_asks_for() -> None:
+    asked = {value for name, value in vars(jobs).items() if name.isupper() and ":" in str(value)}
+    assert asked == FUNCTIONS
+
+
+def test_a_supernet_needs_no_table_where_it_is_trained(windows: Path, tmp_path: Path) -> None:
+    space = Space(20, 4, 3, (2, 4), (4, 8, 12), plain_cells=1)
+    path = tmp_path / "board.lut.yaml"
+    latency.table_of(CycleTable("a board", 1.0, some_cycles(needed(space)))).save(path)
+    limits = f"search.space.limits={{latency_ms: 25, lut: {path}}}"
+    study_, _ = study(windows, tmp_path / "run", DIFFERENTIABLE, "search.trials=2", limits)
+
+    class Elsewhere(Inline):
+        def submit(self, job: Job) -> None:
+            path.unlink(missing_ok=True)
+            super().submit(job)
+
+    result = study_.run(Elsewhere())
+    assert [trial.state for trial in result.trials] == [TrialState.COMPLETE] * 2
+    assert all(trial.user_attrs["latency_ms"] <= 25 for trial in result.trials)
 
 
 # Recipes ------------------------------------------------------------------------------------------
@@ -478,15 +609,34 @@ def test_an_export_that_cannot_be_says_why(
     (tmp_path / "model.h").touch()
     assert run_cli(["export", str(plain), "--to", "tflite"]) == 2
     assert "model.h exists: --force" in capsys.readouterr().err
+    (tmp_path / "model.h").rename(tmp_path / "model.pt")
+    assert run_cli(["export", str(plain), "--to", "tflite"]) == 2
+    assert "model.pt exists: --force" in capsys.readouterr().err
+    (tmp_path / "model.pt").unlink()
     assert run_cli(["export", str(plain), "--to", "train.py"]) == 2
     assert "about architectures of micronas and has no plan" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_export_trains_the_same_network_by_the_same_seed(windows: Path) -> None:
+    recipe = recipe_of(windows)
+    assert recipe.proxy is not None
+    data = labelled_data.load(recipe.proxy, (1, 20, 4))
+    space = architectures.space_of(recipe)
+    one, two, other = (
+        deploy._trained(
+            lambda: extract(space, space.minimum()), recipe.proxy, data, seed, lambda *_: None
+        ).state_dict()
+        for seed in (3, 3, 4)
+    )
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 @pytest.mark.slow  # the converter takes some ten seconds
 def test_a_trained_architecture_is_written_and_run_in_int8(
     windows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kwsearch import deploy
     from kwsearch.micronas import tflite
 
     for package in tflite.PACKAGES:
@@ -494,7 +644,12 @@ def test_a_trained_architecture_is_written_and_run_in_int8(
     monkeypatch.chdir(tmp_path)
     run(windows, tmp_path / "run", "search.trials=1", "proxy.epochs=30")
     recipe = load_recipe(tmp_path / "run" / "best.yaml")
-    found = deploy.deploy(recipe, tmp_path / "net.tflite", None, lambda epoch, accuracy: None)
+    kept = tmp_path / "net.pt"
+    found = deploy.deploy(recipe, tmp_path / "net.tflite", None, kept, lambda *_: None)
+    # By the weights that it has kept it is the same file.
+    deploy.deploy(recipe, tmp_path / "same.tflite", kept, tmp_path / "none.pt", pytest.fail)  # type: ignore[arg-type]
+    assert (tmp_path / "same.tflite").read_bytes() == (tmp_path / "net.tflite").read_bytes()
+    assert not (tmp_path / "none.pt").exists()
     assert (found.split, found.windows) == ("test", 18)
     # The training is the trial's, but for the seed; waves of three lengths are easily told apart.
     assert found.floating > 0.6
@@ -510,6 +665,7 @@ def test_a_trained_architecture_is_written_and_run_in_int8(
     )
     assert shown.exit_code == 0, shown.output
     assert "test windows (18): " in shown.output
+    assert "wrote a-net.pt, the trained weights, for --weights" in shown.output
     text = (tmp_path / "a-net.h").read_text()
     assert "a_net[]" in text
     assert "// mean " in text

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kwsearch import data, proxy, zoo
+from kwsearch import data, labelled_data, proxy, zoo
 from kwsearch.data import Clips, DataError, audio_folder, mel_cache
 from kwsearch.data.audio_folder import find, read_clip
 from kwsearch.data.mel import SILENCE, LogMel
@@ -403,11 +403,11 @@ def many(root: Path) -> Path:
 
 def test_a_proxy_trains_on_the_log_mels_as_they_are(tmp_path: Path) -> None:
     root = many(tmp_path)
-    images = proxy.load(proxy_of(root, fold=2), (1, 16, 10))
+    images = labelled_data.load(proxy_of(root, fold=2), (1, 16, 10))
     assert len(images.train) + len(images.valid) == 16
     batch = images.batch(images.train.x[:3])
     assert torch.equal(batch, images.train.x[:3].float())
-    tested = proxy.load_test(proxy_of(root, fold=2), images)
+    tested = labelled_data.load_test(proxy_of(root, fold=2), images)
     assert tested.valid.names == ("1.wav", "6.wav", "11.wav", "16.wav")
 
     def make() -> torch.nn.Module:
@@ -426,7 +426,7 @@ def test_shifting_moves_sound_in_time_only_and_fills_up_with_silence() -> None:
     generator = torch.Generator().manual_seed(0)
     seen = set()
     for _ in range(20):
-        moved = proxy.augment(x, "shift", generator, Clips)
+        moved = labelled_data.augment(x, "shift", generator, Clips)
         ((*_, band, frame),) = (moved == 1).nonzero().tolist()
         seen.add((band, frame))
         assert set(moved.unique().tolist()) <= {0.0, 1.0, torch.tensor(SILENCE).half().item()}
@@ -446,12 +446,12 @@ def test_settings_of_images_are_refused_for_sound(
     tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        proxy.load(proxy_of(many(tmp_path), **settings), (1, 16, 10))
+        labelled_data.load(proxy_of(many(tmp_path), **settings), (1, 16, 10))
 
 
 def test_a_fold_of_images_is_refused() -> None:
     with pytest.raises(DataError, match="fold 2 of images"):
-        proxy.load(Proxy(data="digits", fold=2), (1, 8, 8))
+        labelled_data.load(Proxy(data="digits", fold=2), (1, 8, 8))
 
 
 def test_a_teacher_s_logits_stay_with_their_clips(tmp_path: Path) -> None:
@@ -463,7 +463,7 @@ def test_a_teacher_s_logits_stay_with_their_clips(tmp_path: Path) -> None:
         names=[f"{i}.wav" for i in reversed(range(20))],
         logits=torch.stack([rows, -rows], 1).flip(0).numpy(),
     )
-    images = proxy.load(proxy_of(root, teacher=str(file), subset=9), (1, 16, 10))
+    images = labelled_data.load(proxy_of(root, teacher=str(file), subset=9), (1, 16, 10))
     for part in (images.train, images.valid):
         assert part.teacher is not None
         assert [f"{int(row[0])}.wav" for row in part.teacher] == list(part.names)
@@ -476,7 +476,7 @@ def test_a_teacher_s_logits_stay_with_their_clips(tmp_path: Path) -> None:
             return zoo.create("mn01", num_classes=2, width=0.5)
 
         chosen = proxy_of(root, teacher=str(file), **settings)
-        own = proxy.load(chosen, (1, 16, 10))
+        own = labelled_data.load(chosen, (1, 16, 10))
         proxy.train(make, None, own, chosen, 0, lambda *_: None, done=found.append)
         return found[0]
 
@@ -490,6 +490,6 @@ def test_a_teacher_of_a_named_data_set_is_told_by_index(tmp_path: Path) -> None:
     file = tmp_path / "teacher.npz"
     logits = torch.eye(10)[train.y].numpy()
     np.savez(file, names=np.arange(len(train)), logits=logits)
-    images = proxy.load(Proxy(data="digits", teacher=str(file), subset=100), (1, 8, 8))
+    images = labelled_data.load(Proxy(data="digits", teacher=str(file), subset=100), (1, 8, 8))
     assert images.train.teacher is not None
     assert torch.equal(images.train.teacher.argmax(1), images.train.y)

@@ -15,7 +15,8 @@ from kwsearch.cli import run as run_cli
 from kwsearch.latency import circumstances, operators
 from kwsearch.latency.table import Entry, Table, TableError
 from kwsearch.micronas import space as spaces
-from kwsearch.micronas.cycles import CycleTable, load_csv, needed
+from kwsearch.micronas.cycles import CycleTable, load_csv
+from kwsearch.micronas.expected import needed
 from kwsearch.micronas.space import Key, Space
 from kwsearch.recipe import parse_recipe
 from tests.kwsearch.micronas.spaces import TINY, UCI_HAR, some_cycles
@@ -48,9 +49,9 @@ def records(path: Path, entries: dict[Key, int]) -> Path:
 @pytest.mark.parametrize("space", [TINY, UCI_HAR], ids=["tiny", "uci_har"])
 def test_an_operator_is_read_as_it_is_written(space: Space) -> None:
     keys = needed(space)
-    assert {operators.parse(str(key)) for key in keys} == keys
+    assert {Key.parse(str(key)) for key in keys} == keys
     with pytest.raises(ValueError, match="not an operator: 'conv2d 3'"):
-        operators.parse("conv2d 3")
+        Key.parse("conv2d 3")
 
 
 @pytest.mark.parametrize("clock", [64.0, 80.0, 180.0, 48.0])
@@ -136,8 +137,8 @@ def test_a_profile_of_a_recipe_measures_every_operator_and_goes_on(
     measured = operators.profile
 
     def stops(table: Table, keys: list[Key]) -> object:
-        for done in measured(table, keys):
-            yield done
+        for told in measured(table, keys):
+            yield told
             raise KeyboardInterrupt
 
     monkeypatch.setattr(operators, "profile", stops)
@@ -198,6 +199,55 @@ def test_a_table_of_networks_or_of_another_machine_is_refused(tmp_path: Path) ->
     with pytest.raises(TableError, match=r"not of this machine: cpu another one, not .*lut_force"):
         operators.load(path)
     assert len(operators.load(path, force=True).entries) == 3
+
+
+def test_what_was_measured_on_a_slow_machine_is_steadied_and_measured_again() -> None:
+    keys = sorted(needed(TINY))[:8]
+    table = Table(circumstances.here())
+    for i, key in enumerate(keys):
+        slow = 2 if i == 5 else 1
+        table.add([operators._entry(key, (900 * slow, 1000 * slow, 1100 * slow, 7, 50 * slow))])
+    assert operators.missing(table, keys) == [keys[5]]
+    found = [*operators.profile(table, [keys[5]])]
+    assert found[0] == (1, 1)
+
+
+def test_a_slow_machine_is_divided_out(tmp_path: Path) -> None:
+    keys = sorted(needed(TINY))[:8]
+    table = Table(circumstances.here())
+    for i, key in enumerate(keys):
+        slow = 2 if i == 5 else 1
+        table.add([operators._entry(key, (900 * slow, 1000 * slow, 1100 * slow, 7, 50 * slow))])
+    table.save(tmp_path / "a.lut.yaml")
+    assert set(operators.load(tmp_path / "a.lut.yaml").entries.values()) == {1000}
+
+
+def test_a_table_of_a_gpu_or_a_board_is_none_of_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.lut.yaml"
+    table = Table({**circumstances.here(), "device": "cuda:7", "gpu": "one of another machine"})
+    table.add([operators._entry(sorted(needed(TINY))[0], (1, 2, 3, 7, 50))])
+    table.save(path)
+    with pytest.raises(TableError, match=r"not of this machine: gpu one of another machine, not"):
+        operators.load(path)
+    assert len(operators.load(path, force=True).entries) == 1
+    board = tmp_path / "b.lut.yaml"
+    operators.table_of(CycleTable("a board", 1.0, some_cycles(needed(TINY)))).save(board)
+    assert run_cli(["lut", "check", str(board)]) == 2
+    assert "is of a microcontroller: what runs there cannot be" in capsys.readouterr().err
+
+
+def test_options_of_networks_are_none_of_operators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(RECIPE)
+    for option in (["--dtype", "float16"], ["--ratio", "2"], ["--input", "1x8x8"]):
+        assert run_cli(["profile", "r.yaml", "-o", "a.lut.yaml", *option]) == 2
+        assert f"{option[0]}: of networks" in capsys.readouterr().err
+    assert run_cli(["profile", "r.yaml", "-o", "none/a.lut.yaml"]) == 2
+    assert "there is no folder none" in capsys.readouterr().err
 
 
 def test_an_operator_is_timed_on_what_the_network_runs() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kwlayers.plan import Plan
-from kwsearch import data, proxy, zoo
+from kwsearch import data, labelled_data, proxy, zoo
 from kwsearch.checkpoint import CheckpointError
 from kwsearch.recipe import Proxy
 
@@ -33,7 +33,7 @@ SHORT = Proxy(
 
 
 def run(plan: Plan, settings: Proxy, seed: int = 0) -> list[float]:
-    images = proxy.load(settings, (3, 32, 32))
+    images = labelled_data.load(settings, (3, 32, 32))
     seen: list[float] = []
     score = proxy.train(
         lambda: zoo.create("resnet20"),
@@ -54,7 +54,7 @@ def test_one_seed_gives_one_result(plan: Plan) -> None:
 
 
 def test_held_out_images_are_no_training_images() -> None:
-    images = proxy.load(Proxy(holdout=0.25, resolution=8), (3, 32, 32))
+    images = labelled_data.load(Proxy(holdout=0.25, resolution=8), (3, 32, 32))
     train = {bytes(x.numpy().tobytes()) for x in images.train.x}
     valid = [bytes(x.numpy().tobytes()) for x in images.valid.x]
     assert len(images.valid.y) == pytest.approx(0.25 * 1437, abs=10)
@@ -63,7 +63,7 @@ def test_held_out_images_are_no_training_images() -> None:
 
 
 def test_images_are_normalised_and_grey_fills_every_channel() -> None:
-    images = proxy.load(Proxy(resolution=8), (3, 32, 32))
+    images = labelled_data.load(Proxy(resolution=8), (3, 32, 32))
     x = images.batch(images.train.x)
     assert x.shape[1:] == (3, 8, 8)
     assert x.mean().item() == pytest.approx(0, abs=1e-4)
@@ -81,27 +81,27 @@ def test_a_shift_moves_and_a_flip_mirrors() -> None:
     x = torch.zeros(64, 1, 8, 8, dtype=torch.uint8)
     x[:, :, 4, 2] = 9
     generator = torch.Generator().manual_seed(0)
-    assert proxy.augment(x, "none", generator) is x
-    moved = proxy.augment(x, "shift", generator)
+    assert labelled_data.augment(x, "none", generator) is x
+    moved = labelled_data.augment(x, "shift", generator)
     assert moved.shape == x.shape
     # An eighth of 8 is 1: at most one pixel in each direction, nothing lost.
     assert moved.sum() == x.sum()
     rows, columns = (moved[0, 0] == 9).nonzero()[0].tolist()
     assert abs(rows - 4) <= 1
     assert abs(columns - 2) <= 1
-    flipped = proxy.augment(x, "flip", generator)
+    flipped = labelled_data.augment(x, "flip", generator)
     assert len({int((image == 9).nonzero()[0, 2]) for image in flipped}) == 2
 
 
 def test_accuracy_is_the_share_of_held_out_images_that_are_right() -> None:
-    images = proxy.load(Proxy(resolution=8), (3, 32, 32))
+    images = labelled_data.load(Proxy(resolution=8), (3, 32, 32))
 
     class AlwaysZero(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.eye(10)[torch.zeros(len(x), dtype=torch.long)]
 
     expected = float((images.valid.y == 0).float().mean())
-    assert proxy.evaluate(AlwaysZero(), images, 7) == pytest.approx(expected)
+    assert images.score(AlwaysZero(), 7) == pytest.approx(expected)
 
 
 def test_the_learning_rate_rises_and_then_falls_to_nothing() -> None:
@@ -122,7 +122,7 @@ def test_colour_images_need_a_model_for_them() -> None:
         with pytest.raises(
             data.DataError, match="3 channels, the model takes 1: set input to 3x8x8"
         ):
-            proxy.load(Proxy(data="c"), (1, 8, 8))
+            labelled_data.load(Proxy(data="c"), (1, 8, 8))
 
 
 def test_cuda_that_is_not_there_is_one_clear_error() -> None:
@@ -164,7 +164,7 @@ class Training:
         self.settings = settings
         self.seed = seed
         self.seen: dict[int, float] = {}
-        self.images = proxy.load(settings, (3, 32, 32))
+        self.images = labelled_data.load(settings, (3, 32, 32))
 
     def make(self) -> nn.Module:
         self.model = self.static() if self.plan is None else zoo.create("resnet20")
@@ -232,7 +232,7 @@ def test_a_run_killed_within_any_epoch_goes_on_from_the_one_before(
 ) -> None:
     training = again(whole)
     batches = 0
-    augment = proxy.augment
+    augment = labelled_data.augment
 
     def killed(*args: Any) -> Tensor:
         nonlocal batches
@@ -242,7 +242,7 @@ def test_a_run_killed_within_any_epoch_goes_on_from_the_one_before(
         return augment(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(proxy, "augment", killed)
+        patch.setattr(labelled_data, "augment", killed)
         with pytest.raises(KeyboardInterrupt):
             training.run(checkpoint=tmp_path / "run")
     # Three batches an epoch.
@@ -275,7 +275,7 @@ def test_epochs_that_a_checkpoint_holds_are_not_trained_again(
     training = Training(None)
     training.run(checkpoint=tmp_path / "run")
     seen = dict(training.seen)
-    monkeypatch.setattr(proxy, "augment", pytest.fail)
+    monkeypatch.setattr(labelled_data, "augment", pytest.fail)
     assert training.run(checkpoint=tmp_path / "run") == seen[3]
     assert training.run(checkpoint=tmp_path / "run", until=1) == seen[1]
 
@@ -339,14 +339,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(
 
 
 def test_micro_batches_are_even_and_none_holds_a_single_image() -> None:
-    assert proxy.micro_batch_sizes(8, 1) == [8]
-    assert proxy.micro_batch_sizes(10, 4) == [3, 3, 2, 2]
-    assert proxy.micro_batch_sizes(7, 4) == [3, 2, 2]
-    assert proxy.micro_batch_sizes(3, 2) == [3]
-    assert proxy.micro_batch_sizes(1, 2) == [1]
+    assert labelled_data.micro_batch_sizes(8, 1) == [8]
+    assert labelled_data.micro_batch_sizes(10, 4) == [3, 3, 2, 2]
+    assert labelled_data.micro_batch_sizes(7, 4) == [3, 2, 2]
+    assert labelled_data.micro_batch_sizes(3, 2) == [3]
+    assert labelled_data.micro_batch_sizes(1, 2) == [1]
     for batch in range(1, 40):
         for splits in range(1, 10):
-            sizes = proxy.micro_batch_sizes(batch, splits)
+            sizes = labelled_data.micro_batch_sizes(batch, splits)
             assert sum(sizes) == batch
             assert len(sizes) == min(splits, max(batch // 2, 1))
             assert max(sizes) - min(sizes) <= 1
@@ -401,7 +401,7 @@ def test_a_network_is_prepared_at_the_temperature_that_training_starts_at(
         seen.append({float(value) for name, value in state if name.endswith("temperature")})
         return model
 
-    monkeypatch.setattr(proxy, "prepare_", watched)
+    monkeypatch.setattr(labelled_data, "prepare_", watched)
     run(plan, SHORT)
     assert seen == [{1.0}]
 
@@ -411,12 +411,12 @@ def test_a_network_is_prepared_at_the_temperature_that_training_starts_at(
 
 def test_shares_are_those_of_the_beta_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
-    shares = [proxy.mixing(4, 1.0, generator)[0] for _ in range(4000)]
+    shares = [labelled_data.mixing(4, 1.0, generator)[0] for _ in range(4000)]
     assert 0.5 <= min(shares) < max(shares) <= 1
     assert sum(shares) / 4000 == pytest.approx(0.75, abs=0.01)  # of max(u, 1 - u), u uniform
     assert sum(share > 0.9 for share in shares) / 4000 == pytest.approx(0.2, abs=0.02)
-    assert sorted(proxy.mixing(9, 0.3, generator)[1].tolist()) == list(range(9))
-    assert proxy.mixing(4, None, generator)[0] == 1
+    assert sorted(labelled_data.mixing(9, 0.3, generator)[1].tolist()) == list(range(9))
+    assert labelled_data.mixing(4, None, generator)[0] == 1
 
 
 def test_mixup_learns_mixed_labels_of_mixed_images() -> None:
@@ -426,7 +426,7 @@ def test_mixup_learns_mixed_labels_of_mixed_images() -> None:
             "weight_decay": 0.0, "temperature_epochs": 0,
         }
     )  # fmt: skip
-    images = proxy.load(settings, (3, 32, 32))
+    images = labelled_data.load(settings, (3, 32, 32))
 
     def make() -> nn.Module:
         torch.manual_seed(5)
@@ -438,7 +438,7 @@ def test_mixup_learns_mixed_labels_of_mixed_images() -> None:
     model = make()
     order = torch.Generator().manual_seed(3)
     shuffled = torch.randperm(len(images.train.y), generator=order)
-    share, others = proxy.mixing(len(shuffled), 0.8, order)
+    share, others = labelled_data.mixing(len(shuffled), 0.8, order)
     assert share < 0.999
     x = images.batch(images.train.x[shuffled])
     labels = torch.eye(10)[images.train.y[shuffled]]

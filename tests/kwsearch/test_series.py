@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kwsearch import data, proxy
+from kwsearch import data, labelled_data, proxy
 from kwsearch.data import DataError, Series
 from kwsearch.data.series import fitted, windows
 from kwsearch.recipe import Proxy
@@ -287,14 +287,14 @@ def rising_and_falling(path: Path, samples: int = 16, sensors: int = 3) -> Path:
 
 def test_a_proxy_trains_on_windows_of_zero_mean_and_unit_deviation(tmp_path: Path) -> None:
     path = rising_and_falling(tmp_path / "mine.npz")
-    series = proxy.load(proxy_of(path), (1, 16, 3))
+    series = labelled_data.load(proxy_of(path), (1, 16, 3))
     assert (len(series.train) + len(series.valid), series.mean.shape) == (32, (1, 1, 1, 3))
     batch = series.batch(series.train.x)
     assert batch.shape == (len(series.train), 1, 16, 3)
     assert batch.mean(dim=(0, 1, 2)).abs().max() < 1e-3
     assert torch.allclose(batch[..., :2].std(dim=(0, 1, 2)), torch.ones(2), atol=1e-4)
     assert not batch[..., 2].any()  # it never moves
-    assert len(proxy.load_test(proxy_of(path), series).valid) == 8
+    assert len(labelled_data.load_test(proxy_of(path), series).valid) == 8
 
     def make() -> torch.nn.Module:
         torch.manual_seed(0)
@@ -313,7 +313,9 @@ def test_shifting_moves_windows_in_time_only() -> None:
     generator = torch.Generator().manual_seed(0)
     seen = set()
     for _ in range(40):
-        ((*_, sample, sensor),) = proxy.augment(x, "shift", generator, Series).nonzero().tolist()
+        ((*_, sample, sensor),) = (
+            labelled_data.augment(x, "shift", generator, Series).nonzero().tolist()
+        )
         seen.add((sample, sensor))
     assert seen == {(sample, 3) for sample in (6, 7, 8, 9, 10)}
     assert Series.reach((7, 9)) == (0, 0)
@@ -334,14 +336,14 @@ def test_settings_of_images_are_refused_for_series(
     sensors = 16 if settings.get("resolution") == 16 else 3
     path = rising_and_falling(tmp_path / "mine.npz", sensors=sensors)
     with pytest.raises(DataError, match=message):
-        proxy.load(proxy_of(path, **settings), (1, 16, sensors))
+        labelled_data.load(proxy_of(path, **settings), (1, 16, sensors))
 
 
 def test_a_teacher_s_logits_stay_with_their_windows(tmp_path: Path) -> None:
     path = rising_and_falling(tmp_path / "mine.npz")
     logits = np.arange(64.0).reshape(32, 2)
     file = npz(tmp_path / "teacher.npz", names=np.arange(32), logits=logits)
-    series = proxy.load(proxy_of(path, teacher=str(file)), (1, 16, 3))
+    series = labelled_data.load(proxy_of(path, teacher=str(file)), (1, 16, 3))
     whole = data.load(path)
     assert series.train.teacher is not None
     for window, row in zip(series.train.x, series.train.teacher, strict=True):

@@ -19,7 +19,8 @@ from kwsearch.budget import Target
 from kwsearch.latency.predict import Latency
 from kwsearch.networks import build_model, trace_model
 from kwsearch.recipe import Space as Section
-from kwsearch.space import Sample, Shape, Space, fingerprint
+from kwsearch.shapes import Shape
+from kwsearch.space import Sample, Space, fingerprint
 
 WIDE = Section(
     split=3,

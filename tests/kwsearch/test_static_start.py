@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kwlayers import convert_, plan_model
-from kwsearch import checkpoint, proxy, static_start
+from kwsearch import checkpoint, labelled_data, proxy, static_start
 from kwsearch.cli import run
 from kwsearch.recipe import Proxy
 from kwsearch.zoo import create
@@ -31,13 +31,13 @@ def make_model() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def images() -> proxy.ProxyData:
-    return proxy.load(SETTINGS, (1, 8, 8))
+def images() -> labelled_data.LabelledData:
+    return labelled_data.load(SETTINGS, (1, 8, 8))
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_static_network_is_trained_once_and_is_what_trainings_start_from(
-    images: proxy.ProxyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: labelled_data.LabelledData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = static_start.weights(make_model, images, SETTINGS, tmp_path, None)
     # By hand: the same training from scratch.
@@ -63,7 +63,7 @@ def test_the_static_network_is_trained_once_and_is_what_trainings_start_from(
     model = make_model()
     model.load_state_dict(found)
     convert_(model, plan, warm_start=True)
-    assert proxy.evaluate(model, images, 64) == static
+    assert images.score(model, 64) == static
     slow = SETTINGS.model_copy(update={"lr": 1e-9})
     accuracies: list[float] = []
     proxy.train(
@@ -80,7 +80,7 @@ def test_the_static_network_is_trained_once_and_is_what_trainings_start_from(
 
 @pytest.mark.usefixtures("one_thread")
 def test_after_a_kill_the_static_network_goes_on_from_its_last_epoch(
-    images: proxy.ProxyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: labelled_data.LabelledData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = static_start.weights(make_model, images, SETTINGS, tmp_path / "a", None)
     saved = checkpoint.save
@@ -132,7 +132,7 @@ def test_a_temperature_has_nothing_to_do_where_trainings_start_warm(
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_static_start_is_the_untrained_static_network(images: proxy.ProxyData) -> None:
+def test_a_static_start_is_the_untrained_static_network(images: labelled_data.LabelledData) -> None:
     plan = plan_model(make_model(), (1, 8, 8), ratio=1)
     still = SETTINGS.model_copy(update={"init": "static", "lr": 1e-9, "epochs": 1})
     kept: list[nn.Module] = []

@@ -10,15 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from kwsearch.micronas.cycles import (
-    CycleError,
-    CycleTable,
-    ExpectedCycles,
-    kind_of,
-    load_csv,
-    load_records,
-    needed,
-)
+from kwsearch.micronas.cycles import CycleError, CycleTable, kind_of, load_csv, load_records
+from kwsearch.micronas.expected import ExpectedCycles, needed
 from kwsearch.micronas.mixture import equal, one_hot
 from kwsearch.micronas.space import Key, Space, operators
 from tests.kwsearch.micronas.spaces import (
@@ -332,3 +325,19 @@ def test_csv_errors_name_the_line(old: str, new: str, message: str, tmp_path: Pa
     with pytest.raises(CycleError) as caught:
         load_csv(path, "NUCLEOF446RE")
     assert str(caught.value).startswith(f"{path}{message}")
+
+
+def test_csv_of_a_spreadsheet_is_read_and_other_encodings_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(CSV, encoding="utf-8-sig")
+    assert load_csv(path, "NUCLEOF446RE").entries[STEM] == 700
+    path.write_bytes(CSV.replace("softmax", "s\xf6ftmax").encode("latin-1"))
+    with pytest.raises(CycleError, match=r"x\.csv: not UTF-8"):
+        load_csv(path, "NUCLEOF446RE")
+
+
+def test_timings_that_are_none_are_refused(tmp_path: Path) -> None:
+    found = loaded(tmp_path, record(timing=[900, 800, 700]))
+    assert [one.why for one in found.refused] == [
+        "0 timings with cpuCycles, where the third is the operator's"
+    ]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kwsearch.micronas.cycles import CycleError, CycleTable, ExpectedCycles, needed
+from kwsearch.micronas.cycles import CycleError, CycleTable
 from kwsearch.micronas.differentiable import Search, Settings, Step, Windows
+from kwsearch.micronas.expected import ExpectedCycles, needed
 from kwsearch.micronas.feasible import Limits
 from kwsearch.micronas.mixture import one_hot
 from kwsearch.micronas.peak_memory import ExpectedPeak, peak_bytes

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from kwsearch.micronas.cycles import CycleTable, needed
+from kwsearch.micronas.cycles import CycleTable
+from kwsearch.micronas.expected import needed
 from kwsearch.micronas.feasible import Feasible, Limits
 from kwsearch.micronas.mixture import Mixture, one_hot
 from kwsearch.micronas.peak_memory import peak_bytes

@@ -10,7 +10,8 @@ import torch
 
 from kwlayers import convert_
 from kwlayers.plan import Plan
-from kwsearch.micronas.cycles import CycleTable, needed
+from kwsearch.micronas.cycles import CycleTable
+from kwsearch.micronas.expected import needed
 from kwsearch.micronas.peak_memory import peak_bytes
 from kwsearch.micronas.space import Architecture, Space, operators
 from kwsearch.micronas.supernet import extract
