@@ -101,9 +101,8 @@ class ArchitectureProposer:
     def _costs(self, architecture: Architecture, ratio: float | None = None) -> dict[str, Any]:
         """Its facts, with warehouses if it keeps the limits with them."""
         if ratio is not None:
-            with suppress(
-                PlanError, CycleError
-            ):  # too few cells, or no cycles of what makes kernels
+            # Too few cells, or nobody knows how long making the kernels takes.
+            with suppress(PlanError, CycleError):
                 found = architectures.facts(self.feasible, architecture, ratio)
                 if not architectures.broken(self.feasible, found):
                     return found

@@ -11,7 +11,7 @@ from kwsearch.micronas.peak_memory import live_bytes
 from kwsearch.micronas.space import Architecture, operators
 from kwsearch.step_report import DoesNotFit
 from kwsearch.terminal import new_table
-from kwsearch.trials import FLASH, LATENCY, PEAK
+from kwsearch.trials import FLASH, LATENCY, PEAK, WAREHOUSE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,15 +69,13 @@ def count(feasible: Feasible, architecture: Architecture, warehouse: float | Non
     return Counted(feasible, costs, tuple(rows), fitted)
 
 
-def parts(
-    feasible: Feasible, architecture: Architecture | None, warehouse: float | None = None
-) -> list[str | Table]:
+def parts(feasible: Feasible, counted: Counted | None) -> list[str | Table]:
     """Lines and tables."""
     space = feasible.space
     size = f"{space.steps}x{space.sensors}"
     head = f"micronas, windows of {size}, {space.classes} classes"
-    if architecture is not None:
-        counted = count(feasible, architecture, warehouse)
+    if counted is not None:
+        warehouse = counted.costs.get(WAREHOUSE)
         head += "" if warehouse is None else f", KernelWarehouse at b = {warehouse:g}"
         return [head, _operators(counted), *_kept(counted)]
     return [
@@ -86,25 +84,18 @@ def parts(
     ]
 
 
-def check(
-    feasible: Feasible, architecture: Architecture | None, warehouse: float | None = None
-) -> None:
+def check(feasible: Feasible, counted: Counted | None) -> None:
     """Raise DoesNotFit for an architecture over the limits, or limits that none keeps."""
-    if architecture is None:
+    if counted is None:
         if broken := feasible.largest().broken:
             raise DoesNotFit(f"no architecture keeps the limits: {'; '.join(broken)}")
-        return
-    costs = architectures.facts(feasible, architecture, warehouse)
-    if broken := architectures.broken(feasible, costs):
-        raise DoesNotFit(f"not within the limits: {'; '.join(broken)}")
+    elif counted.broken:
+        raise DoesNotFit(f"not within the limits: {'; '.join(counted.broken)}")
 
 
-def to_json(
-    feasible: Feasible, architecture: Architecture | None, warehouse: float | None = None
-) -> dict[str, Any]:
+def to_json(feasible: Feasible, counted: Counted | None) -> dict[str, Any]:
     """The same as plain data."""
-    if architecture is not None:
-        counted = count(feasible, architecture, warehouse)
+    if counted is not None:
         return {
             **counted.costs,
             "operators": [vars(row) for row in counted.rows],
@@ -151,7 +142,9 @@ def _kept(counted: Counted) -> list[str]:
 
 
 def _corners(feasible: Feasible) -> dict[str, Architecture]:
-    """smallest: as published, of first options. None within limits that nothing keeps."""
+    """smallest: as published, of first options. Where nothing keeps the limits there is no
+    largest within them.
+    """
     space = feasible.space
     found = {"smallest": space.minimum(), "largest": space.maximum()}
     within, broken = feasible.largest()

@@ -7,7 +7,6 @@ of its own first, by another seed, which chooses one.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from kwsearch import architectures, dry_run
 from kwsearch.architecture_proposals import ArchitectureProposer
 from kwsearch.dry_run import ArchitectureForecast
 from kwsearch.executors import Job
-from kwsearch.micronas.cycles import CycleError
+from kwsearch.micronas.cycles import CycleError, CycleTable
 from kwsearch.micronas.space import operators
 from kwsearch.recipe import Method
 from kwsearch.results import Found, with_architecture, write_found
@@ -99,9 +98,9 @@ class ArchitectureStudy(Study):
         self.largest, broken = self.feasible.largest()
         if broken:
             raise SearchError(f"search.space.limits: {'; '.join(broken)}")
-        for ratio in self.ratios:
-            self._check_ratio(ratio)
         if (table := self.feasible.table) is not None:
+            for ratio in self.ratios:
+                self._check_ratio(ratio, table)
             fitted = table.latency(operators(self.feasible.space, self.largest)).fitted
             if fitted:
                 self._notes.append(
@@ -109,18 +108,16 @@ class ArchitectureStudy(Study):
                     "largest architecture: they are fitted"
                 )
 
-    def _check_ratio(self, ratio: float) -> None:
+    def _check_ratio(self, ratio: float, table: CycleTable) -> None:
         """Raise SearchError where the table tells no latency of mixed kernels."""
-        with contextlib.suppress(PlanError):  # others may have a plan
-            one = architectures.warehoused(self.feasible, self.largest, ratio)
-            if self.feasible.table is None:
-                return
-            try:
-                one.latency(self.feasible.table)
-            except CycleError as error:
-                raise SearchError(
-                    f"micronas.warehouses {ratio:g}: what mixes the kernels has no latency: {error}"
-                ) from None
+        try:
+            architectures.warehoused(self.feasible, self.largest, ratio).latency(table)
+        except PlanError:
+            pass  # others may have a plan
+        except CycleError as error:
+            raise SearchError(
+                f"micronas.warehouses {ratio:g}: what mixes the kernels has no latency: {error}"
+            ) from None
 
     def _check_memory(self) -> None:
         """Networks for microcontrollers train anywhere."""
@@ -146,7 +143,7 @@ class ArchitectureStudy(Study):
         return ArchitectureProposer(self.search, self.feasible, self.ratios)
 
     def _cycles(self) -> dict[str, Any] | None:
-        table = self.feasible.table
+        table = self.feasible.table if self.search.strategy == "differentiable" else None
         return None if table is None else table.to_dict()
 
     def _job(self, trial: FrozenTrial, rung: int, attempt: int, splits: int) -> Job:

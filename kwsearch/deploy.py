@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -124,9 +124,10 @@ def _trained(
     seed: int,
     report: Callable[[int, float], None],
 ) -> Network:
-    kept: list[Network] = []
-    proxy.train(make, None, examples, settings, seed, report, done=kept.append)  # type: ignore[arg-type]
-    return kept[0].to("cpu").eval()
+    kept: list[Any] = []
+    proxy.train(make, None, examples, settings, seed, report, done=kept.append)
+    trained: Network = kept[0].to("cpu").eval()
+    return trained
 
 
 def _loaded(model: Network, weights: Path) -> Network:

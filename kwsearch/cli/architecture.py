@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
-from kwsearch.cli.options import is_recipe
+from kwsearch.cli.options import is_recipe, refuse
 
 if TYPE_CHECKING:
     from kwsearch.recipe import Recipe
@@ -25,15 +24,11 @@ def recipe_of(model: str) -> Recipe | None:
 
 def check_used() -> None:
     """Refuse options that are of plans."""
-    context = click.get_current_context()
-    for name, given in context.params.items():
-        source = context.get_parameter_source(name)
-        if source is ParameterSource.COMMANDLINE and name not in ("model", "as_json") and given:
-            option = next(one.opts[0] for one in context.command.params if one.name == name)
-            raise click.UsageError(
-                f"{option}: is of plans; the recipe is about architectures, which take none but "
-                "--json"
-            )
+    params = click.get_current_context().params
+    refuse(
+        [name for name, given in params.items() if given and name not in ("model", "as_json")],
+        "is of plans; the recipe is about architectures, which take none but --json",
+    )
 
 
 def show(recipe: Recipe, as_json: bool) -> None:
@@ -45,11 +40,14 @@ def show(recipe: Recipe, as_json: bool) -> None:
     feasible = architectures.feasible_of(recipe)
     found = architectures.architecture_of(recipe)
     warehouse = recipe.micronas.warehouse if recipe.micronas else None
+    counted = None
+    if found is not None:
+        counted = architecture_report.count(feasible, found, warehouse)
     if as_json:
-        data = architecture_report.to_json(feasible, found, warehouse)
+        data = architecture_report.to_json(feasible, counted)
         click.echo(json.dumps(data, indent=2))
     else:
         out = terminal.console()
-        for part in architecture_report.parts(feasible, found, warehouse):
+        for part in architecture_report.parts(feasible, counted):
             out.print(part if not isinstance(part, str) else terminal.plain(part))
-    architecture_report.check(feasible, found, warehouse)
+    architecture_report.check(feasible, counted)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from kwlayers.methods import NAMES
 from kwsearch.passwords import STORAGE, whole
@@ -169,3 +170,12 @@ RECIPE_ENDINGS = (".yaml", ".yml")
 def is_recipe(argument: str) -> bool:
     """Whether a MODEL|RECIPE argument means a file."""
     return argument.endswith(RECIPE_ENDINGS) or "/" in argument or os.path.exists(argument)
+
+
+def refuse(names: Sequence[str], why: str) -> None:
+    """Raise UsageError for the first of these parameters that the command line gives."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = next(one.opts[0] for one in context.command.params if one.name == name)
+            raise click.UsageError(f"{option}: {why}")

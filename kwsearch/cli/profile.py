@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from kwsearch.cli import INTERRUPTED, architecture
 from kwsearch.cli.options import (
@@ -17,6 +15,7 @@ from kwsearch.cli.options import (
     SIZE,
     is_recipe,
     methods_option,
+    refuse,
     several,
     trust_option,
 )
@@ -96,7 +95,7 @@ def command(
                 f"{models[0]}: is about architectures, whose operators are measured by themselves: "
                 "leave out other models, --grid, --train and --batch"
             )
-        _refuse(_OF_NETWORKS, "of networks; operators of architectures are timed as they are")
+        refuse(_OF_NETWORKS, "of networks; operators of architectures are timed as they are")
         _check_folder(output)
         _profile_operators(recipe, device, threads, output)
         return
@@ -161,19 +160,10 @@ def _profile_operators(recipe: Recipe, device: str, threads: int | None, output:
 def _check_used(models: tuple[str, ...], grid: bool) -> None:
     """Refuse options of what is not profiled."""
     if not grid:
-        _refuse(("size",), "of --grid; a MODEL takes --input")
+        refuse(("size",), "of --grid; a MODEL takes --input")
     if all(map(is_recipe, models)):
         why = "of a MODEL; a recipe says it itself, --grid has sizes (--size) and ratios"
-        _refuse(_OF_MODEL, why)
-
-
-def _refuse(names: Sequence[str], why: str) -> None:
-    """Those that were given."""
-    context = click.get_current_context()
-    for name in names:
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            option = next(one.opts[0] for one in context.command.params if one.name == name)
-            raise click.UsageError(f"{option}: {why}")
+        refuse(_OF_MODEL, why)
 
 
 def _check_folder(output: Path) -> None:
