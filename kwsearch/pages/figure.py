@@ -128,15 +128,16 @@ class Drawing:
         if part is not None and _HATCHES[part]:
             self.hatches.add(part)
 
-    def _filled(self, tag: str, attributes: dict[str, str], part: int) -> None:
-        self.plot.extend(_hatched_shapes(self.name, tag, attributes, part))
+    def _filled(self, tag: str, attributes: dict[str, str], part: int) -> Element:
+        group = SubElement(self.plot, "g")
+        group.extend(_hatched_shapes(self.name, tag, attributes, part))
         self._hatched(part)
+        return group
 
     def svg(self, alone: bool = False) -> Markup:
         """The plot. alone: as a file of its own, with its style and its legend."""
-        found = tostring(self.element(alone), encoding="unicode")
-        # On a page, where there are thousands, values that HTML takes without quotes have none.
-        return Markup(found if alone else re.sub(r"(<[^<>]*>)", _unquoted, found))
+        found = self.element(alone)
+        return Markup(tostring(found, encoding="unicode")) if alone else _short(found)
 
     def element(self, alone: bool = False) -> Element:
         """`svg` as a tree."""
@@ -175,7 +176,7 @@ class Drawing:
                 "svg", {"viewBox": "0 0 22 18", "class": "sample", "aria-hidden": "true"}
             )
             root.extend(_symbol(self.name, kind, part))
-            found.append((Markup(tostring(root, encoding="unicode")), text))
+            found.append((_short(root), text))
         return found
 
 
@@ -352,6 +353,8 @@ class Bars(Drawing):
     ) -> None:
         super().__init__(name, title, description, (WIDTH, _PITCH * len(rows) + 46))
         self.x = x
+        # The bars of each part, and their sizes: what they say under the pointer.
+        self._sized: dict[int, list[tuple[Element, float]]] = {}
         axes = self.axes
         bottom = self.height - 42
         for i, (value, text) in enumerate(x.ticks):
@@ -367,11 +370,19 @@ class Bars(Drawing):
                 if right > left:
                     begin, end = self._x(left), self._x(right)
                     box = {"x": _n(begin), "y": _n(top), "width": _n(end - begin), "height": "20"}
-                    self._filled("rect", box, part)
+                    bar = self._filled("rect", box, part)
+                    self._sized.setdefault(part, []).append((bar, sizes[part]))
             _text(self.plot, _n(self._x(edges[-1]) + 5), _n(top + 15), show(edges[-1]), kind="said")
 
     def _x(self, value: float) -> float:
         return 12 + self.x.at(value) * (self.width - 12 - 96)
+
+    def explain(self, kind: str, text: str, part: int | None = None) -> None:
+        """As of any plot; the part's bars say it, too, with exact counts."""
+        super().explain(kind, text, part)
+        if part is not None:
+            for bar, size in self._sized.get(part, ()):
+                SubElement(bar, "title").text = f"{size:,.0f} {text}"
 
     def line(self, x: float, kind: str) -> None:
         """An upright one across all bars; the legend says what it is."""
@@ -443,8 +454,13 @@ def _hatch(name: str, part: int) -> Element:
     return pattern
 
 
+def _short(root: Element) -> Markup:
+    """For a page, which has thousands: values that HTML takes without quotes have none."""
+    return Markup(re.sub(r"(<[^<>]*>)", _unquoted, tostring(root, encoding="unicode")))
+
+
 def _unquoted(tag: re.Match[str]) -> str:
-    return re.sub(r'="([#\w.-]+)"', r"=\1", tag[0])
+    return re.sub(r'="([#\w.-]+)"', r"=\1", tag[0]).replace('" />', '"/>')
 
 
 def _tick(place: int, axis: Axis) -> str:

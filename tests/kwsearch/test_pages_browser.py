@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from kwsearch import cli
 from kwsearch.pages.study import page
 from kwsearch.recipe import load_recipe
 from kwsearch.snapshot import Snapshot
 from tests.kwsearch import test_pages_study
+from tests.kwsearch.test_pages_budget import RESNET18
 from tests.kwsearch.test_pages_study import EVIL, evil_study, study_of
 
 searched, swept = test_pages_study.searched, test_pages_study.swept
@@ -72,6 +74,29 @@ MARK = """
 """
 
 
+# What stands under the middle of each bar: its part, what it says, and how wide it is.
+BARS = """
+(id) => [...document.querySelectorAll(`#${id} rect.part`)].map((bar) => {
+  bar.scrollIntoView({ block: "center" });
+  const box = bar.getBoundingClientRect();
+  const found = document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2);
+  return [bar.parentNode.textContent, found.parentNode.textContent, box.width];
+}).filter(([, , width]) => width > 2)
+"""
+# Pages of other commands.
+RECIPES = Path(__file__).parents[2] / "recipes"
+COMMANDS = {
+    "budget": ["budget", "resnet18", "--ratio", "0.5", "--plot"],
+    "compare": ["compare", "resnet18", "--params", "12M", "--html"],
+    "diff": [
+        "diff",
+        str(RECIPES / "kw_resnet18_1x.yaml"),
+        str(RECIPES / "kw_resnet18_0.5x.yaml"),
+        "--html",
+    ],
+}
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A Chromium without a window."""
@@ -102,6 +127,9 @@ def pages(
     for name, study in studies.items():
         found[name] = folder / f"{name}.html"
         found[name].write_text(page(study), encoding="utf-8")
+    for name, args in COMMANDS.items():
+        found[name] = folder / f"{name}.html"
+        assert cli.run([*args, str(found[name])]) == 0
     return found
 
 
@@ -166,26 +194,27 @@ def value(text: str) -> float:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ["searched", "swept"])
+@pytest.mark.parametrize("name", ["searched", "swept", *COMMANDS])
 def test_every_plot_is_drawn_and_its_texts_are_apart(view: View, name: str, width: int) -> None:
     tab = view.open(name, width)
     boxes = tab.eval_on_selector_all(
         "svg.figure", "all => all.map(s => [s.id, s.clientWidth, s.clientHeight])"
     )
-    assert len(boxes) > 8
+    assert len(boxes) > 8 if name not in COMMANDS else len(boxes) == 2
     assert [box for box in boxes if box[1] < 250 or box[2] < 60] == []
     assert tab.evaluate(CROWDED) == []
 
 
-@pytest.mark.parametrize("name", ["searched", "swept", "evil", "empty"])
+@pytest.mark.parametrize("name", ["searched", "swept", "evil", "empty", *COMMANDS])
 def test_a_narrow_page_does_not_scroll_sideways(view: View, name: str) -> None:
     tab = view.open(name, 390)
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
 
 
+@pytest.mark.parametrize("name", ["searched", *COMMANDS])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_stand_out(view: View, scheme: str) -> None:
-    tab = view.open()
+def test_texts_stand_out(view: View, scheme: str, name: str) -> None:
+    tab = view.open(name)
     tab.emulate_media(color_scheme=scheme)
     dark = tab.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert dark == (scheme == "dark")
@@ -230,6 +259,34 @@ def test_a_mark_says_what_its_row_says(view: View, kind: str) -> None:
     assert sorted(tip.inner_text().split("\n")) == sorted([*lines, *([more] if more else [])])
     tab.mouse.move(1, 1)
     assert not tip.is_visible()
+
+
+def test_a_mark_of_a_curve_says_what_its_row_says(view: View) -> None:
+    tab = view.open("budget")
+    mark = tab.locator("svg.figure a:has(.mark.published)").first
+    mark.hover()
+    params, macs = (f"{RESNET18[0.25][key]:,}" for key in ("params", "macs_224"))
+    told = f"ResNet18 1/4x: {params} parameters, {macs} MACs"
+    assert tab.locator("#tip").inner_text() == told
+    row = tab.locator(mark.get_attribute("href")).locator("td").all_inner_texts()
+    assert {params, macs} <= set(row)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("compare", "11,689,512 unchanged"),
+        ("diff", f"{RESNET18[0.5]['attention_params']:,} attention"),
+    ],
+)
+def test_a_bar_says_its_part_exactly(view: View, name: str, said: str) -> None:
+    tab = view.open(name)
+    for plot in ("params", "macs"):
+        found = tab.evaluate(BARS, plot)
+        assert len(found) > 4
+        assert all(told and told == under for told, under, _ in found)
+    texts = [told for told, _, _ in tab.evaluate(BARS, "params")]
+    assert any(text.startswith(said) for text in texts)
 
 
 def test_a_click_on_a_mark_goes_to_its_row(view: View) -> None:
