@@ -25,6 +25,8 @@ from kwlayers.attention import Attention
 from kwlayers.conv import _KWLayer
 from kwlayers.dynamic import DynamicLayer, DynamicLinear
 from kwlayers.ops.device import standing_for
+from kwlayers.ops.dispatch import Choice
+from kwlayers.ops.geometry import Blocks
 from kwlayers.ops.library import choose_for
 from kwlayers.plan import PlanError
 from kwsearch.allocations import AsLaidOut
@@ -362,14 +364,11 @@ def _mixing_call(layer: Any, x: Tensor, training: bool) -> Call:
     spec = Spec.of(x)
     given = _given(layer, x)
     path = choose_for(given, cells, geometry)
-    n, weights = cells.shape[0], math.prod(geometry.kernel)
-    batch = x.shape[0]
+    n, batch = cells.shape[0], x.shape[0]
     positions = math.prod(geometry.out_size(tuple(given.shape[2:])))
     maps = spec.nbytes + batch * geometry.kernel[0] * positions * x.element_size()
     work = (
-        batch * positions * weights,
-        batch * n * weights,
-        batch * weights * x.element_size(),
+        *_path_work(path, Blocks.of(geometry.kernel, tuple(cells.shape[1:])), batch, positions, n),
         maps,
         cells.nbytes,
     )
@@ -377,6 +376,24 @@ def _mixing_call(layer: Any, x: Tensor, training: bool) -> Call:
     kind = f"mixing {path} {_mode(training)}"
     family = f"mixing {path} {_layer_name(layer)} cell {cell} {spec} {_mode(training)}"
     return Call(kind, family, n, work, (layer, spec))
+
+
+def _path_work(
+    path: Choice, blocks: Blocks, batch: int, positions: int, n: int
+) -> tuple[int, int, int]:
+    """Multiply-adds of a path's two products, and the numbers between them: kernels, or where no
+    kernel is mixed what `kwlayers.ops.inputs` calls U and V.
+    """
+    outputs, row = blocks.cell[0], blocks.row
+    seen = n * batch * positions
+    if path.forward == "mix_inputs":
+        between = seen * blocks.out * row
+        return seen * blocks.mixtures * row, between * outputs, between
+    if path.forward == "mix_outputs":
+        between = seen * math.prod(blocks.spatial) * blocks.inn * outputs
+        return between * row, seen * blocks.mixtures * outputs, between
+    kernels = batch * blocks.mixtures * outputs * row
+    return kernels * n, kernels * positions, kernels
 
 
 def _sum_call(spec: Spec) -> Call:

@@ -72,7 +72,7 @@ class Profile:
 
     def __init__(self, table: Table, steps: Sequence[Step], save: Callable[[], None]) -> None:
         self.table, self.save = table, save
-        self.steps = {step.key: step for step in steps}
+        self.steps = {step.key: step for step in steps if not step.subject.only_mixing}
         self.calls = {call.key: call for step in steps for call in step.calls}
         self.failed: dict[str, str] = {}
 

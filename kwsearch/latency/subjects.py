@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from torch import nn
 from kwlayers.convert import convert_
 from kwlayers.methods import find
 from kwlayers.plan import Network, Plan, PlanError
+from kwlayers.sharing import Settings
 from kwlayers.sites import trace
 from kwsearch import networks
 from kwsearch.budget import Target, meet
@@ -40,6 +42,13 @@ if TYPE_CHECKING:
 
 RATIOS = (0.5, 1.0, 2.0)
 GRID_RATIOS = (0.25, 1.0, 4.0)
+# Of the grid's networks mixing is measured in cells of three of these sizes each, too, by turns:
+# all of them come together with all kinds of blocks. At two ratios, as times are linear in n.
+GRID_CELLS = (
+    (0.5, 0.5), (0.25, 0.25), (1, 0.25), (0.25, 1), (0.5, 0.25), (0.25, 0.5), (1, 0.5), (0.5, 1),
+)  # fmt: skip
+_TURNS = (0, 3, 6)
+_CELL_RATIOS = (0.25, 2.0)
 
 
 @dataclass(frozen=True)
@@ -65,17 +74,22 @@ class Mode:
 class Subject:
     """A network under a plan, or static (None). build: makes it on the current device.
 
-    input_size: (C, ...) of an image.
+    input_size: (C, ...) of an image. only_mixing: nothing else of it is to be measured, nor a step
+    as a whole.
     """
 
     name: str
     build: Callable[[], nn.Module]
     input_size: tuple[int, ...]
     plan: Plan | None = None
+    only_mixing: bool = False
 
     def calls(self, mode: Mode) -> Counter[Call]:
         """Of a step; without memory for weights. Raises PlanError where it cannot run."""
-        return calls_of(*self._step(mode))
+        found = calls_of(*self._step(mode))
+        if not self.only_mixing:
+            return found
+        return Counter({call: n for call, n in found.items() if call.kind.startswith("mixing")})
 
     def calls_by_module(self, mode: Mode) -> dict[str, Counter[Call]]:
         """As `calls`, by the innermost module that makes them."""
@@ -189,12 +203,30 @@ def of_grid(sides: Sequence[int]) -> list[Subject]:
     """Small networks of the usual blocks at the usual widths, for images of these sides."""
     found = []
     for side in sides:
-        for name, build in _grid(side):
+        for place, (name, build) in enumerate(_grid(side)):
             size = (3, side, side)
             with torch.device("meta"):
                 network = trace(build(), size)
-            found += _under_plans(f"grid {name} {side}x{side}", build, network, GRID_RATIOS, None)
+            name = f"grid {name} {side}x{side}"
+            found += _under_plans(name, build, network, GRID_RATIOS, None)
+            cells = [GRID_CELLS[(place + turn) % len(GRID_CELLS)] for turn in _TURNS]
+            found += _under_cells(name, build, network, cells)
     return found
+
+
+def _under_cells(
+    name: str,
+    build: Callable[[], nn.Module],
+    network: Network,
+    cells: Sequence[tuple[float, float]],
+) -> Iterator[Subject]:
+    """Plans whose mixing only is measured."""
+    for cell_ratio in cells:
+        for ratio in _CELL_RATIOS:
+            with suppress(PlanError):  # such cells do not fit, or are too coarse
+                plan = meet(network, Target(ratio), Settings(cell_ratio=cell_ratio), None).plan
+                title = f"{name} cells {cell_ratio[0]:g}x{cell_ratio[1]:g} b = {ratio:g}"
+                yield Subject(title, build, tuple(network.input_size), plan, only_mixing=True)
 
 
 def _under_plans(

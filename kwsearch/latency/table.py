@@ -18,7 +18,7 @@ from kwsearch.files import alone, write_whole
 from kwsearch.latency.calls import Call
 from kwsearch.latency.measure import Times
 
-FORMAT = 2
+FORMAT = 3
 # How much slower than usual the machine may be: a part of the anchor's time.
 DRIFT = 0.1
 # What a time is of: tables that differ in one of these have nothing in common.

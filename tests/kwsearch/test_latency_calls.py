@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import kwlayers
 from kwlayers.dynamic import DynamicLayer
@@ -92,8 +95,50 @@ def test_a_dynamic_layer_is_its_attention_and_its_mixing() -> None:
         assert {call.cells for call in mixing} == {group.num_cells for group in plan.groups}
         assert kinds["buffer"] == (len(plan.groups) if training else 0)
         # Mixing is n multiply-adds for each weight of each image's kernel: kwlayers.cost.
-        total = sum(calls[call] * call.work[1] for call in mixing)
+        total = sum(calls[call] * call.work[0] for call in mixing)
         assert total == 8 * plan.cost().macs.mixing
+
+
+@pytest.mark.parametrize(
+    ("path", "batch", "channels", "side", "kernel", "cell_ratio"),
+    [
+        ("mix_inputs", 2, (64, 64), 2, 3, (1, 1)),
+        ("mix_inputs", 2, (64, 128), 2, 3, (0.5, 0.5)),
+        ("mix_outputs", 2, (64, 256), 1, 1, (0.25, 1)),
+        ("gemm", 16, (128, 128), 8, 3, (0.5, 0.25)),
+        ("published", 2, (32, 32), 16, 3, (0.5, 0.5)),
+    ],
+)
+def test_the_work_of_mixing_is_the_multiply_adds_of_its_path(
+    path: str,
+    batch: int,
+    channels: tuple[int, int],
+    side: int,
+    kernel: int,
+    cell_ratio: tuple[float, float],
+) -> None:
+    def addbmm(_: Any, one: Any, other: Any, *args: Any, out_shape: Any = None, **how: Any) -> int:
+        return 2 * math.prod(one) * other[2]
+
+    conv = nn.Conv2d(*channels, kernel, padding=kernel // 2, bias=False)
+    model = nn.Sequential(conv, nn.Flatten())
+    size = (channels[0], side, side)
+    rule = kwlayers.Rule(["0"], dynamic=True)
+    plan = kwlayers.plan_model(
+        model, size, ratio=1, cell_ratio=cell_ratio, sharing="layer", rules=rule
+    )
+    kwlayers.convert_(model, plan)
+    x = torch.randn(batch, *size)
+    mapping = {torch.ops.aten.addbmm: addbmm}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as whole, torch.no_grad():
+        model[0](x)
+    with FlopCounterMode(display=False) as attention, torch.no_grad():
+        model[0].attention(x)
+    calls = calls_of(model.to("meta"), batch, size, False)
+    (call,) = [one for one in calls if one.kind.startswith("mixing")]
+    assert call.kind == f"mixing {path} inference"
+    counted = whole.get_total_flops() - attention.get_total_flops()
+    assert 2 * (call.work[0] + call.work[1]) == counted
 
 
 @pytest.mark.parametrize("method", [name for name in NAMES if name != "kernel_warehouse"])

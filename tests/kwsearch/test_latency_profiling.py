@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import truediv
 
 import pytest
 from torch import nn
@@ -332,6 +333,32 @@ def test_the_grid_knows_the_usual_blocks() -> None:
     names = {one.name.split()[1] for one in found}
     assert names == {"basic", "bottleneck", "cifar", "inverted", "convnext", "vit"}
     assert [one.name.rsplit(" b = ")[-1] for one in found[1:4]] == ["0.25", "1", "4"]
+
+
+def test_the_grid_has_mixing_in_cells_of_every_size() -> None:
+    found = [one for one in of_grid([32]) if one.only_mixing]
+    cut: dict[tuple[float, ...], set[str]] = {}
+    for one in found:
+        sites = {site.name: site for site in one.plan.network.sites}
+        for group in one.plan.groups:
+            site = sites[group.layers[0]]
+            # Depthwise layers and the first one have no channels to cut.
+            if site.kernel_size == (3, 3) and site.in_channels >= 64 and site.groups == 1:
+                channels = (site.out_channels, site.in_channels)
+                ratio = tuple(map(truediv, group.cell[:2], channels))
+                cut.setdefault(ratio, set()).add(one.name.split()[1])
+    halves_and_quarters = {(a, b) for a in (1, 0.5, 0.25) for b in (1, 0.5, 0.25)} - {(1, 1)}
+    assert halves_and_quarters <= set(cut)
+    (call,) = {call.kind.split()[0] for one in found[:2] for call in one.calls(Mode(1, False))}
+    assert call == "mixing"
+
+
+def test_what_only_mixes_is_no_whole_step() -> None:
+    (subject, *_) = [one for one in of_grid([32]) if one.only_mixing]
+    found = list(steps_of([subject], MODES[:1], print))
+    calls, wholes = Profile(new_table(), found, lambda: None).missing()
+    assert wholes == []
+    assert set(calls) == {call.key for call in subject.calls(MODES[0])}
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
