@@ -107,7 +107,7 @@ def test_a_table_without_its_last_line_never_loads(tmp_path: Path) -> None:
         (b"model: resnet18\n", "not a latency table; `kwsearch profile -o` writes one"),
         (b"\xff\xfe\x00", "not a latency table, nor any text"),
         (b"a: [1, 2\nb: }", "not a latency table, or half of one: "),
-        (b"format: 1\nchecksum: x\nentries: []\n", "of format 1, and this kwsearch reads 2"),
+        (b"format: 1\nchecksum: x\nentries: []\n", "of format 1, and this kwsearch reads 3"),
     ],
 )
 def test_other_files_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
