@@ -65,7 +65,7 @@ class ArchitectureProposer:
 
     def _made(self, known: Sequence[FrozenTrial]) -> FrozenTrial:
         if not known:
-            return self._trial(self._costs(self.feasible.largest().architecture), {KIND: LARGEST})
+            return self._trial(self._costs(self.feasible.largest.architecture), {KIND: LARGEST})
         if self.search.strategy == "differentiable":
             number = sum(SUPERNET in trial.user_attrs for trial in known)
             facts = {SUPERNET: number, FINGERPRINT: f"supernet {number}"}

@@ -87,7 +87,7 @@ def parts(feasible: Feasible, counted: Counted | None) -> list[str | Table]:
 def check(feasible: Feasible, counted: Counted | None) -> None:
     """Raise DoesNotFit for an architecture over the limits, or limits that none keeps."""
     if counted is None:
-        if broken := feasible.largest().broken:
+        if broken := feasible.largest.broken:
             raise DoesNotFit(f"no architecture keeps the limits: {'; '.join(broken)}")
     elif counted.broken:
         raise DoesNotFit(f"not within the limits: {'; '.join(counted.broken)}")
@@ -105,7 +105,7 @@ def to_json(feasible: Feasible, counted: Counted | None) -> dict[str, Any]:
         "architectures": feasible.space.architectures,
         "decisions": {one.name: list(one.options) for one in feasible.space.decisions},
         **{name: architectures.facts(feasible, one) for name, one in _corners(feasible).items()},
-        "broken": list(feasible.largest().broken),
+        "broken": list(feasible.largest.broken),
     }
 
 
@@ -147,7 +147,7 @@ def _corners(feasible: Feasible) -> dict[str, Architecture]:
     """
     space = feasible.space
     found = {"smallest": space.minimum(), "largest": space.maximum()}
-    within, broken = feasible.largest()
+    within, broken = feasible.largest
     return found if broken else {**found, "largest_within_limits": within}
 
 

@@ -95,7 +95,7 @@ class ArchitectureStudy(Study):
             self.feasible = architectures.feasible_of(self.recipe)
         except CycleError as error:
             raise SearchError(f"search.space.limits.lut: {error}") from None
-        self.largest, broken = self.feasible.largest()
+        self.largest, broken = self.feasible.largest
         if broken:
             raise SearchError(f"search.space.limits: {'; '.join(broken)}")
         if (table := self.feasible.table) is not None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -176,6 +177,7 @@ class Feasible:
         """The most probable within the limits."""
         return self._most(self._chances(mixture))
 
+    @cached_property
     def largest(self) -> Found:
         """The one of most MACs within the limits, but for those of its head."""
         return self._most(

@@ -466,7 +466,7 @@ def test_supernets_that_choose_the_same_train_it_by_other_seeds(
     windows: Path, tmp_path: Path
 ) -> None:
     space = architectures.space_of(recipe_of(windows))
-    lightest = Feasible(space, Limits(flash=1)).largest().architecture
+    lightest = Feasible(space, Limits(flash=1)).largest.architecture
     least = Feasible(space, Limits()).flash(lightest)
     limits = f"search.space.limits={{flash: {least}}}"
     result = run(windows, tmp_path, DIFFERENTIABLE, "search.trials=3", limits)

@@ -168,7 +168,7 @@ def test_a_limit_on_latency_is_that_of_the_table(tmp_path: Path) -> None:
         ],
     )
     feasible = architectures.feasible_of(recipe)
-    found = feasible.largest()
+    found = feasible.largest
     assert found.broken == ()
     costs = architectures.facts(feasible, found.architecture)
     network = spaces.operators(TINY, found.architecture)
@@ -180,7 +180,7 @@ def test_a_limit_on_latency_is_that_of_the_table(tmp_path: Path) -> None:
             "search.space.limits.latency_ms=0.5",
         ],
     )
-    (why,) = architectures.feasible_of(tight).largest().broken
+    (why,) = architectures.feasible_of(tight).largest.broken
     assert why.startswith("latency limit 0.5 ms: below ")
 
 

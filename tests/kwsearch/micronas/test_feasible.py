@@ -225,7 +225,7 @@ def test_the_largest_within_limits_has_the_most_macs() -> None:
     rows = [(flash_of(one), peak_bytes(operators(SMALL, one)), one) for *_, one in all_of(even())]
     for held, flash in itertools.product(*(sorted({row[i] for row in rows})[::40] for i in (1, 0))):
         within = [body(one) for kept, peak, one in rows if kept <= flash and peak <= held]
-        found = Feasible(SMALL, Limits(bytes=held, flash=flash)).largest()
+        found = Feasible(SMALL, Limits(bytes=held, flash=flash)).largest
         assert (found.broken == ()) == bool(within)
         if within:
             assert body(found.architecture) == max(within)
