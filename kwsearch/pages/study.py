@@ -50,6 +50,7 @@ def _context(study: Snapshot, result: Result, unbeaten: Sequence[FrozenTrial]) -
     spent, why_not = _spending(study, result)
     return {
         "name": study.recipe.model.name,
+        "run": study.directory.absolute().name,
         "directory": str(study.directory.absolute()),
         "running": study.running,
         "now": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
