@@ -247,7 +247,24 @@ def summary_lines(plan: Plan, scale: int = 1) -> list[str]:
         sums = " + ".join(f"{k} {v * by:,}" for k, v in parts.items() if k != "total")
         lines.append(f"{unit}: {total * by:,}, {total / of:.2f} x static ({of * by:,})")
         lines.append(f"    = {sums}")
+        if unit == "parameters" and (less := only_trained(plan)):
+            left = total - less
+            told = f"{left:,} are left after training, {left / of:.2f} x static"
+            lines.append(f"    {told}: budgets are of these")
     return lines
+
+
+def only_trained(plan: Plan) -> int:
+    """Parameters that are only there for training."""
+    cost = plan.cost()
+    return cost.params.total - cost.deployed
+
+
+def params_text(plan: Plan) -> str:
+    """What budgets are about, and what training has if that is more."""
+    cost = plan.cost()
+    more = f" ({cost.params.total:,} while it is trained)" if only_trained(plan) else ""
+    return f"{cost.deployed:,} parameters{more}"
 
 
 def trade_table(candidates: Sequence[Candidate]) -> Table:
@@ -262,7 +279,7 @@ def trade_table(candidates: Sequence[Candidate]) -> Table:
         shown = " ".join(cells) if len(cells) <= 8 else f"{' '.join(cells[:6])} … {cells[-1]}"
         table.add_row(
             candidate.why,
-            f"{cost.params.total:,}",
+            f"{cost.deployed:,}",
             f"{cost.macs.total:,}",
             f"{cost.macs.mixing:,}",
             f"{candidate.solution.spread:.4f}",
@@ -286,8 +303,8 @@ def published_table(
         cost = plan.cost()
         table.add_row(
             name,
-            f"{cost.params.total:,}",
-            f"{cost.params.total / params:.2f}",
+            f"{cost.deployed:,}",
+            f"{cost.deployed / params:.2f}",
             f"{cost.macs.total:,}",
             f"{cost.macs.total / macs:.2f}",
             *took,
@@ -301,6 +318,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "static": {"params": plan.network.params, "macs": plan.network.macs},
         "params": params_by_part(plan),
+        "deployed": plan.cost().deployed,
         "macs": macs_by_part(plan),
         "warehouses": [
             {

@@ -196,7 +196,7 @@ def check_replannable(recipe: Recipe) -> None:
     sharing = getattr(recipe.method, "sharing", "layer")
     if recipe.plan is None or isinstance(sharing, str):
         return
-    ratios = {group.ratio for group in recipe.plan.groups}
+    ratios = {getattr(group, "ratio", None) for group in recipe.plan.groups}
     if len(ratios) > 1:
         shown = ", ".join("solved" if r is None else f"{r:g}" for r in sorted(ratios, key=str))
         raise PlanError(

@@ -317,6 +317,7 @@ def _check_output(output: str) -> None:
 def _write(request: Request, outcome: Outcome, output: str) -> None:
     from kwsearch.published import PAPER
     from kwsearch.recipe import write_recipe
+    from kwsearch.report import params_text
     from kwsearch.resolve import recipe_of, versions
 
     sections: dict[str, Any] = {
@@ -340,11 +341,10 @@ def _write(request: Request, outcome: Outcome, output: str) -> None:
         }
         sections["provenance"]["paper"] = PAPER
     recipe = recipe_of(outcome, request.model, request.input_size, request.classes, sections)
-    cost = outcome.plan.cost()
     size = "x".join(map(str, outcome.plan.network.input_size))
     header = [
         title,
-        f"{cost.params.total:,} parameters, {cost.macs.total:,} MACs at {size}.",
+        f"{params_text(outcome.plan)}, {outcome.plan.cost().macs.total:,} MACs at {size}.",
         "",
         f"    kwsearch budget {output}" + (" --trust" if request.trust else ""),
     ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kwlayers.methods import NAMES
-from kwsearch.cli.options import SIZE, several, target_options, trust_option
+from kwsearch.cli.options import SIZE, refuse, several, target_options, trust_option
 from kwsearch.cli.pages import check_place, command_line, write
 from kwsearch.cli.step import STEP_OPTIONS, StepRequest, step_options
 
@@ -63,8 +63,14 @@ def command(
     from kwsearch.budget import Target
     from kwsearch.cli.request import Request
 
-    request = Request(model, input_size, classes, Target(ratio, params, total_ratio), trust)
-    step = StepRequest({k: step_settings[k] for k in STEP_OPTIONS if step_settings[k] is not None})
+    target = Target(ratio, params, total_ratio)
+    request = Request(model, input_size, classes, target, trust, replans=False)
+    given = {k: step_settings[k] for k in STEP_OPTIONS if step_settings[k] is not None}
+    refuse(
+        ("memory", "latency"), "a limit of `kwsearch budget`; --batch and --lut say what is taken"
+    )
+    refuse(("inference",), "of `kwsearch budget`; here memory is that of training")
+    step = StepRequest(given, beside_latency=True)
     if html:
         check_place("--html", html, ".html")
     network = request.network()

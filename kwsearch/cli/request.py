@@ -35,10 +35,18 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 class Request:
-    """The model, its input and the target, from the command line and perhaps a recipe."""
+    """The model, its input and the target, from the command line and perhaps a recipe. replans:
+    whether a target is met by the recipe's own method.
+    """
 
     def __init__(
-        self, model: str, input_size: Any, classes: int | None, target: Target, trust: bool
+        self,
+        model: str,
+        input_size: Any,
+        classes: int | None,
+        target: Target,
+        trust: bool,
+        replans: bool = True,
     ) -> None:
         # recipe: the one that says the plan or its budget. source: where -o takes the rest from.
         self.recipe: Recipe | None = None
@@ -47,9 +55,9 @@ class Request:
         self.trust = trust
         self.settings: MethodSettings | None = None
         if is_recipe(model):
-            self._read(model)
+            self._read(model, replans)
 
-    def _read(self, path: str) -> None:
+    def _read(self, path: str, replans: bool) -> None:
         from kwsearch.recipe import load_recipe
         from kwsearch.resolve import check_replannable, settings_of, target_of
 
@@ -59,7 +67,8 @@ class Request:
         self.classes = self.classes or self.recipe.model.num_classes
         self.settings = settings_of(self.recipe)
         if self.target:
-            check_replannable(self.recipe)
+            if replans:
+                check_replannable(self.recipe)
             self.recipe = None
         else:
             self.target = target_of(self.recipe)

@@ -67,10 +67,12 @@ def step_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class StepRequest:
-    """What is asked about a step. given: by option, those that were given."""
+    """What is asked about a step. given: by option, those that were given. beside_latency: whether
+    a batch is of memory, too, where there is a table.
+    """
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self.given = dict(given)
+    def __init__(self, given: Mapping[str, Any], beside_latency: bool = False) -> None:
+        self.given, self.beside_latency = dict(given), beside_latency
         self.batch: int | None = self.given.pop("batch", None)
         self.limit: int | None = self.given.pop("memory", None)
         self.latency: float | None = self.given.pop("latency", None)
@@ -108,7 +110,8 @@ class StepRequest:
     @property
     def of_memory(self) -> bool:
         """Whether memory is."""
-        return self.limit is not None or (self.batch is not None and self.lut is None)
+        beside = self.lut is None or self.beside_latency
+        return self.limit is not None or (self.batch is not None and beside)
 
     def reports(
         self, request: Request, plan: Plan, latency: PlanLatency | None

@@ -216,6 +216,20 @@ def test_a_target_plans_a_recipe_anew(run) -> None:
     assert 0.995 * 6_000_000 < data["params"]["total"] <= 6_000_000
 
 
+def test_what_is_left_after_training_is_what_the_budget_is_about(run, tmp_path: Path) -> None:
+    # Counts as test_pad_net.py has them from PAD-Net's closed forms.
+    ran = run("budget", "resnet50", "--method", "pad_net")
+    assert "parameters: 120,583,980" in ran.out
+    assert "47,902,917 are left after training, 1.87 x static: budgets are of these" in ran.out
+    made = tmp_path / "made.yaml"
+    args = ("--method", "pad_net", "--params", "20M", "--json", "-o", str(made))
+    data = json.loads(run("budget", "resnet18", *args).out)
+    assert data["deployed"] <= 20_000_000 < data["params"]["total"]
+    assert (
+        f"# {data['deployed']:,} parameters ({data['params']['total']:,} while" in made.read_text()
+    )
+
+
 def test_the_check_knows_what_fvcore_cannot_see(run) -> None:
     ran = run("budget", "deit_tiny", "--ratio", "0.5", "--input", "3x32x32", "--check")
     assert ran.code == 0

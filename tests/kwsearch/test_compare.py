@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,7 +145,9 @@ def test_the_memory_of_a_training_step_is_shown_with_a_batch(
         (("resnet18", "--methods", "odcon"), "'odcon' is not one of"),
         (("resnet19",), "unknown model 'resnet19'"),
         (("resnet18", "--ratio", "1", "--params", "1M"), "one target at a time"),
-        (("resnet18", "--latency", "8ms"), "give --lut"),
+        (("resnet18", "--latency", "8ms"), "--latency: a limit of `kwsearch budget`"),
+        (("resnet18", "--memory", "1GB"), "--memory: a limit of `kwsearch budget`"),
+        (("resnet18", "--batch", "8", "--inference"), "memory is that of training"),
     ],
 )
 def test_wrong_input_is_one_message(
@@ -192,3 +195,13 @@ def test_a_method_whose_step_cannot_run_leaves_the_others() -> None:
     table, said = compare.table(entries, network, static)
     assert (table.row_count, said) == (3, why)
     assert [e["train_memory"] for e in compare.to_json(entries)["methods"]] == [None, 36]
+
+
+def test_of_a_recipe_only_the_model_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where its own plan could not be made anew: its groups have ratios of their own."""
+    recipe = Path(__file__).parents[2] / "recipes" / "kw_mobilenetv2_100_0.5x.yaml"
+    args = ("--total-ratio", "1", "--methods", "odconv", "--json")
+    code, out, _ = run(capsys, str(recipe), *args)
+    assert code == 0
+    _, plain, _ = run(capsys, "mobilenetv2_100", *args)
+    assert json.loads(out)["methods"] == json.loads(plain)["methods"]

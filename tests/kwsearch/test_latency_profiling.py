@@ -325,8 +325,13 @@ search: {space: {split: 2, cell_ratio: [0.5], sharing: [layer]}}
     assert [a > b for a, b in zip(*ends, strict=True)] == [True, False, True]
 
 
-def test_the_grid_knows_the_usual_blocks() -> None:
-    found = of_grid([32])
+@pytest.fixture(scope="module")
+def grid() -> list[Subject]:
+    return of_grid([32])
+
+
+def test_the_grid_knows_the_usual_blocks(grid: list[Subject]) -> None:
+    found = grid
     calls = {call for one in found[:8] for call in one.calls(Mode(1, False))}
     kinds = {call.kind.split()[0] for call in calls}
     assert {"conv2d", "batch_norm", "attention", "mixing", "module"} <= kinds
@@ -335,8 +340,8 @@ def test_the_grid_knows_the_usual_blocks() -> None:
     assert [one.name.rsplit(" b = ")[-1] for one in found[1:4]] == ["0.25", "1", "4"]
 
 
-def test_the_grid_has_mixing_in_cells_of_every_size() -> None:
-    found = [one for one in of_grid([32]) if one.only_mixing]
+def test_the_grid_has_mixing_in_cells_of_every_size(grid: list[Subject]) -> None:
+    found = [one for one in grid if one.only_mixing]
     cut: dict[tuple[float, ...], set[str]] = {}
     for one in found:
         sites = {site.name: site for site in one.plan.network.sites}
@@ -353,8 +358,8 @@ def test_the_grid_has_mixing_in_cells_of_every_size() -> None:
     assert call == "mixing"
 
 
-def test_what_only_mixes_is_no_whole_step() -> None:
-    (subject, *_) = [one for one in of_grid([32]) if one.only_mixing]
+def test_what_only_mixes_is_no_whole_step(grid: list[Subject]) -> None:
+    (subject, *_) = [one for one in grid if one.only_mixing]
     found = list(steps_of([subject], MODES[:1], print))
     calls, wholes = Profile(new_table(), found, lambda: None).missing()
     assert wholes == []
