@@ -200,7 +200,7 @@ def test_a_method_whose_step_cannot_run_leaves_the_others() -> None:
 def test_of_a_recipe_only_the_model_counts(capsys: pytest.CaptureFixture[str]) -> None:
     """Also where its own plan could not be made anew: its groups have ratios of their own."""
     recipe = Path(__file__).parents[2] / "recipes" / "kw_mobilenetv2_100_0.5x.yaml"
-    args = ("--total-ratio", "1", "--methods", "odconv", "--json")
+    args = ("--total-ratio", "2", "--methods", "odconv", "--json")
     code, out, _ = run(capsys, str(recipe), *args)
     assert code == 0
     _, plain, _ = run(capsys, "mobilenetv2_100", *args)
