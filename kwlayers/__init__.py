@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from kwlayers.conv import KWConv1d, KWConv2d, KWConv3d, KWLinear
     from kwlayers.convert import convert_, prepare_
     from kwlayers.cost import Cost
+    from kwlayers.methods.pad_net_partition import deploy_, partition_
     from kwlayers.optim import parameter_groups
-    from kwlayers.partition import deploy_, partition_
     from kwlayers.plan import Group, Network, Plan, PlanError, Site
     from kwlayers.planner import BudgetError, plan_model, plan_network
     from kwlayers.rules import Rule, Share
@@ -43,9 +43,9 @@ _HOME = {
     "Warehouse": "warehouse",
     "WarehouseGroup": "warehouses",
     "convert_": "convert",
-    "deploy_": "partition",
+    "deploy_": "methods.pad_net_partition",
     "parameter_groups": "optim",
-    "partition_": "partition",
+    "partition_": "methods.pad_net_partition",
     "plan_model": "planner",
     "plan_network": "planner",
     "prepare_": "convert",

@@ -12,6 +12,8 @@ n cells plus one zero cell:
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kwlayers import geometry
+from kwlayers.dcac import valid_frames
 from kwlayers.dynamic import kaiming_normal_
 from kwlayers.ops import triton_attention
 from kwlayers.ops.device import device_type
@@ -101,7 +104,8 @@ class Attention(Tempered):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, *S)  out: (B, m, n)."""
         fused = _fuses(x)
-        plain = self.basis is None and x.dtype in TRITON_DTYPES
+        padded = bool(_lengths) and x.dim() == 3
+        plain = self.basis is None and x.dtype in TRITON_DTYPES and not padded
         if fused and plain and not self.training and not torch.is_grad_enabled():
             return triton_attention.attention_eval(self, x)
         hidden = F.relu(self.norm(self.fc1(pooled(x))))
@@ -129,10 +133,34 @@ class Attention(Tempered):
         return f"{self.in_channels}, num_mixtures={self.num_mixtures}, num_cells={self.num_cells}"
 
 
+# Of sequences that are padded, the lengths; the last holds.
+_lengths: list[Tensor] = []
+
+
+@contextmanager
+def pooling_over(lengths: Tensor | None) -> Iterator[None]:
+    """While it lasts, means over sequences (B, C, T) are of the first `lengths` (B,) of their
+    positions: what follows is padding. None changes nothing.
+    """
+    if lengths is None:
+        yield
+        return
+    _lengths.append(lengths)
+    try:
+        yield
+    finally:
+        _lengths.pop()
+
+
 def pooled(x: Tensor) -> Tensor:
-    """(B, C, *S) -> (B, C): the mean over positions."""
+    """(B, C, *S) -> (B, C): the mean over positions (of sequences see `pooling_over`)."""
     if x.dim() == 2:
         return x
+    if _lengths and x.dim() == 3:
+        lengths = _lengths[-1].to(x.device)
+        kept = x.masked_fill(~valid_frames(lengths, x.shape[0], x.shape[2])[:, None], 0)
+        total = (kept.float() if x.element_size() < 4 else kept).sum(2)
+        return total.div(lengths[:, None]).to(x.dtype)
     positions = tuple(range(2, x.dim()))
     if x.element_size() < 4:
         return x.mean(positions)  # a sum may leave the range of float16

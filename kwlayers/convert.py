@@ -103,11 +103,6 @@ def convert_(
             layers[name] = _fitting(modules.get(name), plan.extended[name])
             if name in fixed:
                 raise PlanError(f"{shown(name)} cannot be converted: {fixed[name]}")
-        if hasattr(Warehouses, group.name) or group.name in vars(Warehouses({})):
-            raise PlanError(
-                f"group {group.name!r}: a container of modules has an attribute of that name; "
-                "choose another"
-            )
     check_settings(backend, workspace_mb)
     check(warm_start, {name: layer.weight for name, layer in layers.items()})
     if warm_start == "cells" and (others := [name for name in used if name != "kernel_warehouse"]):
@@ -130,6 +125,11 @@ def convert_(
         own = {name: layers[name] for name in group.layers}
         made = methods.find(group.method).convert(plan, group, own, how)
         if made.shared is not None:
+            if hasattr(Warehouses, group.name) or group.name in vars(warehouses):
+                raise PlanError(
+                    f"group {group.name!r}: a container of modules has an attribute of that name; "
+                    "choose another"
+                )
             warehouses[group.name] = made.shared
         swaps |= made.swaps
         errors |= made.errors

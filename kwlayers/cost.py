@@ -67,6 +67,14 @@ class Cost:
     macs: MacParts
     deployed: int
 
+    @property
+    def deployed_params(self) -> ParamParts:
+        """By part; it is kernels that are only there for training."""
+        params, spared = self.params, self.params.total - self.deployed
+        return ParamParts(
+            self.deployed, params.kernels - spared, params.attention, params.unchanged
+        )
+
 
 @dataclass(frozen=True)
 class LayerCost:

@@ -25,6 +25,8 @@ class MethodSettings(ABC):
     method: ClassVar[str]
     # Whether groups have sizes without a budget: the published ones.
     sized: ClassVar[bool] = True
+    # The settings that say these sizes, which a budget decides instead.
+    sizes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def lay_out(

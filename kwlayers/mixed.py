@@ -114,6 +114,8 @@ class KernelGroup(Group):
     """Layers of num_kernels kernels each, which the budget decides."""
 
     size_name: ClassVar[str] = "num_kernels"
+    ratio_words: ClassVar[tuple[str, str]] = ("kernels of each layer, K", "K")
+    whole: ClassVar[bool] = True
     alone: ClassVar[bool] = True
 
     def unit(self, sites: Sequence[Site]) -> int:

@@ -70,6 +70,10 @@ class AloneSettings(MethodSettings):
         """Why the method leaves a layer static by default, beside its role; empty if not."""
         return ""
 
+    def own_ratio(self, share: Share) -> float | None:
+        """What a rule says of the layers' size relative to that of others; None for nothing."""
+        return share.ratio
+
     def gathered(self, network: Network, layers: Mapping[str, Share]) -> list[list[str]]:
         """The layers of each group. layers: the dynamic ones, in module order."""
         return [[name] for name in layers]
@@ -96,7 +100,7 @@ class AloneSettings(MethodSettings):
             taken = {group.name: group for group in groups}
             name = distinct(plain_name(names[0] if len(names) == 1 else sites[0].block), taken)
             groups.append(self.group(network, name, sites, self.changed(**own)))
-            ratios.append(share.ratio)
+            ratios.append(self.own_ratio(share))
         notes = by_reason({site.name: self.refuses(site) for site in network.sites})
         return Layout(network, tuple(groups), tuple(ratios), tuple(notes))
 

@@ -197,7 +197,8 @@ class Group(ABC):
     layers: module names in module order. Where a method takes `sites`, they are those of the
     layers, in that order. method: the name of the class's method. size_name: the field of `size`.
     kinds: of layers that it takes. alone: whether every layer has a group of its own. no_ratio: why
-    there is no ratio, if there is none.
+    there is no ratio as a budget, if there is none. ratio_words: what the size over its `unit` is
+    called, and in short. most_ratio: its largest worth. whole: whether it is a whole number.
     """
 
     name: str
@@ -208,6 +209,9 @@ class Group(ABC):
     kinds: ClassVar[tuple[str, ...]] = KINDS
     alone: ClassVar[bool] = False
     no_ratio: ClassVar[str] = ""
+    ratio_words: ClassVar[tuple[str, str]]
+    most_ratio: ClassVar[float] = math.inf
+    whole: ClassVar[bool] = False
     # Whether more than the published size is worth having, where the budget allows it.
     grows: ClassVar[bool] = True
 

@@ -117,7 +117,7 @@ def plan_ratio(network: Network, settings: MethodSettings, ratio: float) -> Plan
     layout = lay_out(network, settings)
     groups, asked, units = [], 0.0, 0
     for group, own in zip(layout.groups, layout.own_ratios, strict=True):
-        b = own if own is not None else ratio
+        b = ratio if own is None or group.no_ratio else own
         unit = group.unit(layout.of(group))
         groups.append(group.at_ratio(b, unit))
         asked, units = asked + b * unit, units + unit

@@ -42,6 +42,9 @@ class WarehouseGroup(Group):
 
     method: ClassVar[str] = "kernel_warehouse"
     size_name: ClassVar[str] = "num_cells"
+    ratio_words: ClassVar[tuple[str, str]] = (
+        "convolutional budget b = n / m (cells over mixtures)", "b",
+    )  # fmt: skip
 
     def at_ratio(self, ratio: float, unit: int) -> WarehouseGroup:
         return replace(self, num_cells=geometry.cells_for_ratio(unit, ratio), ratio=ratio)

@@ -42,6 +42,8 @@ from kwsearch.trials import (
 
 # Random architectures that are looked at for one within the limits, or one that is new.
 _DRAWS = 1000
+# Of those that are nearest to random ones, where so many draws had none within the limits.
+_TRIES = 100
 # From an option to the next one, when the nearest architecture within the limits is looked for.
 _STEP = 0.05
 _NONE = "none"  # of warehouses
@@ -55,6 +57,7 @@ class ArchitectureProposer:
 
     def __init__(self, search: Search, feasible: Feasible, ratios: Sequence[float] = ()) -> None:
         self.search, self.feasible = search, feasible
+        self._rare = False  # whether random architectures within the limits are
         self._ratios = {_NONE: None, **{f"{ratio:g}": ratio for ratio in ratios}}
 
     def __call__(self, study: optuna.Study) -> FrozenTrial:
@@ -112,14 +115,18 @@ class ArchitectureProposer:
         """One at random among those within the limits; near one, where such are rare."""
         space = self.feasible.space
         ratio = rng.choice([*self._ratios.values()])
-        for _ in range(_DRAWS):
-            found = space.random(rng)
+        found = space.random(rng)
+        for _ in range(0 if self._rare else _DRAWS):
             if not self.feasible.broken(found):
                 return self._costs(found, ratio)
+            found = space.random(rng)
+        self._rare = True
         return self._costs(nearest(self.feasible, space.options(found)), ratio)
 
     def _other(self, prints: Sequence[str | None], rng: Random) -> dict[str, Any]:
-        for _ in range(_DRAWS):
+        for number in range(_DRAWS):
+            if self._rare and number >= _TRIES:
+                break
             found = self._drawn(rng)
             if found[FINGERPRINT] not in prints:
                 return found
@@ -137,7 +144,7 @@ class ArchitectureProposer:
         space = self.feasible.space
         params: dict[str, Any] = space.options(Architecture.from_dict(costs[ARCHITECTURE]))
         kinds: dict[str, BaseDistribution] = {
-            one.name: _distribution(one) for one in space.decisions
+            one.name: distribution_of(one) for one in space.decisions
         }
         if len(self._ratios) > 1:
             ratio = costs.get(WAREHOUSE)
@@ -163,13 +170,13 @@ def nearest(feasible: Feasible, chosen: dict[str, int]) -> Architecture:
 
 
 def _suggested(trial: optuna.trial.Trial, one: Decision) -> int:
-    spaced = _distribution(one)
+    spaced = distribution_of(one)
     if isinstance(spaced, IntDistribution):
         return trial.suggest_int(one.name, spaced.low, spaced.high, step=spaced.step)
     return int(trial.suggest_categorical(one.name, spaced.choices))  # type: ignore[arg-type]
 
 
-def _distribution(one: Decision) -> IntDistribution | CategoricalDistribution:
+def distribution_of(one: Decision) -> IntDistribution | CategoricalDistribution:
     """Widths that are evenly spaced have an order that a sampler can use."""
     gaps = {b - a for a, b in pairwise(one.options)}
     if len(one.options) > 2 and len(gaps) == 1:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kwsearch import architectures
-from kwsearch.micronas.peak_memory import live_bytes
+from kwsearch.micronas.mixture import one_hot
+from kwsearch.micronas.peak_memory import live_bytes, published_peak
 from kwsearch.micronas.space import Architecture, operators
 from kwsearch.step_report import DoesNotFit
 from kwsearch.terminal import new_table
@@ -16,6 +17,7 @@ from kwsearch.trials import FLASH, LATENCY, PEAK, WAREHOUSE
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from kwsearch.micronas.cycles import Latency
     from kwsearch.micronas.feasible import Feasible
 
 
@@ -33,12 +35,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Counted:
-    """An architecture and what it costs, with b of KernelWarehouse or plain."""
+    """An architecture and what it costs, with b of KernelWarehouse or plain.
+
+    latency: None without a table. surrogate: bytes of memory by the published code's formula, for
+    comparison; None with warehouses.
+    """
 
     feasible: Feasible
     costs: Mapping[str, Any]
     rows: tuple[Row, ...]
-    fitted: tuple[str, ...]
+    latency: Latency | None
+    surrogate: int | None
 
     @property
     def broken(self) -> tuple[str, ...]:
@@ -65,8 +72,13 @@ def count(feasible: Feasible, architecture: Architecture, warehouse: float | Non
     shared = costs["params"] - sum(row.params for row in rows)
     if warehouse is not None:
         rows.append(Row("cells and norms", "", shared, 0, 0, None))
-    fitted = () if table is None else table.latency(timed).fitted
-    return Counted(feasible, costs, tuple(rows), fitted)
+    whole = None if table is None else table.latency(timed)
+    surrogate = None
+    if warehouse is None:
+        surrogate = round(
+            float(published_peak(feasible.space, one_hot(feasible.space, architecture)))
+        )
+    return Counted(feasible, costs, tuple(rows), whole, surrogate)
 
 
 def parts(feasible: Feasible, counted: Counted | None) -> list[str | Table]:
@@ -98,6 +110,9 @@ def to_json(feasible: Feasible, counted: Counted | None) -> dict[str, Any]:
     if counted is not None:
         return {
             **counted.costs,
+            "fitted": [] if counted.latency is None else list(counted.latency.fitted),
+            "fitted_ms": 0.0 if counted.latency is None else counted.latency.fitted_ms,
+            "surrogate_bytes": counted.surrogate,
             "operators": [vars(row) for row in counted.rows],
             "broken": list(counted.broken),
         }
@@ -131,10 +146,18 @@ def _operators(counted: Counted) -> Table:
 
 
 def _kept(counted: Counted) -> list[str]:
-    """Flash, limits, and what of the latency is fitted."""
+    """Flash, limits, memory as published, and what of the latency is fitted."""
     lines = [f"flash: {counted.costs[FLASH]:,} bytes of weights in int8, biases in int32"]
-    if counted.fitted:
-        lines.append(f"not measured, so fitted: {', '.join(counted.fitted)}")
+    if counted.surrogate is not None:
+        lines.append(
+            f"memory by the published code's formula: {counted.surrogate:,} bytes, for comparison"
+        )
+    table, took = counted.feasible.table, counted.latency
+    if table is not None and took is not None and took.fitted:
+        lines.append(
+            f"not measured, so fitted, {took.fitted_ms:.4g} ms with a mean error of "
+            f"{table.fit_error:.1%}: {', '.join(took.fitted)}"
+        )
     limits = counted.feasible.limits
     if limits != type(limits)() and not counted.broken:
         lines.append("within the limits")

@@ -101,11 +101,13 @@ class ArchitectureStudy(Study):
         if (table := self.feasible.table) is not None:
             for ratio in self.ratios:
                 self._check_ratio(ratio, table)
-            fitted = table.latency(operators(self.feasible.space, self.largest)).fitted
-            if fitted:
+            took = table.latency(operators(self.feasible.space, self.largest))
+            if took.fitted:
+                part = took.fitted_ms / took.milliseconds
                 self._notes.append(
-                    f"the latency table has no measured cycles of {len(fitted)} operators of the "
-                    "largest architecture: they are fitted"
+                    f"the latency table has no measured cycles of {len(took.fitted)} operators of "
+                    f"the largest architecture: {part:.0%} of its latency is fitted, with a mean "
+                    f"error of {table.fit_error:.1%}, by which limits may be missed"
                 )
 
     def _check_ratio(self, ratio: float, table: CycleTable) -> None:
@@ -126,18 +128,7 @@ class ArchitectureStudy(Study):
         from kwsearch.labelled_data import LabelledData
 
         assert isinstance(data, LabelledData)
-        space = self.feasible.space
-        have = tuple(data.train.x.shape[1:])
-        if have != (1, space.steps, space.sensors):
-            raise SearchError(
-                f"{data.train.name} has examples of {'x'.join(map(str, have))}, the recipe's input "
-                f"is 1x{space.steps}x{space.sensors}: set input to them"
-            )
-        if space.classes < data.train.num_classes:
-            raise SearchError(
-                f"{data.train.name} has {data.train.num_classes} classes, the model "
-                f"{space.classes}: set model.num_classes={data.train.num_classes}"
-            )
+        architectures.check_fit(self.feasible.space, data.train)
 
     def _proposer(self) -> Callable[[optuna.Study], FrozenTrial]:
         return ArchitectureProposer(self.search, self.feasible, self.ratios)

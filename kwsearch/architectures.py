@@ -16,6 +16,7 @@ from kwsearch.zoo import get
 
 if TYPE_CHECKING:
     from kwlayers.plan import Plan
+    from kwsearch.data import Images
     from kwsearch.micronas.cycles import CycleTable
     from kwsearch.micronas.feasible import Feasible
     from kwsearch.micronas.space import Architecture, Space
@@ -49,6 +50,21 @@ def space_of(recipe: Recipe) -> Space:
             )
         except SpaceError as error:
             raise PlanError(f"micronas: {error}") from None
+
+
+def check_fit(space: Space, windows: Images) -> None:
+    """Raise PlanError for windows or classes that networks of the space do not take."""
+    have = tuple(windows.x.shape[1:])
+    if have != (1, space.steps, space.sensors):
+        raise PlanError(
+            f"{windows.name} has examples of {'x'.join(map(str, have))}, the recipe's input is "
+            f"1x{space.steps}x{space.sensors}: set input to them"
+        )
+    if space.classes < windows.num_classes:
+        raise PlanError(
+            f"{windows.name} has {windows.num_classes} classes, the model {space.classes}: set "
+            f"model.num_classes={windows.num_classes}"
+        )
 
 
 def table_of(recipe: Recipe) -> CycleTable | None:

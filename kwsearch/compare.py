@@ -165,7 +165,7 @@ def table(
             entry.sizes,
             f"{cost.deployed:,}",
             f"{cost.deployed / network.params:.2f}",
-            short_count(cost.params.kernels - (cost.params.total - cost.deployed)),
+            short_count(cost.deployed_params.kernels),
             short_count(cost.params.attention),
             f"{cost.macs.total:,}",
             f"{cost.macs.total / network.macs:.2f}",
@@ -211,8 +211,9 @@ def to_json(entries: Sequence[Entry]) -> dict[str, list[dict[str, Any]]]:
                 "method": entry.method.name,
                 "title": entry.method.title,
                 "paper": entry.method.paper,
-                "settings": _settings(entry.settings),
+                "settings": _settings(entry),
                 "size": entry.sizes,
+                "groups": entry.plan.groups_to_list(),
                 "params": vars(cost.params),
                 "deployed": cost.deployed,
                 "macs": vars(cost.macs),
@@ -225,5 +226,10 @@ def to_json(entries: Sequence[Entry]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _settings(settings: MethodSettings) -> Mapping[str, Any]:
-    return {k: v for k, v in method_dict(settings).items() if k not in ("name", "rules")}
+def _settings(entry: Entry) -> Mapping[str, Any]:
+    """Without the sizes that the budget has decided."""
+    assert entry.plan is not None
+    own = entry.settings
+    as_laid_out = own.sized and own.lay_out(entry.plan.network).groups == entry.plan.groups
+    left_out = {"name", "rules", *(() if as_laid_out else own.sizes)}
+    return {k: v for k, v in method_dict(own).items() if k not in left_out}

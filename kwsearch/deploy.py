@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kwsearch import architectures, data, labelled_data, proxy
-from kwsearch.export.errors import ExportError
+from kwsearch.export.errors import ExportError, ExportFailed
 from kwsearch.micronas import tflite
-from kwsearch.micronas.space import Operator, operators
+from kwsearch.micronas.space import operators
 from kwsearch.micronas.supernet import Network, extract
 from kwsearch.recipe import Proxy, Recipe, Search
 
@@ -25,7 +25,9 @@ _CALIBRATION = 256
 
 @dataclass(frozen=True)
 class Deployed:
-    """split: of the windows that accuracies are of, "test" or "held-out". windows: how many.
+    """split: of the windows that accuracies are of, "test" or "held-out"; absent: then why there
+    are no others. windows: how many. broken: limits of the recipe that the file does not keep.
+    timed: whether cycles of its operators were counted.
 
     floating: accuracy before rounding. check: of the file. mean, deviation: of each sensor, which
     normalise windows.
@@ -37,18 +39,30 @@ class Deployed:
     check: tflite.Check
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
+    absent: str = ""
+    broken: tuple[str, ...] = ()
+    timed: bool = False
 
     def lines(self) -> list[str]:
         """In words."""
         one = self.check
         drop = 100 * (one.accuracy - self.floating)
-        return [
+        found = [
             f"{self.split} windows ({self.windows:,}): {self.floating:.2%} as trained, "
             f"{one.accuracy:.2%} in int8 ({drop:+.2f} points)",
             f"file {one.file_bytes:,} bytes; tensors alive at once {one.live_bytes:,} bytes, "
-            f"{one.predicted_bytes:,} predicted; arena {one.arena_bytes:,} bytes "
-            f"({one.ratio:.2f} of the prediction), the kernels' scratch aside",
+            f"{one.predicted_bytes:,} predicted; arena {one.arena_bytes:,} bytes by the plan in "
+            f"the file ({one.ratio:.2f} of the prediction), {one.greedy_bytes:,} where it is not "
+            "followed; the kernels' scratch aside",
         ]
+        if self.absent:
+            found.append(f"there are no test windows: {self.absent}")
+        if self.timed:
+            found.append(
+                "the first convolution is depthwise in the file: its cycles are not those of the "
+                "latency table"
+            )
+        return found
 
     def notes(self) -> list[str]:
         """What firmware must know."""
@@ -91,9 +105,11 @@ def deploy(
             "constant; take the best without (micronas.warehouses: [])"
         )
     tflite.need()
-    space = architectures.space_of(recipe)
+    feasible = architectures.feasible_of(recipe)
+    space = feasible.space
     settings = recipe.proxy or Proxy()
     examples = labelled_data.load(settings, (1, space.steps, space.sensors))
+    architectures.check_fit(space, examples.train)
     seed = (recipe.search or Search()).seed
 
     def make() -> Network:
@@ -106,14 +122,20 @@ def deploy(
         model = _loaded(make(), weights)
     windows = data.subset(examples.train, _CALIBRATION, seed=seed)
     tflite.export(model, examples.batch(windows.x), path)
-    split, scored = _scored(settings, examples)
+    split, scored, absent = _scored(settings, examples)
+    x = scored.batch(scored.valid.x)
+    check = tflite.check(path, operators(space, architecture), x, scored.valid.y, **feasible.how)
+    took, flash = feasible.milliseconds(architecture), feasible.flash(architecture)
     return Deployed(
         split,
         len(scored.valid.y),
         scored.score(model, settings.batch_size),
-        _checked(path, operators(space, architecture), scored),
+        check,
         tuple(examples.mean.flatten().tolist()),
         tuple(examples.std.flatten().tolist()),
+        absent,
+        feasible.limits.broken(took, check.arena_bytes, flash),
+        took is not None,
     )
 
 
@@ -125,7 +147,10 @@ def _trained(
     report: Callable[[int, float], None],
 ) -> Network:
     kept: list[Any] = []
-    proxy.train(make, None, examples, settings, seed, report, done=kept.append)
+    try:
+        proxy.train(make, None, examples, settings, seed, report, done=kept.append)
+    except ArithmeticError as error:  # a loss that is not finite
+        raise ExportFailed(f"the training failed: {error}") from None
     trained: Network = kept[0].to("cpu").eval()
     return trained
 
@@ -141,12 +166,9 @@ def _loaded(model: Network, weights: Path) -> Network:
     return model.eval()
 
 
-def _scored(settings: Proxy, examples: LabelledData) -> tuple[str, LabelledData]:
+def _scored(settings: Proxy, examples: LabelledData) -> tuple[str, LabelledData, str]:
+    """The split, its windows, and why it is not the test part."""
     try:
-        return "test", labelled_data.load_test(settings, examples)
-    except data.DataError:  # a data set without test windows
-        return "held-out", examples
-
-
-def _checked(path: Path, network: tuple[Operator, ...], scored: LabelledData) -> tflite.Check:
-    return tflite.check(path, network, scored.batch(scored.valid.x), scored.valid.y)
+        return "test", labelled_data.load_test(settings, examples), ""
+    except data.DataError as error:
+        return "held-out", examples, str(error)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kwlayers.methods import find
 from kwlayers.plan import Group, Plan, counted
-from kwsearch.report import stage_rows
+from kwsearch.report import ONLY_TRAINED, only_trained, stage_rows
 
 if TYPE_CHECKING:
     from kwsearch.recipe import Recipe
@@ -94,6 +94,7 @@ class GroupChange:
 @dataclass(frozen=True)
 class Difference:
     """What differs. params, macs: all parts, the total last, equal or not; the same of stages.
+    Parameters are as deployed.
 
     dynamic_a, dynamic_b: layers that are dynamic in one only, of those that both networks have.
     common: how many both have.
@@ -144,7 +145,7 @@ def diff(a: Side, b: Side) -> Difference:
         a,
         b,
         _settings(a, b),
-        _counts(vars(a.plan.cost().params), vars(b.plan.cost().params)),
+        _counts(vars(a.plan.cost().deployed_params), vars(b.plan.cost().deployed_params)),
         _counts(vars(a.plan.cost().macs), vars(b.plan.cost().macs)),
         tuple(_stages(a.plan, b.plan)),
         tuple(_groups(a.plan, b.plan, common)),
@@ -227,6 +228,9 @@ def _stages(a: Plan, b: Plan) -> Iterator[Stage]:
         macs = [row[0].macs["total"] if row else 0 for row in rows]
         own, other = (row[1] if row else "" for row in rows)
         yield Stage(name, own, other, Count("parameters", *params), Count("MACs", *macs))
+    spared = [-only_trained(plan) for plan in (a, b)]
+    if any(spared):
+        yield Stage(ONLY_TRAINED, "", "", Count("parameters", *spared), Count("MACs", 0, 0))
 
 
 def _groups(a: Plan, b: Plan, common: set[str]) -> Iterator[GroupChange]:

@@ -12,7 +12,7 @@ from kwsearch.terminal import new_table, plain
 if TYPE_CHECKING:
     from rich.table import Table
 
-_NOTHING = "—"
+_NOTHING = "-"
 _MOST_NAMES, _MOST_GROUPS = 8, 20
 
 

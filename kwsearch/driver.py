@@ -35,6 +35,7 @@ from kwsearch.interrupts import Interrupts, counted
 from kwsearch.rungs import Rung, promotable, trusted
 from kwsearch.trials import (
     DOUBLE,
+    EXHAUSTED,
     LEASE,
     REASON,
     SECONDS,
@@ -239,6 +240,7 @@ class Driver:
             frozen = self.propose(self.study)
         except SpaceExhausted as error:
             self._exhausted = True
+            self.study.set_user_attr(EXHAUSTED, str(error))
             self.watcher.say(f"no more trials: {error}")
             return None
         run = _Run(frozen.number, frozen._trial_id, budget_of(frozen), self.begins(frozen))

@@ -193,7 +193,8 @@ def _batches(
 def mixing(batch: int, mixup: float | None, generator: torch.Generator) -> tuple[float, Tensor]:
     """The share of each example in its mixture, at least a half, and who has the rest: (B,).
 
-    Zhang et al., arXiv 1710.09412; the larger of both shares as in EfficientAT. 1 without mixup.
+    Zhang et al., arXiv 1710.09412, one share for a batch as in their code; the larger of both as in
+    EfficientAT, which draws one for each example. 1 without mixup.
     """
     if mixup is None:
         return 1.0, torch.arange(batch)

@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from kwlayers.blocks import blocks_of
-from kwlayers.conv import _KWLayer
 from kwlayers.convert import convert_
+from kwlayers.dynamic import DynamicLayer
 from kwlayers.ops.device import standing_for
 from kwlayers.ops.workspace import Workspace
 from kwlayers.plan import PlanError
@@ -61,8 +61,9 @@ class Memory:
     """Bytes at the moment when a step holds most, by part.
 
     weights: parameters and buffers. optimizer: its state. images: the batch. activations: kept
-    for backward, or in use. mixing: attention and kernels of single samples that are kept for
-    backward. workspace: what kernels are mixed in. passing: results and copies on their way.
+    for backward, or in use. mixing: attention, kernels of single samples and what else dynamic
+    layers keep for backward, but for their results. workspace: what kernels are mixed in. passing:
+    results and copies on their way.
     """
 
     weights: int
@@ -263,7 +264,7 @@ def _mixing_labelled(model: nn.Module, counted: Allocations) -> Iterator[None]:
     """Label what dynamic layers allocate, but for their results."""
     with contextlib.ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, _KWLayer):
+            if isinstance(module, DynamicLayer):
                 stack.enter_context(_Labelled(module, counted))
         yield
 

@@ -254,6 +254,10 @@ def summary_lines(plan: Plan, scale: int = 1) -> list[str]:
     return lines
 
 
+# A line that takes them off what stages have.
+ONLY_TRAINED = "less what is only there for training"
+
+
 def only_trained(plan: Plan) -> int:
     """Parameters that are only there for training."""
     cost = plan.cost()

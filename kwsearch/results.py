@@ -14,8 +14,10 @@ from kwsearch.recipe import (
     MicroNAS,
     Proxy,
     Recipe,
+    RecipeError,
     RecipePlan,
     Search,
+    load_recipe,
     section_of,
     write_recipe,
 )
@@ -36,6 +38,7 @@ from kwsearch.trials import (
     best_of,
     budget_of,
 )
+from kwsearch.zoo import MODELS
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -44,6 +47,27 @@ if TYPE_CHECKING:
 
 # What a best recipe's provenance says it takes.
 _COSTS = ("params", "macs", LATENCY, PEAK, FLASH)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What trials are scored by. is_share: of examples, each right or wrong; else it may be below
+    0.
+    """
+
+    title: str
+    is_share: bool
+
+
+ACCURACY = Metric("held-out accuracy", True)
+WORDS = Metric("held-out 1 - WER", False)
+
+
+def metric_of(recipe: Recipe) -> Metric:
+    """By the recipe's input, or that of our network: of videos it is 1 less the word error rate."""
+    own = MODELS.get(recipe.model.name)
+    size = recipe.input or (own.input_size if own is not None else ())
+    return WORDS if len(size) == 4 else ACCURACY
 
 
 @dataclass(frozen=True)
@@ -92,6 +116,11 @@ class Result:
     warnings: tuple[str, ...] = ()
 
     @property
+    def metric(self) -> Metric:
+        """What trials are scored by."""
+        return metric_of(self.recipe)
+
+    @property
     def found(self) -> bool:
         """Whether there is a plan to use."""
         return any(found.best is not None for found in self.budgets)
@@ -108,8 +137,7 @@ def result_from(study: Snapshot) -> Result:
     budgets = []
     for found in found_of(values, trials, study.attributes):
         path = study.directory / named(values, found.budget, BEST)
-        # While it runs, what is there is of an earlier run.
-        there = found.best is not None and not study.running and path.exists()
+        there = not study.running and _says(path, found.best)
         budgets.append(replace(found, best_path=path if there else None))
     held_out = recipe.provenance.get("held_out")
     warnings = recipe.provenance.get("warnings")
@@ -121,6 +149,16 @@ def result_from(study: Snapshot) -> Result:
         rungs_of(recipe.search or Search(), recipe.proxy or Proxy()),
         tuple(map(str, warnings)) if isinstance(warnings, list) else (),
     )
+
+
+def _says(path: Path, best: FrozenTrial | None) -> bool:
+    """Whether a best recipe is that of this trial; one may be of an earlier run of the study."""
+    if best is None or not path.exists():
+        return False
+    try:
+        return load_recipe(path).provenance.get("trial") == best.number
+    except RecipeError:
+        return False
 
 
 def values_of(recipe: Recipe) -> list[float | None]:

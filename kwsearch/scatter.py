@@ -86,7 +86,7 @@ def _scale(axis: Axis, values: Sequence[float], cells: int, most: int) -> _Scale
     # A single value has a tenth of it around it; what differs by rounding alone is one.
     if high - low <= 1e-9 * abs(high):
         room = abs(high) / 20 or 0.5
-        low, high = max(low - room, axis.least), min(high + room, axis.most)
+        low, high = max(low - room, min(axis.least, low)), min(high + room, max(axis.most, high))
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     for factor in (1, 2, 5, 10, 20):
         first = math.floor(low / (step * factor) + 1e-9)

@@ -51,6 +51,8 @@ def choices_around(own: Shape, section: SpaceSection) -> dict[str, list[Any]]:
     starts = [changed(own, {METHOD: name}) for name in (own.settings.method, *section.method)]
     for name, values in list(listed.items()):
         if not any(applies(start, name) for start in starts):
+            if values and any(name in start.settings.sizes for start in starts):
+                raise PlanError(f"search.space.{name}: {_DECIDED}")
             if values:
                 raise PlanError(f"search.space.{name}: {own.settings.method} has no {name}")
             del listed[name]
@@ -82,7 +84,18 @@ def applies(shape: Shape, name: str) -> bool:
     if name.startswith("sharing/stage"):
         return bool(shape.stage_sharing)
     method, _, key = name.rpartition("/")
-    return key in shape.settings.names and method in ("", shape.settings.method)
+    own = key in shape.settings.names and not _decided(shape.settings, key)
+    return own and method in ("", shape.settings.method)
+
+
+# Of settings that do nothing under a budget.
+_DECIDED = "it is what the budget decides; search.space.split varies it between layers"
+
+
+def _decided(settings: MethodSettings, key: str) -> bool:
+    """Whether a setting is a size that any budget decides."""
+    # Groups that do not grow have their own sizes where the budget has room for them.
+    return key in settings.sizes and find(settings.method).group.grows
 
 
 def _check_values(settings: MethodSettings, method: str, key: str, values: Sequence[Any]) -> None:
@@ -92,11 +105,8 @@ def _check_values(settings: MethodSettings, method: str, key: str, values: Seque
             f"search.space.methods.{method}: there is no {key}; its settings are "
             f"{', '.join(settings.names)}"
         )
-    if key == find(method).group.size_name:
-        raise PlanError(
-            f"search.space.methods.{method}: {key} is what the budget decides; search.space.split "
-            "varies it between layers"
-        )
+    if _decided(settings, key):
+        raise PlanError(f"search.space.methods.{method}.{key}: {_DECIDED}")
     for value in values:
         try:
             settings.changed(**{key: value})

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kwlayers.convert import prepare_
+from kwlayers.dcac import DCAC
 from kwlayers.sr_ctc import SRCTCLoss, Tap
 from kwsearch import data
 from kwsearch.data import DataError, Videos
@@ -189,6 +190,11 @@ def load(proxy: Proxy, size: tuple[int, int], model: Any) -> SignData:
     if unknown := sorted(set(proxy.taps) - set(taps)):
         raise DataError(
             f"proxy.taps: {', '.join(unknown)}: no tap; allowed {', '.join(model.tap_widths)}"
+        )
+    if set(taps) - {"conv1d"} or any(isinstance(part, DCAC) for part in model.modules()):
+        notes += (
+            "DCAC, and taps below conv1d, are our reconstruction of DESign (arXiv 2507.03339), "
+            "which has no public code",
         )
     features = model.classifier.weight.shape[0]
     mean, std = _statistics(train)

@@ -74,6 +74,8 @@ def _read(storage: BaseStorage, study: str) -> tuple[tuple[FrozenTrial, ...], di
 
 def is_running(directory: Path) -> bool:
     """Whether a process drives the study there, as far as one can see."""
+    if not (directory / LOCK).exists():  # which asking would make
+        return False
     lock = filelock.FileLock(directory / LOCK)
     try:
         lock.acquire(timeout=0)

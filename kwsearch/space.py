@@ -71,6 +71,7 @@ class Space:
     ) -> None:
         self.network = network
         self.split = section.split
+        self._common = target.ratio or 1.0
         self.max_macs = section.limits.macs
         self.latency, self.max_ms = latency, section.limits.latency_ms
         self._untold = ""  # why the table says nothing about some plan
@@ -295,6 +296,8 @@ class Space:
             return enough
         spend = self.allowed - layout.static_params
         warehouses = self._warehouses(layout)
+        own = [ratio or self._common for ratio in layout.own_ratios]
+        relative = [r * o / self._common for r, o in zip(relative, own, strict=True)]
         cells = spread(warehouses, relative, spend)
         total = sum(w.params(n) for w, n in zip(warehouses, cells, strict=True))
         if layout.static_params + total < self.least:
@@ -425,10 +428,12 @@ class Space:
             message = f"{below}\nthe lowest floor found in search.space is {self._floor(shape):,}"
             return BudgetError(message, self.allowed, layout.floor())
         if missed:
+            ours = shape.settings.method == _OWN
+            why = "the cells are too coarse, and" if ours else f"by {shape.settings.method}"
+            smaller = "smaller cell ratios" if ours else "that budget"
             return BudgetError(
-                f"no plan of {self.least:,} to {self.allowed:,} parameters: the cells are too "
-                f"coarse, and the closest has {self.least - missed:,}; try smaller cell ratios or "
-                "a larger search.space.tolerance",
+                f"no plan of {self.least:,} to {self.allowed:,} parameters: {why} the closest has "
+                f"{self.least - missed:,}; try {smaller} or a larger search.space.tolerance",
                 self.allowed,
                 layout.floor(),
             )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from kwlayers.plan import counted, group_from
 from kwsearch import verdict
+from kwsearch.recipe import Search
+from kwsearch.results import ACCURACY, Metric
 from kwsearch.terminal import new_table
 from kwsearch.trials import (
     FLASH,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 _MEMORY = "memory, bytes"
 
 
-def trials_table(trials: Sequence[FrozenTrial]) -> Table:
+def trials_table(trials: Sequence[FrozenTrial], metric: Metric = ACCURACY) -> Table:
     """One line per trial, by budget, the best first."""
     sweep = len(by_budget(trials)) > 1
     timed = any(LATENCY in trial.user_attrs for trial in trials)
@@ -48,7 +50,7 @@ def trials_table(trials: Sequence[FrozenTrial]) -> Table:
     table = new_table(
         (*(["budget"] if sweep else []), "trial", "result", *(["method"] if apart else [])),
         (
-            *("held-out accuracy", "parameters", "MACs"),
+            *(metric.title, "parameters", "MACs"),
             *([_MEMORY] if held else []),
             *(["ms"] if timed else []),
             "seconds",
@@ -110,7 +112,8 @@ def _verdict_lines(result: Result, found: Found, head: str) -> list[str]:
     if best is None:
         return [f"{head}no trial finished: nothing to choose"]
     images = f"{result.held_out} held-out examples" if result.held_out else "held-out examples"
-    lines = [f"{head}best: trial {best.number}, {best.values[0]:.2%} on {images}"]
+    what = "" if result.metric.is_share else " of 1 - WER"
+    lines = [f"{head}best: trial {best.number}, {best.values[0]:.2%}{what} on {images}"]
     if found.finals is not None and found.finals.verdict is not None:
         first, *others = verdict.sentence(found.finals.verdict).split("; ")
         lines.append(f"    verdict on {found.finals.split} examples: {first}")
@@ -133,12 +136,14 @@ def _single_seed_lines(result: Result, found: Found, best: FrozenTrial) -> list[
         if other is None or theirs is None or other.number == best.number or not images:
             continue
         gap = score - theirs
-        error = ((score * (1 - score) + theirs * (1 - theirs)) / images) ** 0.5
-        reach = "within" if abs(gap) < 2 * error else "beyond"
-        lines.append(
-            f"    {gap * 100:+.2f} points against the {name}; {reach} two standard errors "
-            f"({2 * error * 100:.2f} points) of so few examples and one seed"
-        )
+        line = f"    {gap * 100:+.2f} points against the {name}; "
+        if result.metric.is_share:
+            error = ((score * (1 - score) + theirs * (1 - theirs)) / images) ** 0.5
+            reach = "within" if abs(gap) <= 2 * error else "beyond"
+            line += f"{reach} two standard errors ({2 * error * 100:.2f} points) of so few examples"
+            lines.append(f"{line} and one seed")
+        else:
+            lines.append(f"{line}how much of it is chance is not known of one seed")
     if len(found.trials) > 2:
         lines.append(f"    the best of {len(found.trials)} trials is in part the luckiest")
     return lines
@@ -154,12 +159,13 @@ def rankings(result: Result) -> dict[str, list[tuple[float, float]]]:
     """By rung and score, in words: it and the accuracy of each plan that was trained in full."""
     known: dict[str, list[tuple[float, float]]] = {}
     last = result.rungs[-1].step if result.rungs else 0
+    shared = (result.recipe.search or Search()).strategy == "differentiable"
     for found in result.budgets:
-        pairs = {
-            f"rung of {rung.step} epochs": rung_pairs(found.trials, rung.step, last)
-            for rung in result.rungs[:-1]
-            if rung.step
-        }
+        pairs = {}
+        for rung in result.rungs[:-1]:
+            if rung.step:
+                name = "supernet" if shared else f"rung of {rung.step} epochs"
+                pairs[name] = rung_pairs(found.trials, rung.step, last)
         pairs.update({f"score {k}": v for k, v in score_pairs(found.trials).items()})
         head = _head(result, found)
         known |= {head + name: values for name, values in pairs.items() if values}
@@ -167,15 +173,17 @@ def rankings(result: Result) -> dict[str, list[tuple[float, float]]]:
 
 
 def front_table(result: Result) -> Table:
-    """The trials that no other beats in accuracy, parameters, MACs and latency at once."""
+    """The trials that no other beats in accuracy and all costs at once."""
     timed = any(LATENCY in trial.user_attrs for trial in result.trials)
     sweep = len(result.budgets) > 1
     tested = _test_means(result)
-    accuracies = ("held-out accuracy", *(["test, mean"] if tested else []))
+    held = any(PEAK in trial.user_attrs for trial in result.trials)
+    accuracies = (result.metric.title, *(["test, mean"] if tested else []))
+    costs = ("parameters", "MACs", *([_MEMORY] if held else []), *(["ms"] if timed else []))
     table = new_table(
         ("front: trial", *(["budget"] if sweep else [])),
-        (*accuracies, "parameters", "MACs", *(["ms"] if timed else [])),
-        spare=("ms", "MACs"),
+        (*accuracies, *costs),
+        spare=("ms", _MEMORY, "MACs"),
     )
     for trial in front(result.trials):
         ms = trial.user_attrs.get(LATENCY)
@@ -188,6 +196,7 @@ def front_table(result: Result) -> Table:
             *(["" if test is None else f"{test:.2%}"] if tested else []),
             f"{trial.user_attrs['params']:,}",
             f"{trial.user_attrs['macs']:,}",
+            *([f"{trial.user_attrs[PEAK]:,}" if PEAK in trial.user_attrs else ""] if held else []),
             *(["" if ms is None else f"{ms:.3g}"] if timed else []),
         )
     return table
@@ -229,7 +238,7 @@ def result_json(result: Result) -> dict[str, Any]:
                 "accuracy": trial.values[0],
                 "params": trial.user_attrs["params"],
                 "macs": trial.user_attrs["macs"],
-                **({LATENCY: trial.user_attrs[LATENCY]} if LATENCY in trial.user_attrs else {}),
+                **{k: trial.user_attrs[k] for k in (LATENCY, PEAK, FLASH) if k in trial.user_attrs},
             }
             for trial in front(result.trials)
         ],

@@ -8,7 +8,7 @@ import datetime
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,17 @@ from kwsearch.recipe import Proxy, Recipe, Search
 from kwsearch.resolve import input_of, target_of, targets_of
 from kwsearch.results import finalists
 from kwsearch.terminal import new_table
-from kwsearch.trials import LATENCY, LEASE, NAMES, PEAK, SECONDS, baseline, front
+from kwsearch.trials import (
+    DOUBLE,
+    EXHAUSTED,
+    LATENCY,
+    LEASE,
+    NAMES,
+    PEAK,
+    SECONDS,
+    baseline,
+    front,
+)
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -42,22 +52,17 @@ _AXES = {
     "params": scatter.Axis("parameters", scatter.show_count),
     "macs": scatter.Axis("MACs", scatter.show_count),
 }
-_ACCURACY = scatter.Axis("held-out accuracy", scatter.show_share, most=1.0)
 # Trials that a line names, and letters of a reason that it shows.
 _NAMED, _LETTERS = 8, 200
 
 
-def parts(study: Snapshot, result: Result, plot: Sequence[str]) -> list[str | Table]:
-    """Lines and tables, the most important ones first. plot: lines that stand between them."""
-    found: list[str | Table] = [
-        f"study {study.directory}: {standing(study, result)}",
-        *about(study, result),
-        trials_line(study),
-        *unfinished_lines(study, result),
-        *finals_lines(study, result),
-        *study_report.best_lines(result),
-    ]
-    found += [f"recipe of the best: {one.best_path}" for one in result.budgets if one.best_path]
+def parts(
+    study: Snapshot, result: Result, plot: Sequence[str], short: bool = False
+) -> list[str | Table]:
+    """Lines and tables, the most important ones first. plot: lines that stand between them. short:
+    whether what stands above it is.
+    """
+    found: list[str | Table] = [*head(study, result, short)]
     found += ["", *plot] if plot else []
     found.append("")
     if any(trial.state.name == "COMPLETE" for trial in result.trials):
@@ -65,6 +70,23 @@ def parts(study: Snapshot, result: Result, plot: Sequence[str]) -> list[str | Ta
     found += study_report.trust_lines(result)
     found += [_reason_line(reason) for reason in reasons(result.trials)]
     return [*found, *time_lines(study), *_source_lines(study.recipe)]
+
+
+def head(study: Snapshot, result: Result, short: bool = False) -> list[str]:
+    """What is searched, how far it is and what is best. short: without what stays the same, and
+    what follows on what is best.
+    """
+    best = study_report.best_lines(result)
+    found = [one.best_path for one in result.budgets if one.best_path]
+    return [
+        f"study {study.directory}: {standing(study, result)}",
+        *([] if short else about(study, result)),
+        trials_line(study),
+        *unfinished_lines(study, result),
+        *finals_lines(study, result),
+        *([line for line in best if not line.startswith(" ")] if short else best),
+        *([] if short else [f"recipe of the best: {path}" for path in found]),
+    ]
 
 
 def headline(study: Snapshot, result: Result) -> str:
@@ -81,13 +103,13 @@ def plot(
     height: int = 16,
     encoding: str = "utf-8",
 ) -> list[str]:
-    """Accuracy of trials over their costs, as fits so many columns; no line where too few do."""
+    """Accuracy of trials over their costs, as fits so many columns."""
     if width < scatter.LEAST:
-        return []
+        return [f"no plot: it takes {scatter.LEAST} columns, and there are {width}"]
     return scatter.scatter(
         points(result, over),
         x=_AXES[over],
-        y=_ACCURACY,
+        y=scatter.Axis(result.metric.title, scatter.show_share, most=1.0),
         width=min(width, scatter.MOST),
         height=height,
         lines=_limits(result, over),
@@ -127,7 +149,7 @@ def standing(study: Snapshot, result: Result) -> str:
     """Whether it runs, and if not whether it is over."""
     if study.running:
         return "running"
-    left = len(result.trials) < _asked(study) or len(result.trials) < len(study.trials)
+    left = not _has_all(study, result.trials) or len(result.trials) < len(study.trials)
     done, planned = _final_trainings(study, result)
     if left or len(done) < planned:
         return "not running; kwsearch optimize with --resume goes on with it"
@@ -138,6 +160,16 @@ def _asked(study: Snapshot) -> int:
     return (study.recipe.search or Search()).trials
 
 
+def _has_all(study: Snapshot, finished: Sequence[FrozenTrial]) -> bool:
+    """Whether these are as many as were asked for, or all that there can be."""
+    return _count(finished) >= _asked(study) or EXHAUSTED in study.attributes
+
+
+def _count(finished: Iterable[FrozenTrial]) -> int:
+    """Without those that the database made twice."""
+    return sum(DOUBLE not in trial.user_attrs for trial in finished)
+
+
 def about(study: Snapshot, result: Result) -> Iterator[str]:
     """What is searched, on which images, under which budgets."""
     recipe, proxy = study.recipe, study.recipe.proxy or Proxy()
@@ -146,7 +178,11 @@ def about(study: Snapshot, result: Result) -> Iterator[str]:
     yield f"model: {recipe.model.name}{sized}"
     yield f"trials train on {proxy.data}, {counted(proxy.epochs, 'epoch')} in full"
     for found in result.budgets:
-        yield _budget_line(recipe, found)
+        if found.budget is not None:
+            yield _budget_line(recipe, found, found.budget)
+    limits = _limits_line(recipe)
+    if limits or recipe.of_architectures:
+        yield f"limits: {limits or 'none'}"
 
 
 def _input(recipe: Recipe) -> tuple[int, ...] | None:
@@ -157,11 +193,8 @@ def _input(recipe: Recipe) -> tuple[int, ...] | None:
         return None
 
 
-def _budget_line(recipe: Recipe, found: Found) -> str:
+def _budget_line(recipe: Recipe, found: Found, value: float) -> str:
     """A budget as the recipe gives it, and the parameters that it allows."""
-    value = found.budget
-    if value is None:
-        return f"limits: {_limits_line(recipe) or 'none'}"
     words = {
         "ratio": f"b = {value:.12g}, cells per mixture",
         "params": f"{value:,.12g} parameters",
@@ -173,9 +206,13 @@ def _budget_line(recipe: Recipe, found: Found) -> str:
 
 
 def _limits_line(recipe: Recipe) -> str:
-    """Of architectures."""
+    """What no plan or architecture exceeds, besides a budget; empty for nothing."""
     limits = (recipe.search or Search()).space.limits
     found = []
+    if limits.macs is not None:
+        found.append(f"{limits.macs:,} MACs")
+    if limits.train_memory is not None:
+        found.append(f"{limits.train_memory:,} bytes of memory for a training step")
     if limits.latency_ms is not None:
         found.append(f"{limits.latency_ms:g} ms by {limits.lut}")
     if limits.peak_memory is not None:
@@ -203,8 +240,11 @@ def trials_line(study: Snapshot) -> str:
     """How many trials there are, of those that were asked for."""
     known = states(study)
     words = [f"{count} {STATES[state]}" for state, count in known.items()]
-    finished = sum(trial.state.is_finished() for trial in study.trials)
-    return f"trials: {finished} of {_asked(study)} finished ({', '.join(words) or 'none yet'})"
+    count = _count(trial for trial in study.trials if trial.state.is_finished())
+    line = f"trials: {count} of {_asked(study)} finished ({', '.join(words) or 'none yet'})"
+    if count < _asked(study) and EXHAUSTED in study.attributes:
+        line += f", and no others can be had: {study.attributes[EXHAUSTED]}"
+    return line
 
 
 def unfinished(study: Snapshot) -> list[FrozenTrial]:
@@ -232,7 +272,7 @@ def _final_trainings(study: Snapshot, result: Result) -> tuple[list[Any], int]:
     chosen = finalists(result.budgets, search.finalists) if search.finalists else []
     keys = [Training(trial.number, seed).key for trial in chosen for seed in range(search.seeds)]
     done = [study.attributes[key] for key in keys if key in study.attributes]
-    over = len(result.trials) >= search.trials
+    over = _has_all(study, result.trials)
     return done, len(keys) if over or done else 0
 
 
@@ -257,7 +297,7 @@ def plans_table(result: Result) -> Table:
     table = new_table(
         (*(["budget"] if sweep else []), "network", "trial"),
         (
-            *("held-out accuracy", "parameters", *([] if held else ["of budget"]), "MACs"),
+            *(result.metric.title, "parameters", *([] if held else ["of budget"]), "MACs"),
             *(["memory, bytes"] if held else []),
             *(["ms"] if timed else []),
         ),

@@ -52,7 +52,10 @@ def run(
     examples = examples.moved(proxy.device_of(settings))
     feasible = architectures.feasible_of(recipe, table)
     section = (recipe.search or SearchSection()).supernet
-    chosen = {**section.model_dump(), "batch_size": max(section.batch_size // splits, 2)}
+    size = max(section.batch_size // splits, 2)
+    # There are more steps then, over which the temperature falls as far.
+    decay = section.decay ** (size / section.batch_size)
+    chosen = {**section.model_dump(), "batch_size": size, "decay": decay}
     search = Search(
         feasible.space,
         (examples.batch(examples.train.x), examples.train.y),
@@ -63,7 +66,13 @@ def run(
         **feasible.how,
     )
     key = _key(recipe, settings, chosen, seed)
-    if (state := checkpoint.load(path, key)) is not None:
+    try:
+        state = checkpoint.load(path, key)
+    except checkpoint.CheckpointError:
+        if splits == 1:
+            raise
+        state = None  # of whole batches, which ran out of memory: it begins anew
+    if state is not None:
         search.load_state_dict(state)
     steps = search.steps // section.epochs
     while search.done < search.steps:

@@ -16,6 +16,8 @@ DOUBLE = "double"
 REASON, SECONDS, SPLITS = "reason", "seconds", "splits"
 # The budget that it is for, as the recipe gives it: b, parameters, or a ratio of parameters.
 BUDGET = "budget"
+# Of a study: why no other trial can be had.
+EXHAUSTED = "exhausted"
 # What tells it from all others; how often the same plan had been trained before.
 FINGERPRINT, AGAIN = "fingerprint", "again"
 # Epochs of falling temperature, where they are not the proxy's.
@@ -94,17 +96,20 @@ def score_pairs(trials: Iterable[FrozenTrial]) -> dict[str, list[tuple[float, fl
 
 
 def front(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """The complete trials that no other beats, with more accuracy, no more parameters, MACs and
-    latency, or as much accuracy and less of one of those; by parameters. Static networks count.
+    """The complete trials that no other beats, with more accuracy and no more parameters, MACs,
+    latency, memory and flash, or as much accuracy and less of one of those; by parameters. What one
+    of two does not say is not compared. Static networks count.
     """
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
 
-    def worth(trial: FrozenTrial) -> tuple[float, int, int, float]:
+    def worth(trial: FrozenTrial) -> list[float | None]:
         attrs = trial.user_attrs
-        return trial.values[0], -attrs["params"], -attrs["macs"], -attrs.get(LATENCY, 0.0)
+        costs = [attrs.get(name) for name in ("params", "macs", LATENCY, PEAK, FLASH)]
+        return [trial.values[0], *(None if cost is None else -cost for cost in costs)]
 
-    def beaten(one: Sequence[float], other: Sequence[float]) -> bool:
-        return one != other and all(theirs >= mine for mine, theirs in zip(one, other, strict=True))
+    def beaten(one: Sequence[float | None], other: Sequence[float | None]) -> bool:
+        both = [(a, b) for a, b in zip(one, other, strict=True) if None not in (a, b)]
+        return any(b > a for a, b in both) and all(b >= a for a, b in both)  # type: ignore[operator]
 
     worths = [worth(trial) for trial in complete]
     found = [

@@ -155,7 +155,9 @@ def sentence(verdict: Verdict) -> str:
 def _share(found: Interval) -> str:
     if found.low is None or found.high is None:
         return f"{found.mean:.2%}"
-    low, high = max(found.low, 0.0), min(found.high, 1.0)
+    # No accuracy is below 0; 1 less a word error rate may be.
+    low = found.low if found.mean < 0 else max(found.low, 0.0)
+    high = min(found.high, 1.0)
     return f"{found.mean:.2%} (95 % interval {low:.2%} to {high:.2%})"
 
 

@@ -9,9 +9,11 @@ Yang et al., "CondConv: Conditionally Parameterized Convolutions for Efficient I
     parameters  E * |W| (+ E * C_out), and E * (C + 1) for each router
     MACs        conv + E * |W| to mix, and E * C for each router
 
-Published: E = 8, one router for each block, which sees the block's input; every convolution of the
-blocks. Here E is called K (`num_kernels`), as in the other methods. On purpose different from the
-code in PyTorch that PAD-Net brings:
+Published: E = 4 and 8, one router for each block, which sees the block's input, in the last three
+stages of EfficientNet-B0, without squeeze-and-excitation. Other networks' layers are known from the
+code in PyTorch that PAD-Net brings (arXiv 2211.05528): every convolution of the blocks, which is
+the default here, with E = 8. Here E is called K (`num_kernels`), as in the other methods. On
+purpose different from that code:
 
 - Each kernel starts as a layer's own. There all are drawn as one tensor, sqrt(C_out) too small.
 - Kernels are mixed, never features, which takes E times the MACs for the same result.
@@ -100,6 +102,7 @@ class CondConvSettings(AloneSettings):
 
     method: ClassVar[str] = "condconv"
     group_type: ClassVar[type[Group]] = CondConvGroup
+    sizes: ClassVar[tuple[str, ...]] = ("num_kernels",)
     static_roles: ClassVar[tuple[str, ...]] = (
         "stem", "head", "patch embedding", "shortcut", "last convolution",
     )  # fmt: skip

@@ -113,6 +113,7 @@ class DCDGroup(Group):
 
     method: ClassVar[str] = "dcd"
     size_name: ClassVar[str] = "latent"
+    ratio_words: ClassVar[tuple[str, str]] = ("L over the published, all layers", "L / published")
     alone: ClassVar[bool] = True
     no_ratio: ClassVar[str] = "it adds to the static kernels"
 

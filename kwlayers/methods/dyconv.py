@@ -75,6 +75,7 @@ class DYConvSettings(AloneSettings):
 
     method: ClassVar[str] = "dyconv"
     group_type: ClassVar[type[Group]] = DYConvGroup
+    sizes: ClassVar[tuple[str, ...]] = ("num_kernels",)
 
     def group(self, network: Network, name: str, sites: Sequence[Site], own: Any) -> DYConvGroup:
         layers = tuple(site.name for site in sites)

@@ -72,6 +72,7 @@ class DyMNSettings(AloneSettings):
 
     method: ClassVar[str] = "dymn"
     group_type: ClassVar[type[Group]] = DyMNGroup
+    sizes: ClassVar[tuple[str, ...]] = ("num_kernels",)
     own: ClassVar[tuple[str, ...]] = ("ratio",)
 
     def suits(self, network: Network) -> bool:

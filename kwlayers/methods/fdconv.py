@@ -72,6 +72,7 @@ from kwlayers.ops import check_settings, workspace_bytes
 from kwlayers.ops.remade import conv_remade
 from kwlayers.placement import AloneSettings
 from kwlayers.plan import Group, Network, Plan, PlanError, Site
+from kwlayers.rules import Share
 
 REDUCTION = 1 / 16
 OCTAVES = (2, 4, 8)
@@ -144,6 +145,7 @@ class FDConvGroup(Group):
 
     method: ClassVar[str] = "fdconv"
     size_name: ClassVar[str] = "width"
+    ratio_words: ClassVar[tuple[str, str]] = ("A over the published, all layers", "A / published")
     kinds: ClassVar[tuple[str, ...]] = ("conv1d", "conv2d")
     alone: ClassVar[bool] = True
     no_ratio: ClassVar[str] = (
@@ -251,6 +253,7 @@ class FDConvSettings(AloneSettings):
 
     method: ClassVar[str] = "fdconv"
     group_type: ClassVar[type[Group]] = FDConvGroup
+    sizes: ClassVar[tuple[str, ...]] = ("reduction",)
     static_roles: ClassVar[tuple[str, ...]] = ("stem", "head", "patch embedding", "shortcut")
 
     def __post_init__(self) -> None:
@@ -280,6 +283,11 @@ class FDConvSettings(AloneSettings):
         if min(site.in_channels, site.out_channels) < self.min_channels:
             return f"it has fewer than {self.min_channels} channels in or out"
         return ""
+
+    def own_ratio(self, share: Share) -> float | None:
+        if share.ratio is None and share.reduction is not None:
+            return share.reduction / self.reduction
+        return super().own_ratio(share)
 
     def group(self, network: Network, name: str, sites: Sequence[Site], own: Any) -> FDConvGroup:
         (site,) = sites

@@ -94,6 +94,8 @@ class KernelDNAGroup(Group):
 
     method: ClassVar[str] = "kernel_dna"
     size_name: ClassVar[str] = "width"
+    ratio_words: ClassVar[tuple[str, str]] = ("r over the published, all layers", "r / published")
+    most_ratio: ClassVar[float] = 1.0
     kinds: ClassVar[tuple[str, ...]] = ("conv1d", "conv2d", "conv3d")
     no_ratio: ClassVar[str] = "its layers use other layers' kernels"
     grows: ClassVar[bool] = False
@@ -195,6 +197,7 @@ class KernelDNASettings(AloneSettings):
 
     method: ClassVar[str] = "kernel_dna"
     group_type: ClassVar[type[Group]] = KernelDNAGroup
+    sizes: ClassVar[tuple[str, ...]] = ("reduction", "project_reduction")
     static_roles: ClassVar[tuple[str, ...]] = (
         "stem", "head", "patch embedding", "shortcut", "last convolution",
     )  # fmt: skip
@@ -250,7 +253,9 @@ class KernelDNASettings(AloneSettings):
                 f"{counted(len(added), 'block')} added, as published: {', '.join(added)}; "
                 "deepen=False adds none"
             )
-        return Layout(network, tuple(groups), (None,) * len(groups), tuple(notes))
+        # A budget keeps what the reductions say of one width to another.
+        relative = tuple(group.size / group.unit(wide.of(group)) for group in groups)
+        return Layout(network, tuple(groups), relative, tuple(notes))
 
     def lower(self) -> Iterator[dict[str, Any]]:
         if self.deepen:

@@ -139,6 +139,7 @@ class ODConvSettings(AloneSettings):
 
     method: ClassVar[str] = "odconv"
     group_type: ClassVar[type[Group]] = ODConvGroup
+    sizes: ClassVar[tuple[str, ...]] = ("num_kernels",)
     static_roles: ClassVar[tuple[str, ...]] = ("stem", "head", "patch embedding", "shortcut")
 
     def group(self, network: Network, name: str, sites: Sequence[Site], own: Any) -> ODConvGroup:

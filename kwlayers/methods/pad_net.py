@@ -8,8 +8,8 @@ kernel V, a mask m that is 1 where the kernel is dynamic, and a number phi:
     W = m * l_d * sum_k alpha_k W_k + (1 - m) * l_s * V       for each sample
 
 Which weights are dynamic is decided once, for all layers together: at first all are, then before
-training `kwlayers.partition.partition_` leaves as many as the plan says, `dynamic`. After training
-`kwlayers.partition.deploy_` drops what m hides. With n dynamic weights in a layer (sum of m):
+training `kwlayers.partition_` leaves as many as the plan says, `dynamic`. After training
+`kwlayers.deploy_` drops what m hides. With n dynamic weights in a layer (sum of m):
 
     parameters  stored (K + 1) * |W| + 1;  deployed K * n + (|W| - n) + 1;
                 and the base's attention (and K * C_out biases by dyconv)
@@ -75,13 +75,15 @@ class PADNetGroup(Group):
 
     method: ClassVar[str] = "pad_net"
     size_name: ClassVar[str] = "dynamic"
+    ratio_words: ClassVar[tuple[str, str]] = ("part of the weights that is dynamic", "dynamic part")
+    most_ratio: ClassVar[float] = 1.0
 
     def unit(self, sites: Sequence[Site]) -> int:
         """All weights: the ratio is the part that is dynamic."""
         return sum(site.weights for site in sites)
 
     def at_ratio(self, ratio: float, unit: int) -> PADNetGroup:
-        if ratio > 1:
+        if ratio > self.most_ratio:
             raise PlanError(
                 f"ratio {ratio:g}: by pad_net it is the part of the weights that is dynamic, at "
                 "most 1; more kernels are num_kernels"
@@ -163,6 +165,7 @@ class PADNetSettings(AloneSettings):
 
     method: ClassVar[str] = "pad_net"
     group_type: ClassVar[type[Group]] = PADNetGroup
+    sizes: ClassVar[tuple[str, ...]] = ("dynamic_fraction",)
     own: ClassVar[tuple[str, ...]] = ("ratio",)
 
     @property
@@ -399,7 +402,7 @@ def _prepare(model: nn.Module, batches: Iterable[Any], loss: Callable[..., Any])
     """The partition by sensitivity; after a warm start, which gives snip nothing to tell weights
     apart by, by magnitude.
     """
-    from kwlayers.partition import partition_
+    from kwlayers.methods.pad_net_partition import partition_
 
     warm = getattr(getattr(model, WAREHOUSES, None), "warm_start", None) is not None
     return partition_(model, batches, loss, scores="magnitude" if warm else "snip")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import Any
@@ -69,6 +70,9 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command; every foreseen problem is one message and its exit code."""
     hide_password()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # signs that an encoding lacks are no failure
+            stream.reconfigure(errors="replace")
     sys.exit(run(args))
 
 

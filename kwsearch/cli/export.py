@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kwsearch.recipe import Recipe
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,14 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Kind:
-    """write(request, path) makes the file. weights: None where none are taken; what there is
-    without them is said if they are optional, and trained if they are.
+    """write(request, path) makes the file; it may return limits that this does not keep. weights:
+    None where none are taken; what there is without them is said if they are optional, and trained
+    if they are.
     """
 
     what: str
     file: str
-    write: Callable[[_Request, Path], None]
+    write: Callable[[_Request, Path], tuple[str, ...] | None]
     weights: str | None = None
 
 
@@ -102,7 +105,7 @@ def _write_static(request: _Request, path: Path) -> None:
     path.write_bytes(content.getbuffer())
 
 
-def _write_tflite(request: _Request, path: Path) -> None:
+def _write_tflite(request: _Request, path: Path) -> tuple[str, ...]:
     from kwsearch import deploy
     from kwsearch.micronas import tflite
 
@@ -118,6 +121,7 @@ def _write_tflite(request: _Request, path: Path) -> None:
     tflite.header(path, name, found.notes()).replace(request.output.with_suffix(".h"))
     for line in found.lines():
         click.echo(line)
+    return found.broken
 
 
 KINDS = {
@@ -193,8 +197,12 @@ def command(
     request = _Request(loaded, shown, target, weights, ema, trust)
     if chosen.weights == "optional" and weights is None:
         click.echo("note: without --weights the weights are random", err=True)
-    _replace(target, lambda path: chosen.write(request, path))
+    broken = _replace(target, lambda path: chosen.write(request, path))
     click.echo(f"wrote {target}", err=True)
+    if broken:
+        from kwsearch.step_report import DoesNotFit
+
+        raise DoesNotFit(f"the file is not within the recipe's limits: {'; '.join(broken)}")
 
 
 def _beside(kind: str, target: Path, weights: Path | None) -> list[Path]:
@@ -230,14 +238,15 @@ def _check(kind: str, target: Path, force: bool, weights: Path | None, ema: bool
         raise click.UsageError(f"{target} exists: --force replaces it, or give another with -o")
 
 
-def _replace(target: Path, write: Callable[[Path], None]) -> None:
-    """All or nothing: written beside, with the same ending, then renamed."""
+def _replace(target: Path, write: Callable[[Path], _T]) -> _T:
+    """All or nothing: written beside, with the same ending, then renamed; what `write` gives."""
     temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     try:
         temporary.touch()  # before the work
         try:
-            write(temporary)
+            found = write(temporary)
             os.replace(temporary, target)
+            return found
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:

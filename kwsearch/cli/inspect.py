@@ -98,7 +98,7 @@ def _print(model: str, plan: Plan, layers: Sequence[Layer], scale: int) -> None:
     )
     for line in report.summary_lines(plan, scale):
         out.print(terminal.plain(line))
-    table, notes = inspection.tree(layers, scale)
+    table, notes = inspection.tree(layers, noun, scale)
     out.print(table)
     for note in [*notes, *static_others(plan.network)]:
         out.print(terminal.plain(note))

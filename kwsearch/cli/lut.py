@@ -67,8 +67,7 @@ def import_(
     from kwsearch.latency import operators
     from kwsearch.micronas import cycles
 
-    if output.exists() and not force:
-        raise click.UsageError(f"-o {output}: the file exists; --force replaces it")
+    _check_free(output, force)
     lists = [path for path in records if path.suffix.lower() == ".csv"]
     if lists and len(records) > 1:
         raise click.UsageError("RECORDS: one .csv, or several .json")
@@ -87,6 +86,44 @@ def import_(
         click.echo(line)
 
 
+@command.command("needed")
+@click.argument("recipe", metavar="RECIPE")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("-o", "--output", type=TABLE, help="Its file.  [default: printed]")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+def needed(recipe: str, overrides: tuple[str, ...], output: Path | None, force: bool) -> None:
+    """List the operators of RECIPE's architectures, to be counted on a microcontroller.
+
+    As CSV with a column for their cycles, which `kwsearch lut import` reads when it is filled in;
+    gaps are fitted. Those that the recipe's own table has are left out.
+    """
+    from kwlayers.plan import counted
+    from kwsearch import architectures
+    from kwsearch.files import write_whole
+    from kwsearch.micronas import cycles, expected
+    from kwsearch.recipe import load_recipe
+
+    if output is not None:
+        _check_free(output, force)
+    loaded = load_recipe(recipe, list(overrides))
+    if not loaded.of_architectures:
+        raise click.UsageError(f"{recipe}: is about plans; operators are of recipes of micronas")
+    known = architectures.table_of(loaded)
+    keys = expected.needed(architectures.space_of(loaded))
+    left = [key for key in keys if known is None or key not in known.entries]
+    text = cycles.csv_of(left)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    write_whole(output, text)
+    click.echo(f"wrote {output}: {counted(len(left), 'operator')}")
+
+
+def _check_free(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise click.UsageError(f"-o {output}: the file exists; --force replaces it")
+
+
 @command.command("merge")
 @click.argument("tables", metavar="TABLE...", type=TABLE, nargs=-1, required=True)
 @click.option("-o", "--output", type=TABLE, required=True, help="The table of all.")
@@ -97,8 +134,7 @@ def merge(tables: tuple[Path, ...], output: Path, force: bool) -> None:
     from kwsearch.latency.plans import load
     from kwsearch.latency.table import TableError
 
-    if output.exists() and not force:
-        raise click.UsageError(f"-o {output}: the file exists; --force replaces it")
+    _check_free(output, force)
     merged = load(tables[0])
     for path in tables[1:]:
         try:

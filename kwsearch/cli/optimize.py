@@ -156,7 +156,7 @@ def _print(result: Result) -> None:
     from kwsearch import study_report, study_summary, terminal
 
     out = terminal.console()
-    out.print(study_report.trials_table(result.trials))
+    out.print(study_report.trials_table(result.trials, result.metric))
     if len(result.budgets) > 1:
         out.print(study_report.front_table(result))
     for line in study_report.result_lines(result):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,13 @@ from kwsearch.cli.pages import check_place
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from kwsearch.results import Result
     from kwsearch.snapshot import Snapshot
 
 PAGE = "report.html"
 _EVERY = 2.0
-# Lines of the plot, where the terminal has them.
-_PLOT = 16
+# Lines of the plot, where the terminal has them, and of the least that is one.
+_PLOT, _LEAST = 16, 8
 
 
 @click.command("report")
@@ -111,18 +113,44 @@ class Report:
         if self.output is not None:
             click.echo(f"wrote {self.output}", err=self.as_json)
 
-    def parts(self, study: Snapshot, out: Console, height: int = _PLOT) -> list[RenderableType]:
-        """What a terminal or a file is shown; names of files are no markup."""
+    def parts(self, study: Snapshot, out: Console) -> list[RenderableType]:
+        """What a terminal or a file is shown."""
+        from kwsearch import results
+
+        return self._parts(study, results.result_from(study), out, _PLOT, short=False)
+
+    def _parts(
+        self, study: Snapshot, result: Result, out: Console, height: int, short: bool
+    ) -> list[RenderableType]:
+        """Names of files are no markup."""
+        from rich.text import Text
+
+        from kwsearch import study_summary
+
+        plot = study_summary.plot(
+            result, self.over, width=out.width, height=height, encoding=out.encoding
+        )
+        found = study_summary.parts(study, result, plot, short)
+        return [Text(part) if isinstance(part, str) else part for part in found]
+
+    def fitting(self, study: Snapshot, out: Console) -> list[RenderableType]:
+        """As `parts`, with a plot that ends on the screen, and what stands above it shorter if it
+        has to.
+        """
+        from rich.console import Group
         from rich.text import Text
 
         from kwsearch import results, study_summary
 
         result = results.result_from(study)
-        plot = study_summary.plot(
-            result, self.over, width=out.width, height=height, encoding=out.encoding
-        )
-        found = study_summary.parts(study, result, plot)
-        return [Text(part) if isinstance(part, str) else part for part in found]
+        # Not for the plot: a line of ours, the cursor's, empty ones around it, a longer legend.
+        rows = out.height - 5
+        for short in (False, True):
+            above = Group(*map(Text, study_summary.head(study, result, short)))
+            height = rows - len(out.render_lines(above))
+            if height >= _LEAST:
+                break
+        return self._parts(study, result, out, max(min(height, _PLOT), _LEAST), short)
 
     def numbers(self, study: Snapshot) -> str:
         from kwsearch import results, study_summary
@@ -175,16 +203,34 @@ def looks(run: Path, every: float) -> Iterator[Snapshot]:
         sleep(every)
 
 
+def _stoppable(found: Iterator[Snapshot]) -> Iterator[Snapshot]:
+    """The same; a request to end, as of a terminal that is closed, is raised as SystemExit."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                before[name] = signal.signal(getattr(signal, name), end)
+    try:
+        yield from found
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
 def _watch(report: Report, run: Path, every: float, show: Callable[[Snapshot], None]) -> Snapshot:
     """Show the study and write its page while it runs; how it was found at last."""
     study = None
     try:
-        for study in looks(run, every):
+        for study in _stoppable(looks(run, every)):
             if not study.running:
                 break
             report.write(study, refresh=max(math.ceil(every), 1))
             show(study)
-    except (KeyboardInterrupt, BrokenPipeError):
+    except BaseException:
         # Nobody writes the page any more: it should not ask for news.
         if study is not None:
             with contextlib.suppress(click.ClickException):
@@ -202,11 +248,10 @@ def _watch_live(report: Report, run: Path, every: float, out: Console) -> Snapsh
 
     page = "" if report.output is None else f"; {report.output} is kept up to date"
     last = Text(f"watching{page}; Ctrl-C ends")
-    height = max(min(out.height - 14, _PLOT), 8)
     with Live(console=out, auto_refresh=False, transient=True) as live:
 
         def show(study: Snapshot) -> None:
-            live.update(Group(last, *report.parts(study, out, height)), refresh=True)
+            live.update(Group(last, *report.fitting(study, out)), refresh=True)
 
         return _watch(report, run, every, show)
 

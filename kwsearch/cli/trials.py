@@ -13,10 +13,11 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(run: Path, as_json: bool) -> None:
     """Every trial of the study in RUN, the best first. The same is in RUN/trials.csv."""
-    from kwsearch import snapshot, study_report, terminal
+    from kwsearch import results, snapshot, study_report, terminal
 
-    trials = snapshot.take(run).trials
+    study = snapshot.take(run)
     if as_json:
-        click.echo(json.dumps([study_report.trial_json(trial) for trial in trials], indent=2))
+        click.echo(json.dumps([study_report.trial_json(trial) for trial in study.trials], indent=2))
     else:
-        terminal.console().print(study_report.trials_table(trials))
+        metric = results.metric_of(study.recipe)
+        terminal.console().print(study_report.trials_table(study.trials, metric))

@@ -1,7 +1,8 @@
 """Folders of sound files, as ESC-50 has them or one folder per class, and their log-mels.
 
 ESC-50's layout is meta/esc50.csv (filename, fold, target, category) and audio/*.wav; one fold is
-the test part, the first if none is chosen. The other is train/<class>/*.wav and
+the test part, the first if none is chosen; takes of one recording, which ESC-50's names tell
+(FOLD-RECORDING-TAKE-CLASS.wav), are held out together. The other is train/<class>/*.wav and
 test/<class>/*.wav. A clip is brought to 32 kHz and to one channel, their mean, and cut or padded
 with zeros at its end. Format: https://github.com/karolpiczak/ESC-50.
 """
@@ -12,6 +13,8 @@ import csv
 import importlib
 import io
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -157,7 +160,18 @@ def read(
         name=root.resolve().name,
         classes=files.classes,
         names=files.names,
+        groups=_recordings(files.names),
     )
+
+
+def _recordings(names: Sequence[str]) -> Tensor | None:
+    """Which clips are takes of one recording, by ESC-50's names; None of others."""
+    found = [re.fullmatch(r"\d+-(\w+)-[A-Z]-\d+\.\w+", name) for name in names]
+    keys = [match[1] for match in found if match is not None]
+    if len(keys) < len(names):
+        return None
+    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    return torch.tensor([places[key] for key in keys])
 
 
 def read_clip(path: Path, samples: int) -> Tensor:

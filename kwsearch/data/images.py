@@ -26,7 +26,8 @@ class Images:
     """x: (N, C, H, W) uint8   y: (N,) int64 in 0..num_classes-1   classes: their names, or ().
 
     names: of the examples, as a teacher's file has them, or (). teacher: (N, num_classes) float32,
-    a teacher's logits of each, or None.
+    a teacher's logits of each, or None. groups: (N,) int64, which of them are of one recording, of
+    one person, and are held out together; None where nobody knows.
     """
 
     x: torch.Tensor = field(repr=False)
@@ -36,6 +37,7 @@ class Images:
     classes: tuple[str, ...] = ()
     names: tuple[str, ...] = field(default=(), repr=False)
     teacher: torch.Tensor | None = field(default=None, repr=False)
+    groups: torch.Tensor | None = field(default=None, repr=False)
 
     # What is beside an example, in its own numbers.
     silence: ClassVar[float] = 0.0
@@ -114,13 +116,17 @@ def split_holdout(images: Images, fraction: float, seed: int) -> tuple[Images, I
     """(train, held_out): `fraction` of every class is held out, chosen by the seed.
 
     A class of two images or more has at least one in each part; a single image stays in train.
-    Both parts keep the order of `images`.
+    Where examples have groups these stay whole, and come as near to the fraction as they can. Both
+    parts keep the order of `images`.
     """
     if isinstance(fraction, bool) or not 0 < fraction < 1:
         raise DataError(
             f"cannot hold out a fraction of {fraction!r}; "
             "allowed a number strictly between 0 and 1, e.g. 0.1"
         )
+    if images.groups is not None:
+        held = _held_groups(images, images.groups.cpu().numpy(), fraction, _random(seed))
+        return _select(images, ~held), _select(images, held)
     held = torch.zeros(len(images), dtype=torch.bool)
     for members in _shuffled_classes(images, _random(seed)):
         if len(members) >= 2:
@@ -132,6 +138,32 @@ def split_holdout(images: Images, fraction: float, seed: int) -> tuple[Images, I
             f"({len(images)} images in all); give more images"
         )
     return _select(images, ~held), _select(images, held)
+
+
+def _held_groups(
+    images: Images, groups: np.ndarray, fraction: float, random: np.random.RandomState
+) -> torch.Tensor:
+    """Whole groups, in an order drawn at random, each of which brings the classes nearer to their
+    shares; at least one, and not all.
+    """
+    known, of_group = np.unique(groups, return_inverse=True)
+    if len(known) < 2:
+        raise DataError(
+            f"{images.name}: all {len(images)} examples are of one recording or person, of which "
+            "none can be held out; give more"
+        )
+    counts = np.zeros((len(known), images.num_classes))
+    np.add.at(counts, (of_group, images.y.cpu().numpy()), 1)
+    taken: list[int] = []
+    left = fraction * counts.sum(0)
+    order = random.permutation(len(known))
+    for group in order:
+        if ((left - counts[group]) ** 2).sum() < (left**2).sum() and len(taken) < len(known) - 1:
+            taken.append(group)
+            left = left - counts[group]
+    if not taken:  # all are larger than what is wanted
+        taken = [min(order, key=lambda group: counts[group].sum())]
+    return torch.from_numpy(np.isin(of_group, taken))
 
 
 def subset(images: Images, n: int, seed: int) -> Images:
@@ -199,7 +231,10 @@ def _select(images: Images, mask: torch.Tensor) -> Images:
 
     names = tuple(itertools.compress(images.names, mask.tolist()))
     teacher = None if images.teacher is None else chosen(images.teacher)
-    return replace(images, x=chosen(images.x), y=chosen(images.y), names=names, teacher=teacher)
+    groups = None if images.groups is None else chosen(images.groups)
+    return replace(
+        images, x=chosen(images.x), y=chosen(images.y), names=names, teacher=teacher, groups=groups
+    )
 
 
 def _described(tensor: torch.Tensor) -> str:

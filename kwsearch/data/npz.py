@@ -3,7 +3,8 @@
 x are images. Time series are called series instead: windows (N, samples, sensors) with a label
 each, or one recording (samples, sensors) with a label for each sample, from which windows are cut
 that overlap by half. A series without parts has every fifth window as test, as images have, and a
-recording its last fifth, so that no window is in both.
+recording its last fifth, so that no window is in both. Windows of a recording are held out in runs
+of 16, of which only the ends overlap with others.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _TRY = (
     "of time series with series_train=… and series_test=…"
 )
 _MAX_CHANNELS = 4
+_RUN = 16  # windows of a recording that are held out together
 _IMAGES = ("x", "y", "x_train", "y_train", "x_test", "y_test")
 _SERIES = ("series", "series_train", "series_test")
 
@@ -85,7 +87,7 @@ def _series(
             "shape (N, samples, sensors), or (samples, sensors) of one recording, and as many "
             "labels as the first"
         )
-    x = finite(where, x)
+    x, groups = finite(where, x), None
     if x.ndim == 2:
         if size is None:
             raise DataError(
@@ -97,6 +99,8 @@ def _series(
             kept = slice(border, None) if split == "test" else slice(border)
             x, y, where = x[kept], y[kept], f"{where}, its {split} part,"
         x, y = windows(x, y, size[0], max(size[0] // 2, 1), where)
+        runs = np.arange(len(y)) // _RUN
+        groups = torch.from_numpy(runs) if runs[-1:] > 0 else None
     elif not in_parts:
         part = _part(path, len(y), split)
         x, y = x[part], y[part]
@@ -105,6 +109,7 @@ def _series(
         y=torch.from_numpy(y),
         num_classes=_num_classes(labels),
         name=path.name,
+        groups=groups,
     )
 
 

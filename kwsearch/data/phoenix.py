@@ -3,7 +3,8 @@
 annotations/manual/train.corpus.csv (id|folder|signer|annotation) or
 PHOENIX-2014-T.train.corpus.csv (name|video|start|end|speaker|orth|translation), and the frames of
 each video in features/fullFrame-*/train/<folder>. Classes are the glosses of the training part, by
-the alphabet.
+the alphabet. Sentences are taken as they are written: the official evaluation cleans glosses, and
+word error rates of PHOENIX are published on its dev and test parts after that.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def read(root: Path, split: Split, size: tuple[int, int]) -> Videos:
     features = _features(root) / split
     frames = tuple(_frames(features, folder) for folder, _ in rows)
     sentences = tuple(sentence for _, sentence in rows)
-    return Videos(frames, sentences, tuple(glosses), root.resolve().name, size)
+    # 01April_2010_Thursday_heute_default-0/1/*.png: of the broadcast of that day.
+    broadcasts = tuple(re.sub(r"(_default)?-\d+(/.*)?$", "", folder) for folder, _ in rows)
+    return Videos(frames, sentences, tuple(glosses), root.resolve().name, size, broadcasts)
 
 
 def _rows(root: Path, split: str) -> Iterator[tuple[str, tuple[str, ...]]]:

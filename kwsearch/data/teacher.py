@@ -28,7 +28,12 @@ def read_logits(path: Path, names: Sequence[str], num_classes: int) -> Tensor:
     names: of the training set, in its order, such as audio_folder.ClipFiles.names. Raises
     DataError.
     """
-    found, logits = _arrays(path)
+    return _chosen(path, *_arrays(path), names, num_classes)
+
+
+def _chosen(
+    path: Path, found: np.ndarray, logits: np.ndarray, names: Sequence[str], num_classes: int
+) -> Tensor:
     if logits.shape[1] != num_classes:
         raise DataError(
             f"{path}: logits of {logits.shape[1]} classes; allowed {num_classes}, as the training "
@@ -61,8 +66,14 @@ def taught(images: Images, path: Path) -> Images:
     """The training examples with the logits of the file, by their names, or their indices where
     they have none. Raises DataError.
     """
+    found, logits = _arrays(path)
+    if images.names and found.dtype.kind != "U":
+        raise DataError(
+            f"{path}: names are numbers, places in a training set, which is another one with "
+            f"another fold; allowed here are names of files, such as {images.names[0]}"
+        )
     names = images.names or tuple(map(str, range(len(images))))
-    return replace(images, teacher=read_logits(path, names, images.num_classes))
+    return replace(images, teacher=_chosen(path, found, logits, names, images.num_classes))
 
 
 def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,10 @@
 
 A window's 9 sensors are, in this order, the acceleration without gravity (body_acc, g), the
 angular velocity (body_gyro, rad/s) and the acceleration (total_acc, g), each along x, y and z. A
-file holds one of them, a line for each window; y_train.txt has the windows' classes, from 1.
-Format: README.txt of https://archive.ics.uci.edu/dataset/240.
+file holds one of them, a line for each window; y_train.txt has the windows' classes, from 1, and
+subject_train.txt, if it is there, who did them: windows overlap by half, so that some of the same
+person in two parts would be known again. Format: README.txt of
+https://archive.ics.uci.edu/dataset/240.
 """
 
 from __future__ import annotations
@@ -52,13 +54,26 @@ def read(root: Path, split: Split, size: tuple[int, int] | None = None) -> Serie
                 "allowed one label per window; try unpacking the archive again"
             )
     name = root.resolve().name
+    people = place / split / f"subject_{split}.txt"
     return Series(
         x=fitted(np.stack(signals, axis=2), size, name),
         y=torch.tensor(labels),
         num_classes=len(classes),
         name=name,
         classes=classes,
+        groups=_people(people, len(labels)) if people.is_file() else None,
     )
+
+
+def _people(path: Path, count: int) -> torch.Tensor:
+    """Whose window it is, for each."""
+    lines = _lines(path)
+    for number, line in enumerate(lines, 1):
+        if not line.strip().isdecimal():
+            raise DataError(f"{path}:{number}: {line.strip()!r}; allowed the number of a person")
+    if len(lines) != count:
+        raise DataError(f"{path} has {len(lines)} lines for {count} windows; allowed one of each")
+    return torch.tensor([int(line) for line in lines])
 
 
 def _classes(path: Path) -> tuple[str, ...]:

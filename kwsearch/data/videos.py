@@ -19,7 +19,8 @@ from kwsearch.data.image_folder import decode
 class Videos:
     """frames: the files of each video, in order. sentences: what is signed in it, in order.
     glosses: those that have a class; the first has class 1, as class 0 is CTC's blank. size: (H, W)
-    of decoded frames. kept: clips that were decoded, by their first file.
+    of decoded frames. broadcasts: what each is from, held out as a whole, or (). kept: clips that
+    were decoded, by their first file.
     """
 
     frames: tuple[tuple[Path, ...], ...] = field(repr=False)
@@ -27,6 +28,7 @@ class Videos:
     glosses: tuple[str, ...] = field(repr=False)
     name: str
     size: tuple[int, int]
+    broadcasts: tuple[str, ...] = field(default=(), repr=False)
     kept: dict[Path, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +77,7 @@ class Videos:
             self,
             frames=tuple(self.frames[i] for i in numbers),
             sentences=tuple(self.sentences[i] for i in numbers),
+            broadcasts=tuple(self.broadcasts[i] for i in numbers) if self.broadcasts else (),
         )
 
 
@@ -87,12 +90,30 @@ def thinned(videos: Videos, count: int, seed: int) -> Videos:
 
 
 def held_out(videos: Videos, fraction: float, seed: int) -> tuple[Videos, Videos]:
-    """(the rest, held out) at random, at least one in each, in their order."""
+    """(the rest, held out) at random, at least one in each, in their order; of broadcasts, whole
+    ones, as long as there is room for them.
+    """
     if len(videos) < 2:
         raise DataError(f"{videos.name}: one video, of which none can be held out; give more")
     count = min(max(round(fraction * len(videos)), 1), len(videos) - 1)
     drawn = np.random.RandomState(seed).permutation(len(videos)).tolist()
-    return videos.chosen(sorted(drawn[count:])), videos.chosen(sorted(drawn[:count]))
+    if len(set(videos.broadcasts)) > 1:
+        drawn = _whole(videos.broadcasts, drawn, count)
+        count = len(drawn)
+    kept = sorted(set(range(len(videos))) - set(drawn[:count]))
+    return videos.chosen(kept), videos.chosen(sorted(drawn[:count]))
+
+
+def _whole(broadcasts: Sequence[str], drawn: Sequence[int], count: int) -> list[int]:
+    """The videos of some broadcasts, in the order drawn, of which `count` are not exceeded but by
+    the first.
+    """
+    found: list[int] = []
+    for name in dict.fromkeys(broadcasts[i] for i in drawn):
+        own = [i for i, other in enumerate(broadcasts) if other == name]
+        if not found or len(found) + len(own) <= count:
+            found += own
+    return found
 
 
 def fingerprint(videos: Videos) -> str:

@@ -29,6 +29,7 @@ TIMM_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet50": ("resnet50", {}),
     "resnet101": ("resnet101", {}),
     "mobilenetv2_050": ("mobilenetv2_050", {}),
+    "mobilenetv2_075": ("mobilenetv2_075", {}),
     "mobilenetv2_100": ("mobilenetv2_100", {}),
     "convnext_tiny": ("convnext_tiny", {"conv_mlp": True}),
     "deit_tiny": ("deit_tiny_patch16_224", {}),

@@ -78,12 +78,13 @@ class Refused(NamedTuple):
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one architecture. fitted: operators that were not measured."""
+    """Of one architecture. fitted: operators that were not measured, fitted_ms: theirs together."""
 
     cycles: float
     milliseconds: float
     operators: int
     fitted: tuple[str, ...]
+    fitted_ms: float
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,13 @@ class CycleTable:
         found = [self.cycles(one.key) for one in network]
         total = sum(one.number for one in found)
         fitted = tuple(op.name for op, one in zip(network, found, strict=True) if one.fitted)
-        return Latency(total, self.milliseconds(total), len(network), fitted)
+        unknown = self.milliseconds(sum(one.number for one in found if one.fitted))
+        return Latency(total, self.milliseconds(total), len(network), fitted, unknown)
+
+    @property
+    def fit_error(self) -> float:
+        """The mean error of fits, the largest of all kinds; 0 without any."""
+        return max((fit.error for fit in self.fits.values()), default=0.0)
 
     @cached_property
     def fits(self) -> dict[str, Fit]:
@@ -206,10 +213,29 @@ def load_csv(path: Path, device: str, *, clock_mhz: float | None = None) -> Cycl
         try:
             for row in reader:
                 key, count = _of_row(row)
+                if count is None:
+                    refused.append(Refused(f"{path}:{reader.line_num}", str(key), "not counted"))
+                    continue
                 _enter(key, count, f"{path}:{reader.line_num}", entries, refused)
         except (ValueError, csv.Error) as error:
             raise CycleError(f"{path}:{reader.line_num}: {error}") from None
     return CycleTable(device, _clock(device, clock_mhz), entries, tuple(refused))
+
+
+def csv_of(keys: Iterable[Key]) -> str:
+    """The lines that `load_csv` reads, with cycles still to be filled in."""
+    text = io.StringIO(newline="")
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(COLUMNS)
+    for key in sorted(keys):
+        inputs = "+".join(map(_written, key.inputs))
+        how = (_written(key.kernel), _written(key.strides))
+        lines.writerow((key.kind, inputs, _written(key.output), *how, ""))
+    return text.getvalue()
+
+
+def _written(sizes: Shape) -> str:
+    return "x".join(map(str, sizes))
 
 
 def kind_of(key: Key) -> str:
@@ -256,15 +282,18 @@ def _timings(record: Mapping[str, Any]) -> list[int]:
     return [count for count in counts if type(count) is int]
 
 
-def _of_row(row: dict[str, str]) -> tuple[Key, int]:
-    """Raises ValueError for a line of CSV that is no entry."""
+def _of_row(row: dict[str, str]) -> tuple[Key, int | None]:
+    """None for cycles that are not filled in. Raises ValueError for a line that is no entry."""
     if None in row or None in row.values():
         raise ValueError("not as many values as columns")
     inputs = tuple(_sizes(one) for one in row["input"].split("+"))
     how = (_sizes(row["filter"]), _sizes(row["strides"]))
+    key = _key(row["name"], inputs, _sizes(row["output"]), *how)
+    if not row["cycles"].strip():
+        return key, None
     if not re.fullmatch(r"\s*\d+\s*", row["cycles"]):
         raise ValueError(f"cycles {row['cycles']!r}: must be an integer")
-    return _key(row["name"], inputs, _sizes(row["output"]), *how), int(row["cycles"])
+    return key, int(row["cycles"])
 
 
 def _enter(

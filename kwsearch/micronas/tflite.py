@@ -8,13 +8,15 @@ conv2d. The converter leaves transposes and explicit zeros around convolutions o
 whose output has several readers, so tensors are (B, T, S, C) here, and padding is the convolution's
 own where both ends get as many zeros.
 
-The interpreter does not tell its arena, so both sizes are computed from the file, where a tensor
-lives from the operator that writes it to the last that reads it:
+The interpreter does not tell its arena, so sizes are computed from the file (`arena`):
 
 - live_bytes is the largest sum of tensors alive, which no arena goes below.
-- arena_bytes places the tensors largest first, each at the lowest free offset that is a multiple of
-  16, as TensorFlow Lite Micro's greedy planner. The kernels' scratch and what the interpreter keeps
-  for itself come on top.
+- arena_bytes is what they take by the plan that is written into the file, which is called
+  "OfflineMemoryAllocation" (TensorFlow Lite Micro's memory_management.md): its interpreter follows
+  it, others leave it alone.
+- greedy_bytes is what its own planner would take without.
+
+The kernels' scratch and what the interpreter keeps for itself come on top.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import struct
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -33,12 +36,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kwsearch.micronas import supernet
+from kwsearch.micronas import arena, supernet
+from kwsearch.micronas.arena import ALIGNMENT, Life
 from kwsearch.micronas.peak_memory import peak_bytes
 from kwsearch.micronas.space import Operator
 from kwsearch.micronas.supernet import Network, same_padding
 
-ALIGNMENT = 16
+_PLAN, _VERSION = "OfflineMemoryAllocation", 1
 PACKAGES = ("litert_torch", "ai_edge_quantizer", "ai_edge_litert")
 _PER_LINE = 12
 
@@ -55,6 +59,7 @@ class Check:
     file_bytes: int
     live_bytes: int
     arena_bytes: int
+    greedy_bytes: int
     predicted_bytes: int
 
     @property
@@ -120,7 +125,28 @@ def _quantized(model: nn.Module, x: Tensor) -> bytes:
         data = {"serving_default": [{"args_0": one[None].numpy()} for one in x]}
         ranges = made.calibrate(data, num_threads=1)
         found = made.quantize(ranges, enable_progress_report=False).quantized_model
-    return bytes(found)
+    return with_plan(bytes(found))
+
+
+def with_plan(content: bytes) -> bytes:
+    """The file with offsets of its tensors, as `arena.packed` finds them."""
+    import flatbuffers  # type: ignore[import-untyped, unused-ignore]
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = _parsed(content)
+    lives = _lives(model)
+    words = [-1] * len(model.subgraphs[0].tensors)  # of constants, which are in no arena
+    for tensor, offset in zip(lives, arena.packed([*lives.values()]), strict=True):
+        words[tensor] = offset
+    plan = schema.BufferT()
+    plan.data = [*struct.pack(f"<{3 + len(words)}i", _VERSION, 0, len(words), *words)]
+    entry = schema.MetadataT()
+    entry.name, entry.buffer = _PLAN, len(model.buffers)
+    model.buffers.append(plan)
+    model.metadata = [*(model.metadata or []), entry]
+    builder = flatbuffers.Builder(len(content))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
 
 
 def header(path: Path, name: str, notes: Sequence[str] = ()) -> Path:
@@ -146,19 +172,26 @@ def header(path: Path, name: str, notes: Sequence[str] = ()) -> Path:
     return target
 
 
-def check(path: Path, network: tuple[Operator, ...], x: Tensor, y: Tensor) -> Check:
+def check(path: Path, network: tuple[Operator, ...], x: Tensor, y: Tensor, **how: bool) -> Check:
     """Run the file in the LiteRT interpreter. x: (N, 1, T, S)  y: (N,) classes
 
-    network: what it was made of. Raises TFLiteError.
+    network: what it was made of. how: as `peak_bytes` takes it. Raises TFLiteError.
     """
     need()
     if len(x) == 0 or x.shape[0] != len(y):
         raise TFLiteError(f"{len(x)} windows and {len(y)} classes: must be as many, at least one")
     right = int((run(path, x).argmax(1) == y.cpu()).sum())
     content = path.read_bytes()
-    lives = tensors(content)
-    arena = max(end for _, end in placed(lives))
-    return Check(right / len(x), len(content), live(lives), arena, peak_bytes(network))
+    model = _parsed(content)
+    lives, offsets = [*_lives(model).values()], _planned(model)
+    return Check(
+        right / len(x),
+        len(content),
+        arena.live(lives),
+        arena.extent(lives, offsets),
+        arena.extent(lives, arena.greedy(lives)),
+        peak_bytes(network, **how),
+    )
 
 
 def run(path: Path, x: Tensor) -> Tensor:
@@ -183,20 +216,26 @@ def run(path: Path, x: Tensor) -> Tensor:
     return found
 
 
-@dataclass(frozen=True)
-class Life:
-    """Of a tensor: its bytes, and the first and the last operator that it is there for."""
-
-    nbytes: int
-    first: int
-    last: int
-
-
-def tensors(content: bytes) -> list[Life]:
-    """Those of a file's operators that are no constants."""
+def _parsed(content: bytes) -> Any:
     from ai_edge_litert import schema_py_generated as schema
 
-    model: Any = schema.ModelT.InitFromPackedBuf(content, 0)
+    return schema.ModelT.InitFromPackedBuf(content, 0)
+
+
+def _planned(model: Any) -> list[int]:
+    """Offsets of its tensors by the plan in the file. Raises TFLiteError where there is none."""
+    for entry in model.metadata or []:
+        if bytes(entry.name) == _PLAN.encode():
+            data = bytes(bytearray(model.buffers[entry.buffer].data))
+            words = struct.unpack(f"<{len(data) // 4}i", data)
+            return [words[3 + tensor] for tensor in _lives(model)]
+    raise TFLiteError(f"no {_PLAN} in the file: it was not written by kwsearch export")
+
+
+def _lives(model: Any) -> dict[int, Life]:
+    """Of the tensors of its operators that are no constants, by number."""
+    from ai_edge_litert import schema_py_generated as schema
+
     graph = model.subgraphs[0]
     written = {int(one) for op in graph.operators for one in op.outputs}
     spans: dict[int, tuple[int, int]] = {}
@@ -205,10 +244,10 @@ def tensors(content: bytes) -> list[Life]:
             if one in written or one in graph.inputs:
                 spans[one] = (spans.get(one, (number, number))[0], number)
     wide = {schema.TensorType.INT8: 1, schema.TensorType.INT32: 4, schema.TensorType.FLOAT32: 4}
-    found = []
+    found = {}
     for one, span in spans.items():
         tensor = graph.tensors[one]
-        found.append(Life(math.prod(map(int, tensor.shape)) * wide[tensor.type], *span))
+        found[one] = Life(math.prod(map(int, tensor.shape)) * wide[tensor.type], *span)
     return found
 
 
@@ -217,31 +256,9 @@ def operator_names(content: bytes) -> list[str]:
     from ai_edge_litert import schema_py_generated as schema
 
     names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
-    model: Any = schema.ModelT.InitFromPackedBuf(content, 0)
+    model = _parsed(content)
     codes = [one.builtinCode for one in model.operatorCodes]
     return [names[codes[op.opcodeIndex]] for op in model.subgraphs[0].operators]
-
-
-def live(lives: list[Life]) -> int:
-    """The largest sum of bytes that are there at once."""
-    ends = range(max(one.last for one in lives) + 1)
-    return max(sum(one.nbytes for one in lives if one.first <= i <= one.last) for i in ends)
-
-
-def placed(lives: list[Life]) -> list[tuple[int, int]]:
-    """Offsets where each begins and ends in an arena, largest first."""
-    done: list[tuple[Life, int, int]] = []
-    for one in sorted(lives, key=lambda life: -life.nbytes):
-        size = -(-one.nbytes // ALIGNMENT) * ALIGNMENT
-        begin = 0
-        for other, start, end in sorted(done, key=lambda place: place[1]):
-            if other.last < one.first or one.last < other.first:
-                continue
-            if begin + size <= start:
-                break
-            begin = max(begin, end)
-        done.append((one, begin, begin + size))
-    return [(start, end) for _, start, end in done]
 
 
 def _check_windows(model: Network, windows: Tensor) -> None:

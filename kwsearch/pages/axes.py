@@ -65,8 +65,10 @@ def count_axis(
 
 def percent_axis(title: str, values: Iterable[float]) -> Axis:
     """An axis of shares of 1, written as percents without the sign, which is for the title."""
-    found = axis(title, values)
-    places = [value for value, _ in found.ticks if 0 <= value <= 1]
+    known = [*values]
+    found = axis(title, known)
+    least = -math.inf if min(known, default=0.0) < 0 else 0.0
+    places = [value for value, _ in found.ticks if least <= value <= 1]
     digits = _digits([100 * value for value in places])
     return replace(found, ticks=tuple((v, f"{100 * v:.{digits}f}") for v in places))
 

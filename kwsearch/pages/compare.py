@@ -68,20 +68,10 @@ def _rows(reached: Sequence[Entry]) -> list[dict[str, Any]]:
             "params": parts.params_of(plan),
             "macs": parts.macs_of(plan),
             "total_macs": one["macs"]["total"],
-            "settings": _settings(one["settings"], plan),
+            "settings": {name: value_text(value) for name, value in one["settings"].items()},
         }
         for one, plan in zip(said, _plans(reached), strict=True)
     ]
-
-
-def _settings(settings: Mapping[str, Any], plan: Plan) -> dict[str, str]:
-    """In words, without a size that the budget has decided otherwise."""
-    sizes = {group.size_name: {one.size for one in plan.groups} for group in plan.groups}
-    return {
-        name: value_text(value)
-        for name, value in settings.items()
-        if name not in sizes or sizes[name] == {value}
-    }
 
 
 def figures(entries: Sequence[Entry], network: Network, allowed: int | None) -> list[Bars]:

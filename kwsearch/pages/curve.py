@@ -128,19 +128,13 @@ def _own_ratio(plan: Plan, group: Group) -> float:
 
 
 def _scale(layout: Layout) -> Scale:
-    """By what the method's groups call their size."""
+    """What the method's groups call it."""
     group = layout.groups[0]
     if len({one.method for one in layout.groups}) > 1:
         return Scale("sizes of groups over those at ratio 1", "size", _LARGEST)
-    if group.size_name == "num_cells":
-        return Scale("convolutional budget b = n / m (cells over mixtures)", "b", _LARGEST)
-    if group.size_name == "num_kernels":
-        return Scale("kernels of each layer, K", "K", _MOST_KERNELS, whole=True)
-    if not group.no_ratio:
-        return Scale("part of the weights that is dynamic", "dynamic part", 1.0)
-    letter = group.describe().partition(" = ")[0]
-    largest = _LARGEST if group.grows else 1.0
-    return Scale(f"{letter} over the published, all layers", f"{letter} / published", largest)
+    if group.whole:
+        return Scale(*group.ratio_words, _MOST_KERNELS, whole=True)
+    return Scale(*group.ratio_words, min(_LARGEST, group.most_ratio))
 
 
 def _ceiling(at: float) -> float:
@@ -161,7 +155,7 @@ def _places(scale: Scale, start: float) -> list[float]:
 def _maker(layout: Layout) -> Callable[[float], Plan]:
     """The plan at a place on the axis. Ratios of groups are kept relative to each other."""
     units = [group.unit(layout.of(group)) for group in layout.groups]
-    if all(group.size_name == "num_kernels" for group in layout.groups):
+    if all(group.whole for group in layout.groups):
         return lambda at: layout.sized([round(at)] * len(units))
     own = [ratio or 1.0 for ratio in layout.own_ratios]
     common = sum(map(math.prod, zip(own, units, strict=True))) / sum(units)

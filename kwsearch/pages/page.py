@@ -34,15 +34,21 @@ def _environment() -> Environment:
     )
     found.filters |= {"count": format_count, "short": short_count, "percent": percent}
     found.globals |= {
-        "figure_css": Markup(style()),
-        "page_css": Markup(_asset("page.css")),
-        "page_js": Markup(_asset("page.js")),
+        "figure_css": Markup(_brief(style())),
+        "page_css": Markup(_brief(_asset("page.css"))),
+        "page_js": Markup(_brief(_asset("page.js"))),
     }
     return found
 
 
 def _asset(name: str) -> str:
     return (files("kwsearch.pages") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _brief(text: str) -> str:
+    """Without indents and lines that are comments: every page has it."""
+    lines = (line.strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("//"))
 
 
 def percent(share: float) -> str:

@@ -28,13 +28,8 @@ WORDS = {
 
 def params_of(plan: Plan) -> dict[str, int]:
     """Parameters by part, without those that are only there for training."""
-    cost = plan.cost()
-    spared = cost.params.total - cost.deployed
-    return {
-        "kernels": cost.params.kernels - spared,
-        "attention": cost.params.attention,
-        "unchanged": cost.params.unchanged,
-    }
+    params = plan.cost().deployed_params
+    return {part: getattr(params, part) for part in ("kernels", "attention", "unchanged")}
 
 
 def macs_of(plan: Plan) -> dict[str, int]:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import datetime
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kwsearch import finals, study_report, study_summary
+from kwsearch import architectures, finals, study_report, study_summary
+from kwsearch.architecture_proposals import distribution_of
+from kwsearch.micronas.space import Architecture
 from kwsearch.pages import study_choices, study_plots, study_spending, study_table
 from kwsearch.pages.page import percent, render
 from kwsearch.passwords import without_password
 from kwsearch.resolve import network_of
 from kwsearch.results import result_from
 from kwsearch.run_directory import RECIPE
-from kwsearch.trials import ARCHITECTURE, LATENCY, NAMES, PEAK, accuracy_of, baseline, front
+from kwsearch.trials import (
+    ARCHITECTURE,
+    LATENCY,
+    NAMES,
+    PEAK,
+    SUPERNET,
+    accuracy_of,
+    baseline,
+    front,
+)
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -33,6 +46,7 @@ def page(study: Snapshot, refresh: int | None = None) -> str:
     Recipes are in it as far as they have room, those of the best plans first; for the others there
     is the command that writes them.
     """
+    study = _with_choices(study)
     result = result_from(study)
     unbeaten = front(result.trials)
     context = {"refresh": refresh, **_context(study, result, unbeaten), "recipes": "", "kept": []}
@@ -42,6 +56,25 @@ def page(study: Snapshot, refresh: int | None = None) -> str:
     texts = ((trial.number, study_table.recipe_text(study, trial)) for trial in trials)
     text, kept = study_table.packed(texts, room)
     return render("study.html", {**context, "recipes": text, "kept": sorted(kept)})
+
+
+def _with_choices(study: Snapshot) -> Snapshot:
+    """The study with what supernets chose, as if it had been asked for."""
+    if not any(SUPERNET in trial.user_attrs for trial in study.trials):
+        return study
+    try:
+        space = architectures.space_of(study.recipe)
+    except ValueError:  # of a recipe for another version
+        return study
+    kinds = {one.name: distribution_of(one) for one in space.decisions}
+    trials = []
+    for trial in study.trials:
+        if SUPERNET in trial.user_attrs and ARCHITECTURE in trial.user_attrs:
+            chosen = Architecture.from_dict(trial.user_attrs[ARCHITECTURE])
+            trial = copy.copy(trial)
+            trial.distributions, trial.params = {**kinds}, {**space.options(chosen)}
+        trials.append(trial)
+    return dataclasses.replace(study, trials=tuple(trials))
 
 
 def _context(study: Snapshot, result: Result, unbeaten: Sequence[FrozenTrial]) -> dict[str, Any]:
@@ -63,6 +96,7 @@ def _context(study: Snapshot, result: Result, unbeaten: Sequence[FrozenTrial]) -
             *study_summary.time_lines(study),
         ],
         "findings": study_report.best_lines(result),
+        "metric": result.metric.title,
         "plans": _plans(result),
         "sweep": len(result.budgets) > 1,
         "of_architectures": study.recipe.of_architectures,

@@ -12,7 +12,15 @@ from kwsearch.pages.axes import Axis, axis, count_axis, percent_axis
 from kwsearch.pages.figure import SERIES, SMALL, Figure
 from kwsearch.pages.page import percent
 from kwsearch.recipe import Search
-from kwsearch.trials import LATENCY, NAMES, PEAK, accuracy_of, baseline, complete_plans
+from kwsearch.trials import (
+    LATENCY,
+    NAMES,
+    PEAK,
+    SUPERNET,
+    accuracy_of,
+    baseline,
+    complete_plans,
+)
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -20,7 +28,6 @@ if TYPE_CHECKING:
     from kwsearch.results import Found, Result
     from kwsearch.snapshot import Snapshot
 
-ACCURACY = "held-out accuracy (%)"
 _COSTS = {
     "params": "parameters",
     "macs": "MACs of one input",
@@ -31,13 +38,17 @@ _SHORT = {"params": "params", "macs": "macs", PEAK: "memory", LATENCY: "latency"
 # What marks are, in the order in which they are drawn.
 _MARKS = {
     "stopped": "stopped: accuracy of its last epoch",
-    "running": "running: accuracy so far",
+    "running": "unfinished: accuracy so far",
     "trial": "complete trial",
     "front": "on the front: no other is better in everything",
     **NAMES,
     "best": "the best",
 }
 _APART = 6.0  # costs that differ by more are on a logarithmic axis
+
+
+def _title(result: Result) -> str:
+    return f"{result.metric.title} (%)"
 
 
 def row(trial: FrozenTrial) -> str:
@@ -48,7 +59,8 @@ def row(trial: FrozenTrial) -> str:
 def reached(trial: FrozenTrial) -> float | None:
     """Its accuracy, or that of the last epoch that it came to; None for a failed one, too."""
     found = accuracy_of(trial)
-    last = trial.last_step
+    # Until a supernet's choice is trained by itself, accuracies are of weights that many share.
+    last = 0 if SUPERNET in trial.user_attrs else trial.last_step
     if found is None and last and trial.state.name in ("PRUNED", "RUNNING"):
         found = trial.intermediate_values[last]
     return found if found is not None and math.isfinite(found) else None
@@ -70,7 +82,7 @@ def over_costs(study: Snapshot, result: Result, front: Sequence[FrozenTrial]) ->
             for kind, trials in marks.items()
         }
         if any(shown.values()):
-            found.append(_over_cost(key, shown, result, front))
+            found.append(_over_cost(key, shown, result))
     return found
 
 
@@ -98,7 +110,6 @@ def _over_cost(
     key: str,
     marks: Mapping[str, Sequence[FrozenTrial]],
     result: Result,
-    front: Iterable[FrozenTrial],
 ) -> Figure:
     def place(trial: FrozenTrial) -> tuple[float, float]:
         accuracy = reached(trial)
@@ -107,13 +118,14 @@ def _over_cost(
 
     limits = _limits(key, result)
     points = [place(trial) for trials in marks.values() for trial in trials]
-    line = stairs(place(trial) for trial in front if key in trial.user_attrs)
+    done = (trial for trial in result.trials if accuracy_of(trial) is not None)
+    line = stairs(place(trial) for trial in done if key in trial.user_attrs)
     figure = Figure(
         f"over-{_SHORT[key]}",
         f"Accuracy over {_COSTS[key].partition(' ')[0]}",
         _in_words(key, points, line, marks, limits),
         _cost_axis(key, [x for x, _ in points] + [x for x, _ in limits]),
-        percent_axis(ACCURACY, [y for _, y in points]),
+        percent_axis(_title(result), [y for _, y in points]),
     )
     figure.line(line, "front", step=True)
     for kind, text in _MARKS.items():
@@ -251,7 +263,7 @@ def _so_far(
         title,
         f"{'; '.join(words)}. Static networks do not count.",
         axis(x_title, [*map(at, done), 0.0]),
-        percent_axis(ACCURACY, shown.values()),
+        percent_axis(_title(result), shown.values()),
     )
     plans = [t for t in done if baseline(t) != "static" and t.number in shown]
     for kind, text in (("dash", "stopped"), ("dot", "complete")):

@@ -13,7 +13,7 @@ from kwlayers.plan import Network, Plan
 from kwsearch.pages import parts
 from kwsearch.pages.axes import Axis, count_axis
 from kwsearch.pages.figure import Bars
-from kwsearch.report import Row, stage_rows
+from kwsearch.report import ONLY_TRAINED, Row, only_trained, stage_rows
 from kwsearch.trials import UNIFORM
 from kwsearch.units import short_count
 
@@ -142,11 +142,11 @@ def _by_numbers(name: str) -> list[tuple[int, str]]:
 
 def _only_trained(plans: Sequence[Plan], columns: int) -> list[Line]:
     """What is gone after training, as a negative line: budgets are about what is left."""
-    spared = [plan.cost().params.total - plan.cost().deployed for plan in plans]
+    spared = [only_trained(plan) for plan in plans]
     if not any(spared):
         return []
     numbers = tuple((-less, *(0,) * (columns - 1), -less) for less in spared)
-    return [Line("less what is only there for training", numbers, ("",) * len(plans))]
+    return [Line(ONLY_TRAINED, numbers, ("",) * len(plans))]
 
 
 def _bars(
@@ -176,6 +176,8 @@ def _bars(
         + ", ".join(f"{size:,} {column}" for column, size in zip(columns, sizes, strict=False))
         for plan, sizes in zip(names, total.plans, strict=True)
     )
+    if any(line.name == ONLY_TRAINED for line in lines):
+        words += "; bars are of places while they are trained"
     x = count_axis(unit, [sum(sizes) for _, sizes in rows], zero=True)
     return Bars(
         name,

@@ -275,7 +275,8 @@ class Limits(Section):
     )
     latency_ms: Positive | None = Field(
         default=None,
-        description="milliseconds of a forward pass by `lut`, the upper end of the interval",
+        description="milliseconds of a forward pass by `lut`, the upper end of the interval; of "
+        "micronas the sum over operators, some of which may be fitted",
     )
     lut: Text | None = Field(
         default=None,

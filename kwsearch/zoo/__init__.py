@@ -56,14 +56,17 @@ def _imagenet(name: str, summary: str, module: str, *extra_options: str) -> ZooM
 _MEL, _AUDIOSET = (1, 128, 1000), 527
 
 
-def _sign(trunk: str) -> ZooModel:
+def _sign(trunk: str, dcac: bool = False) -> ZooModel:
+    what = ", DCAC after the last two stages [recon]" if dcac else ""
     return ZooModel(
-        f"sign_{trunk}",
+        f"sign_{trunk}{'_dcac' if dcac else ''}",
         (3, 160, 224, 224),
         1296,  # PHOENIX14's glosses and a blank
-        f"sign language from videos: {trunk} per frame, BiLSTM",
+        f"sign language from videos: {trunk} per frame, BiLSTM{what}",
         "kwsearch.zoo.sign",
-        flags=("dcac",),
+        flags=() if dcac else ("dcac",),
+        builder=f"sign_{trunk}",
+        arguments={"dcac": True} if dcac else {},
     )
 
 
@@ -105,6 +108,7 @@ MODELS: dict[str, ZooModel] = {
         _imagenet("resnet50", "ResNet with 50 layers, bottlenecks", "kwsearch.zoo.resnet"),
         _imagenet("resnet101", "ResNet with 101 layers, bottlenecks", "kwsearch.zoo.resnet"),
         _imagenet("mobilenetv2_050", "MobileNetV2 at half width", "kwsearch.zoo.mobilenetv2"),
+        _imagenet("mobilenetv2_075", "MobileNetV2 at three quarters", "kwsearch.zoo.mobilenetv2"),
         _imagenet("mobilenetv2_100", "MobileNetV2 at full width", "kwsearch.zoo.mobilenetv2"),
         _imagenet("convnext_tiny", "ConvNeXt-T, MLPs as 1x1 convolutions", "kwsearch.zoo.convnext"),
         _imagenet("deit_tiny", "DeiT-Ti on 16x16 patches", "kwsearch.zoo.vit", "img_size"),
@@ -112,7 +116,7 @@ MODELS: dict[str, ZooModel] = {
         *(_mn(tenths) for tenths in (1, 2, 4, 5, 10, 20, 30, 40)),
         *(_dymn(tenths) for tenths in (4, 10, 20)),
         *(_dymn(tenths, replace_se=True) for tenths in (4, 10)),
-        *(_sign(trunk) for trunk in ("resnet18", "resnet34")),
+        *(_sign(trunk, dcac) for dcac in (False, True) for trunk in ("resnet18", "resnet34")),
         ZooModel(
             "micronas",
             (1, 128, 9),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kwsearch.zoo.width import scaled
 
-__all__ = ["MobileNetV2", "mobilenetv2_050", "mobilenetv2_100"]
+__all__ = ["MobileNetV2", "mobilenetv2_050", "mobilenetv2_075", "mobilenetv2_100"]
 
 # The paper's table 2 after its first block: output channels c, repeats n, stride s (t is 6).
 _STAGES = ((24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
@@ -137,6 +137,12 @@ def mobilenetv2_050(
     num_classes: int = 1000, in_channels: int = 3, width: float = 1.0
 ) -> MobileNetV2:
     return MobileNetV2(0.5, num_classes, in_channels, width)
+
+
+def mobilenetv2_075(
+    num_classes: int = 1000, in_channels: int = 3, width: float = 1.0
+) -> MobileNetV2:
+    return MobileNetV2(0.75, num_classes, in_channels, width)
 
 
 def mobilenetv2_100(

@@ -15,9 +15,8 @@ On purpose different from VAC's code:
 - Videos are (B, C, T, H, W), in any order of lengths. There the first must be the longest.
 - Norms after temporal convolutions are trained on valid frames. There padding counts, too.
 - No hook replaces gradients that are not a number by zeros.
-
-A dynamic convolution over time, which `kwlayers.convert_` makes of a static one, pools its
-attention over all frames of a padded batch.
+- Dynamic convolutions over time, which `kwlayers.convert_` makes of static ones, pool their
+  attention over a video's own frames, too.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kwlayers.attention import pooling_over
 from kwlayers.dcac import DCAC, normed, valid_frames
 from kwlayers.sr_ctc import NormLinear
 from kwsearch.zoo import resnet
@@ -100,7 +100,8 @@ class TemporalConv(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         layers = list(self.temporal_conv)
         for conv, norm, relu, pool in (layers[:4], layers[4:]):
-            x = conv(x)
+            with pooling_over(lengths):
+                x = conv(x)
             valid = None
             if lengths is not None:
                 lengths = lengths - (_KERNEL - 1)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kwlayers import convert_, plan_model, set_temperature_
-from kwlayers.partition import deploy_, partition_
+from kwlayers.methods.pad_net_partition import deploy_, partition_
 from tests.kwlayers.methods.reference import converted, settings, small
 
 WORLD = 2

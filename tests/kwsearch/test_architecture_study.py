@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from click.testing import CliRunner
@@ -25,10 +27,11 @@ from kwsearch import (
     snapshot,
     supernet_search,
 )
-from kwsearch.architecture_proposals import nearest
+from kwsearch.architecture_proposals import ArchitectureProposer, nearest
 from kwsearch.architecture_study import ArchitectureStudy
 from kwsearch.cli import cli
 from kwsearch.cli import run as run_cli
+from kwsearch.driver import SpaceExhausted
 from kwsearch.executors import Event, Finished, Job, Reported
 from kwsearch.latency import operators as latency
 from kwsearch.micronas.cycles import CycleTable
@@ -361,7 +364,7 @@ REFUSED = [
     (("proxy.init=static",), SearchError, "proxy.init static: is of plans"),
     (("input=3x20x4",), PlanError, "input 3x20x4: micronas takes windows"),
     (("input=1x20x5",), ValueError, "do not fit 20x5"),
-    (("model.num_classes=2",), SearchError, "has 3 classes, the model 2: set model.num_classes=3"),
+    (("model.num_classes=2",), PlanError, "has 3 classes, the model 2: set model.num_classes=3"),
 ]
 
 
@@ -460,6 +463,57 @@ def test_a_supernet_goes_on_from_its_checkpoint(windows: Path, tmp_path: Path) -
     longer = recipe_of(windows, DIFFERENTIABLE, "search.supernet={epochs: 4, batch_size: 8}")
     with pytest.raises(checkpoint.CheckpointError):
         supernet_search.run(longer, data, recipe.proxy, 7, pytest.fail, path)  # type: ignore[arg-type]
+
+
+def test_a_supernet_begins_anew_in_half_batches(windows: Path, tmp_path: Path) -> None:
+    """As a driver asks for that ran out of memory after an epoch."""
+    recipe = recipe_of(windows, DIFFERENTIABLE)
+    assert recipe.proxy is not None
+    data = labelled_data.load(recipe.proxy, (1, 20, 4))
+    path, seen = tmp_path / "one.pt", []
+
+    def stops(step: int, value: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        supernet_search.run(recipe, data, recipe.proxy, 7, stops, path)
+    found = supernet_search.run(
+        recipe, data, recipe.proxy, 7, lambda step, value: seen.append(step), path, splits=2
+    )
+    assert seen == [1, 2]
+    again = supernet_search.run(
+        recipe,
+        data,
+        recipe.proxy,
+        7,
+        pytest.fail,
+        path,
+        splits=2,  # type: ignore[arg-type]
+    )
+    assert again == found
+
+
+def test_few_architectures_within_the_limits_are_found_soon(
+    windows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(windows, "search.sampler=random")
+    space = architectures.space_of(recipe)
+    free = Feasible(space, Limits())
+    least = free.flash(Feasible(space, Limits(flash=1)).largest.architecture)
+    tight = Feasible(space, Limits(flash=least + 4))
+    assert recipe.search is not None
+    proposer = ArchitectureProposer(recipe.search, tight)
+    drawn: list[int] = []
+    random_ = space.random
+    monkeypatch.setattr(Space, "random", lambda own, rng: drawn.append(1) or random_(rng))
+    study, count = optuna.create_study(), 0
+    with suppress(SpaceExhausted):
+        for _ in range(1000):
+            study.add_trial(proposer._made(study.trials))
+            count += 1
+    assert 0 < count < 1000
+    # Not 1,000 draws for each of 1,000 tries of the last one.
+    assert len(drawn) < 20_000
 
 
 def test_supernets_that_choose_the_same_train_it_by_other_seeds(

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from kwlayers import Plan, PlanError, trace
 from kwsearch import cli, compare, zoo
 from kwsearch.budget import Target
 from kwsearch.memory import Memory
+from kwsearch.recipe import parse_recipe
+from kwsearch.resolve import network_of, outcome_of
 from tests.zoo import ANYWHERE
 
 
@@ -79,6 +82,26 @@ def test_a_method_is_offered_where_the_network_is_its_kind(
     assert "dymn needs a block with a context" in out
 
 
+def test_settings_are_without_the_sizes_that_the_budget_decides(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = "odconv,fdconv,pad_net,kernel_dna"
+    published = found(capsys, "resnet18", "--methods", names)
+    under = found(capsys, "resnet18", "--params", "13M", "--methods", names)
+    decided = {
+        "odconv": {"num_kernels"},
+        "fdconv": {"reduction"},
+        "pad_net": {"dynamic_fraction"},
+        "kernel_dna": set(),  # it has no use for so many
+    }
+    for one, other in zip(published["methods"], under["methods"], strict=True):
+        assert set(one["settings"]) - set(other["settings"]) == decided[one["method"]]
+        for entry in (one, other):
+            said = {"format": 1, "model": "resnet18", "plan": {"groups": entry["groups"]}}
+            recipe = parse_recipe(yaml.safe_dump(said))
+            assert outcome_of(recipe, network_of(recipe)).plan.cost().deployed == entry["deployed"]
+
+
 def test_a_method_that_cannot_use_the_budget_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     args = (
         "resnet20",
@@ -129,12 +152,12 @@ def test_nothing_that_meets_the_target_exits_with_3(capsys: pytest.CaptureFixtur
 def test_the_memory_of_a_training_step_is_shown_with_a_batch(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    args = ("resnet20", "--total-ratio", "2", "--methods", "kernel_warehouse,odconv")
+    args = ("resnet20", "--total-ratio", "2", "--methods", "kernel_warehouse")
     data = found(capsys, *args, "--batch", "8")
     assert data["static"]["train_memory"] > 4 * 3 * 272_474  # weights, gradients, momentum
     for entry in data["methods"]:
         assert entry["train_memory"] > data["static"]["train_memory"]
-    code, out, _ = run(capsys, *args, "--batch", "8")
+    code, out, _ = run(capsys, *args[:-1], "odconv", "--batch", "2")
     assert code == 0
     assert "memory" in out
 

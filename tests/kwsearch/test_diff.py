@@ -92,6 +92,22 @@ def test_the_stages_add_up_to_the_totals(run: Run) -> None:
     assert rest["params"] == {"a": 532_008, "b": 532_008, "difference": 0, "ratio": 1}
 
 
+def test_parameters_are_as_deployed_everywhere(run: Run) -> None:
+    padded, whole = (
+        str(RECIPES / name) for name in ("pad_net_resnet50_0.3.yaml", "odconv_resnet50_4x.yaml")
+    )
+    data = found(run, padded, whole, "--html", "d.html")
+    # By the specification 47,902,918; weights are whole.
+    assert data["params"]["total"]["a"] == 47_902_917
+    assert sum(row["params"]["a"] for row in data["stages"]) == 47_902_917
+    spared = data["stages"][-1]
+    assert (spared["stage"], spared["params"]["b"]) == ("less what is only there for training", 0)
+    assert spared["params"]["a"] == 47_902_917 - 120_583_980  # as it is trained
+    text = Path("d.html").read_text()
+    assert "120,583,980" not in text
+    assert text.count("47,902,917") > 1
+
+
 def test_settings_and_groups_that_differ_are_named(run: Run) -> None:
     data = found(run, WHOLE, HALF)
     assert data["settings"] == [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from kwsearch import zoo
 from kwsearch.cli import run
 from kwsearch.inspection import layers_of
 from kwsearch.terminal import new_table
+from tests.zoo import ANYWHERE
+
+OURS = "kernel_warehouse"
 
 
 def inspected(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -38,6 +42,33 @@ def test_the_layers_add_up_to_the_plan(model: str, capsys: pytest.CaptureFixture
         if not layer["static"]:
             assert layer["cells"] == cells[layer["warehouse"]]
             assert layer["mixtures"] > 0
+
+
+@pytest.mark.parametrize("method", ANYWHERE)
+def test_parts_of_every_method_add_up(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("resnet20", "--method", method, *(() if method != OURS else ("--ratio", "1")))
+    found = json.loads(inspected(capsys, *asked, "--json"))
+    layers = found["layers"]
+    for part, total in found["macs"].items():
+        if part in ("conv", "mixing", "attention", "modulation"):
+            assert sum(layer["macs"][part] for layer in layers) == total
+    assert sum(layer["params"]["attention"] for layer in layers) == found["params"]["attention"]
+    kernels = sum(layer["params"]["kernels"] for layer in layers)
+    shared = sum(w["num_cells"] * prod(w["cell"]) for w in found["warehouses"])
+    assert kernels + shared == found["params"].get("warehouses", found["params"].get("kernels"))
+    text = inspected(capsys, *asked)
+    assert ("modulation" in text) is bool(found["macs"].get("modulation"))
+    (head,) = (line for line in text.splitlines() if line.startswith(" layer "))
+    assert ("warehouse" in head) is (method == OURS)
+
+
+def test_added_blocks_stay_static_for_the_reason_of_those_they_are_like(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = json.loads(inspected(capsys, "resnet50", "--method", "kernel_dna", "--json"))
+    why = {layer["name"]: layer["static"] for layer in found["layers"]}
+    assert why["layer3.6.conv1"] == why["layer3.5.conv1"] != "no group has it"
+    assert why["layer3.6.conv2"] == ""  # the parent of the one that was left
 
 
 def test_a_small_network_is_shown_as_a_tree(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +137,7 @@ def test_layers_that_nothing_converts_say_so() -> None:
     assert why["layer3.1.conv1"] == ""
     # A plan of unknown origin does not say why.
     why = {layer.name: layer.static for layer in layers_of(plan)}
-    assert why["layer1.0.conv1"] == "no warehouse takes it"
+    assert why["layer1.0.conv1"] == "no group has it"
 
 
 RULES = """\

@@ -88,6 +88,33 @@ def test_the_command_imports_shows_and_merges(tmp_path: Path) -> None:
         assert f"fit of {kind}: {fit.entries} operators, mean error {fit.error:.1%}" in shown.output
 
 
+def test_what_is_to_be_counted_is_listed_as_the_import_reads_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "format: 1\nmodel: {name: micronas, num_classes: 3}\ninput: [1, 20, 4]\n"
+        "micronas: {time_channels: [2, 4], fusion_channels: [4, 8], plain_cells: 1}\n"
+    )
+    ops, lut = tmp_path / "ops.csv", tmp_path / "board.lut.yaml"
+    made = CliRunner().invoke(cli, ["lut", "needed", str(recipe), "-o", str(ops)])
+    assert made.exit_code == 0, made.output
+    space = Space(20, 4, 3, (2, 4), (4, 8), plain_cells=1)
+    lines = ops.read_text().splitlines()
+    assert len(lines) == 1 + len(needed(space))
+    # Half of them are counted: as many cycles as the line's number.
+    half = [f"{line}{i}" if i % 2 else line for i, line in enumerate(lines)]
+    ops.write_text("\n".join(half))
+    asked = ["lut", "import", str(ops), "--device", "board", "--clock", "64", "-o", str(lut)]
+    found = CliRunner().invoke(cli, asked)
+    assert found.exit_code == 0, found.output
+    assert "not counted" in found.output
+    assert len(operators.load(lut).entries) == len(lines) // 2
+    rest = CliRunner().invoke(cli, ["lut", "needed", str(recipe), f"search.space.limits.lut={lut}"])
+    assert rest.exit_code == 0, rest.output
+    assert len(rest.output.splitlines()) == 1 + len(needed(space)) - len(lines) // 2
+    refused = CliRunner().invoke(cli, ["lut", "needed", "recipes/quickstart.yaml"])
+    assert refused.exit_code == 2
+
+
 def test_failures_are_named_and_left_out(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     some = [*some_cycles(needed(TINY)).items()][:2]

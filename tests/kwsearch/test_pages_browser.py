@@ -127,6 +127,8 @@ def pages(
     for name, study in studies.items():
         found[name] = folder / f"{name}.html"
         found[name].write_text(page(study), encoding="utf-8")
+    found["watched"] = folder / "watched.html"
+    found["watched"].write_text(page(searched, refresh=1), encoding="utf-8")
     for name, args in COMMANDS.items():
         found[name] = folder / f"{name}.html"
         assert cli.run([*args, str(found[name])]) == 0
@@ -293,13 +295,55 @@ def test_a_click_on_a_mark_goes_to_its_row(view: View) -> None:
     tab = view.open()
     tab.locator("#over-params").evaluate("plot => plot.scrollIntoView({ block: 'center' })")
     href, x, y = tab.evaluate(MARK, "trial")
-    # Also if a filter had hidden it.
-    tab.evaluate("href => { document.querySelector(href).hidden = true; }", href)
     tab.mouse.click(x, y)
     row = tab.locator(f"{href}:target")
-    assert row.is_visible()
     top = row.bounding_box()["y"]
     assert 0 <= top <= 900
+
+
+def test_a_link_to_a_row_that_a_filter_hides_ends_the_filter(view: View) -> None:
+    tab = view.open()
+    every = len(view.cells("trial"))
+    tab.locator("#s-trials .tools input").fill("complete")
+    tab.locator("#s-trials .tools select").select_option("complete")
+    link = tab.locator("#s-failures a").first
+    row = tab.locator(f"#trials {link.get_attribute('href')}")
+    assert not row.is_visible()
+    link.click()
+    assert row.is_visible()
+    assert len(view.cells("trial")) == every
+    assert tab.locator("#s-trials .tools output").inner_text() == f"{every} of {every}"
+
+
+def test_a_page_that_is_watched_looks_as_it_did_when_it_is_loaded_again(
+    view: View, searched: Snapshot
+) -> None:
+    tab = view.open("watched")
+    before = view.pages["watched"].read_text(encoding="utf-8")
+    field = tab.locator("#s-trials .tools input")
+    field.fill("layer")
+    view.pages["watched"].write_text(before.replace("<title>", "<title>newer "), encoding="utf-8")
+    tab.wait_for_timeout(1500)
+    assert not tab.title().startswith("newer")  # somebody is typing
+    button = tab.locator("#trials th button", has_text=re.compile("^accuracy$"))
+    button.click()
+    button.click()
+    tab.locator("summary").click()
+    tab.locator("h1").click()
+    shown = view.cells("trial")
+    for _ in range(100):
+        if tab.title().startswith("newer"):
+            break
+        tab.wait_for_timeout(50)
+    assert tab.title().startswith("newer")
+    assert view.cells("trial") == shown
+    assert field.input_value() == "layer"
+    assert tab.locator("#trials th[aria-sort=descending]").inner_text().startswith("accuracy")
+    assert tab.locator("details").get_attribute("open") is not None
+    tab.locator("#again").uncheck()
+    view.pages["watched"].write_text(before.replace("<title>", "<title>later "), encoding="utf-8")
+    tab.wait_for_timeout(1500)
+    assert tab.title().startswith("newer")
 
 
 @pytest.mark.parametrize("title", ["accuracy", "parameters", "MACs", "trial"])
@@ -324,6 +368,18 @@ def test_a_heading_sorts_by_number_both_ways(view: View, title: str) -> None:
         assert button.locator("..").get_attribute("aria-sort") == said
         assert tab.locator("#trials th[aria-sort]").count() == 1
     assert [text for text in found if text] != [text for text in before if text]
+
+
+def test_the_keyboard_comes_to_the_table_without_a_stop_at_every_mark(view: View) -> None:
+    tab = view.open()
+    stops = []
+    for _ in range(60):
+        tab.keyboard.press("Tab")
+        stops.append(tab.evaluate("() => document.activeElement.closest('svg, thead')?.tagName"))
+        if stops[-1] == "THEAD":
+            break
+    assert stops[-1] == "THEAD"
+    assert "svg" not in stops
 
 
 def test_the_keyboard_sorts_and_scrolls(view: View) -> None:
@@ -387,6 +443,7 @@ def test_copy_puts_a_recipe_on_the_clipboard_that_loads(
     ]
     # The static network has no plan; the command that made the study can be copied, too.
     assert tab.locator("#t1 button").count() == 0
+    tab.locator("#tip").wait_for(state="hidden")  # what it said of the first copy
     tab.locator("#s-origin button").click()
     tab.locator("#tip", has_text="copied").wait_for()
     assert pasted(tab) == searched.recipe.provenance["command"]

@@ -100,6 +100,14 @@ def test_memory_is_a_column_if_it_is_asked_for(run: Run) -> None:
     assert page.text.count("MB") >= 2
 
 
+def test_memory_that_nobody_knows_is_unknown() -> None:
+    network = trace_model("resnet20")
+    entries = compare.compare(network, Target(), ["odconv"])
+    text = pages.page(entries, network, "resnet20", "", None, "", {}, static_memory=1000)
+    rows = Page(text).tables["methods"]
+    assert [row[-1] for row in rows] == [("1.00kB", "1000"), ("unknown", "")]
+
+
 def test_milliseconds_are_a_column_and_unknown_where_nobody_knows() -> None:
     network = trace_model("resnet20")
     known, unknown = compare.compare(network, Target(), ["odconv", "dyconv"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import json
@@ -98,6 +99,12 @@ def make(
     return directory
 
 
+def say_best(directory: Path, number: int) -> None:
+    """Write a best recipe that says this trial."""
+    text = "format: 1\nmodel: resnet20\nbudget: {total_ratio: 0.5}\nprovenance: {trial: %d}\n"
+    (directory / "best.yaml").write_text(text % number)
+
+
 def add(directory: Path, *trials: FrozenTrial) -> None:
     optuna.load_study(storage=storage(directory), study_name="kwsearch").add_trials(trials)
 
@@ -191,7 +198,7 @@ def test_the_summary_is_the_one_that_was_worked_out_by_hand(run: Run) -> None:
       10:07:00 and fails 5 s later.
     """
     make(Path("runs/golden"), *ALL, finals=FINALS)
-    Path("runs/golden/best.yaml").touch()
+    say_best(Path("runs/golden"), 3)
     ran = run("runs/golden")
     assert ran.code == 0
     assert ran.lines == GOLDEN.read_text(encoding="utf-8").splitlines()
@@ -337,13 +344,71 @@ def test_many_unfinished_trials_are_named_in_part(run: Run) -> None:
 
 def test_a_study_that_is_driven_is_running(run: Run) -> None:
     make(Path("r"), UNIFORM)
-    Path("r/best.yaml").touch()
+    say_best(Path("r"), 0)
     with filelock.FileLock("r/driver.lock"):
         assert run("r").lines[0] == "study r: running"
         found = json.loads(run("r", "--json").out)
     assert found["running"] is True
     assert found["best_recipe"] is None  # it is of an earlier run
     assert json.loads(run("r", "--json").out)["best_recipe"] == "r/best.yaml"
+
+
+def test_a_best_recipe_of_an_earlier_end_is_not_that_of_the_best(run: Run) -> None:
+    """The search went on, found a better one, and was killed."""
+    make(Path("r"), *ALL)
+    say_best(Path("r"), 4)
+    assert json.loads(run("r", "--json").out)["best_recipe"] is None
+    assert not any(line.startswith("recipe of the best") for line in run("r").lines)
+    Path("r/best.yaml").write_text("format: 1\nmod")  # half a file
+    assert json.loads(run("r", "--json").out)["best_recipe"] is None
+
+
+def test_a_study_whose_space_is_exhausted_is_finished(run: Run) -> None:
+    make(Path("r"), UNIFORM, STATIC, overrides=("search.finalists=0",))
+    assert "--resume" in run("r").lines[0]
+    study = optuna.load_study(storage=storage(Path("r")), study_name="kwsearch")
+    study.set_user_attr("exhausted", "2 plans are trained and no other was found")
+    lines = run("r").lines
+    assert lines[0] == "study r: finished"
+    assert (
+        "trials: 2 of 8 finished (2 complete), and no others can be had: 2 plans are trained and "
+        "no other was found"
+    ) in " ".join(lines)
+
+
+def test_a_trial_that_the_database_made_twice_does_not_count_as_asked_for(run: Run) -> None:
+    double = trial(8, state="FAIL", reason="a double", double=True)
+    make(Path("r"), *ALL[:-1], double, overrides=("search.finalists=0",))
+    lines = run("r").lines
+    assert "trials: 7 of 8 finished (5 complete, 2 stopped, 1 failed)" in lines
+    assert "--resume" in lines[0]
+
+
+def test_scores_of_videos_may_be_below_0(run: Run) -> None:
+    videos = ("model={name: sign_resnet18, num_classes: 10}", "input=[3, 8, 32, 32]")
+    make(Path("one"), trial(0, -0.05), overrides=videos)
+    text = run("one").out
+    assert "best: trial 0, -5.00% of 1 - WER on 1000 held-out examples" in text
+    assert "held-out 1 - WER over parameters" in text
+    make(Path("two"), trial(0, -0.2, kind="uniform"), trial(1, -0.05), overrides=videos)
+    lines = " ".join(run("two").out.split())
+    # 1 less a rate of errors is no share of examples: no error is known.
+    assert "+15.00 points against the uniform plan; how much of it is chance is not" in lines
+    assert "standard errors" not in lines
+
+
+def test_equal_scores_are_not_beyond_the_error(run: Run) -> None:
+    make(Path("r"), trial(0, 1.0), trial(1, 1.0, kind="static"))
+    text = " ".join(run("r").out.split())
+    assert "+0.00 points against the static network within the budget; within two" in text
+
+
+def test_limits_beside_the_budget_are_said(run: Run) -> None:
+    limits = "search.space.limits={macs: 45M, train_memory: 2GB}"
+    make(Path("r"), *ALL, overrides=(limits,))
+    lines = run("r").lines
+    place = next(i for i, line in enumerate(lines) if line.startswith("budget: "))
+    assert lines[place + 1].startswith("limits: 45,000,000 MACs, 2,000,000,000 bytes of memory")
 
 
 def test_final_trainings_are_counted_and_not_foreseen_before_all_trials_are_there(
@@ -446,6 +511,7 @@ def test_a_narrow_terminal_gets_no_plot_and_whole_numbers(
     monkeypatch.setenv("COLUMNS", "59")
     lines = run("r").lines
     assert "held-out accuracy over parameters" not in lines
+    assert "no plot: it takes 60 columns, and there are 59" in lines
     assert max(map(len, lines)) <= 59
     assert " left out, as the terminal is narrow: of budget, MACs" in lines
     assert " static network   1                  72.00%      136,237" in lines
@@ -549,6 +615,7 @@ def test_what_is_asked_wrongly_is_one_message(
     assert message in ran.err
     assert ran.out == ""
     assert "Traceback" not in ran.err
+    assert not Path("missing").exists()
 
 
 # Watching -------------------------------------------------------------------------------------
@@ -693,6 +760,61 @@ def test_a_terminal_has_one_view_that_changes(run: Run, monkeypatch: pytest.Monk
     assert "watching" not in ran.out[end:]
     assert "wrote r/report.html" in ran.out[end:]
     assert refresh_of(Path("r/report.html")) is None
+
+
+@pytest.mark.parametrize("rows", [24, 40])
+def test_the_plot_of_the_view_ends_on_the_screen(
+    run: Run, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    unfinished = [trial(n, state="RUNNING", rung=0.3) for n in range(3, 7)]
+    make(Path("r"), UNIFORM, STATIC, OTHERS[1], *unfinished)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("LINES", str(rows))
+    monkeypatch.setenv("COLUMNS", "80")
+    driver = Driver(monkeypatch, lambda: driver.end())
+    out = run("r", "--watch").out
+    view = out[out.index("watching;") : out.rindex("study r: not running")]
+    lines = re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", view).splitlines()
+    axis = next(i for i, line in enumerate(lines) if "+---" in line)
+    assert axis + 2 < rows
+    assert "* best" in lines[axis + 2]
+    assert any("points against" in line for line in lines[:axis]) is (rows == 40)
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), ValueError("a slip of ours")])
+def test_whatever_ends_watching_leaves_a_page_that_rests(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    make(Path("r"), UNIFORM)
+
+    def fail() -> None:
+        raise error
+
+    driver = Driver(monkeypatch, nothing, fail)
+    with contextlib.suppress(ValueError):
+        assert run("r", "--watch").code == 1
+    assert driver.pages == [2, 2]
+    assert refresh_of(Path("r/report.html")) is None
+    driver.end()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_so_does_a_request_to_end(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    make(Path("r"), UNIFORM)
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+
+    def end() -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    driver = Driver(monkeypatch, end)
+    with pytest.raises(SystemExit) as ended:
+        run("r", "--watch")
+    assert ended.value.code == 128 + number
+    assert refresh_of(Path("r/report.html")) is None
+    assert signal.getsignal(number) == before
+    driver.end()
 
 
 @pytest.mark.usefixtures("full_disk")

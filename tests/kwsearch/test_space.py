@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import random
+import re
 from typing import Any
 
 import optuna
 import pytest
 import torch
 
-from kwlayers import convert_
+from kwlayers import Rule, convert_
 from kwlayers.plan import Network, Plan, PlanError, Site
 from kwlayers.planner import BudgetError
 from kwlayers.sharing import Settings
@@ -493,7 +494,7 @@ def test_the_size_is_the_sum_over_methods() -> None:
     [
         (
             {"method": ["odconv"], "methods": {"odconv": {"num_kernels": [2]}}},
-            "search.space.methods.odconv: num_kernels is what the budget decides",
+            "search.space.methods.odconv.num_kernels: it is what the budget decides",
         ),
         ({"methods": {"odconv": {"reduction": [0.25]}}}, "odconv: list it in search.space.method"),
         (
@@ -510,6 +511,47 @@ def test_methods_that_cannot_be_searched_are_refused(section: dict[str, Any], me
     with pytest.raises(PlanError) as error:
         space("resnet18", Target(total_ratio=2), Section(**section))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "section", "name"),
+    [
+        ("fdconv", {"reduction": [0.25]}, "search.space.reduction"),
+        (
+            "pad_net",
+            {"methods": {"pad_net": {"dynamic_fraction": [0.5]}}},
+            "search.space.methods.pad_net.dynamic_fraction",
+        ),
+    ],
+)
+def test_a_size_is_no_choice(method: str, section: dict[str, Any], name: str) -> None:
+    from kwlayers.methods import find
+
+    with pytest.raises(PlanError, match=f"{re.escape(name)}: it is what the budget decides"):
+        Space(
+            network("resnet18"),
+            find(method).settings(),
+            Target(total_ratio=1.2),
+            Section(split=2, **section),
+        )
+
+
+def test_relative_ratios_of_rules_hold_for_every_sample() -> None:
+    """Half as many cells over mixtures where a rule says so, whatever the cells."""
+    settings = Settings(sharing="layer", rules=(Rule(["layer4.*"], ratio=0.25),))
+    found = Space(
+        network("resnet18"), settings, Target(ratio=0.5), Section(cell_ratio=[[0.5, 0.5]], split=1)
+    )
+    shapes = [sample for sample, _ in random_plans(found, 8)]
+    assert len({str(sample.shape) for sample in shapes}) == 2
+    for sample in shapes:
+        plan = found.project(sample)
+        ratios = []
+        for last in (False, True):
+            own = [g for g in plan.warehouses if g.layers[0].startswith("layer4.") == last]
+            units = sum(group.unit(plan.of(group)) for group in own)
+            ratios.append(sum(group.num_cells for group in own) / units)
+        assert ratios[1] / ratios[0] == pytest.approx(0.5, rel=0.15)  # cells are whole
 
 
 def test_a_choice_of_no_method_is_refused() -> None:

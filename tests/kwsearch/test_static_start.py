@@ -18,6 +18,7 @@ from kwsearch.zoo import create
 SETTINGS = Proxy(
     data="digits",
     resolution=8,
+    subset=1000,
     epochs=2,
     batch_size=64,
     lr=0.05,
@@ -75,7 +76,7 @@ def test_the_static_network_is_trained_once_and_is_what_trainings_start_from(
         lambda epoch, accuracy: accuracies.append(accuracy),
         initial=found,
     )
-    assert accuracies == pytest.approx([static] * 2, abs=0.03)  # batch norms move a little
+    assert accuracies == pytest.approx([static] * 2, abs=0.06)  # batch norms move a little
 
 
 @pytest.mark.usefixtures("one_thread")

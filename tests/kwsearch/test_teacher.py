@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kwsearch.data import DataError
-from kwsearch.data.teacher import read_logits
+from kwsearch.data.images import Images
+from kwsearch.data.teacher import read_logits, taught
 from kwsearch.distillation import offline_distillation
 
 NAMES = ("b.wav", "a.wav")
@@ -41,6 +43,17 @@ def test_rows_are_those_of_the_names(tmp_path: Path) -> None:
 def test_rows_may_have_indices(tmp_path: Path, dtype: Any) -> None:
     path = teacher(tmp_path, names=np.array([1, 2, 0], dtype))
     assert read_logits(path, NAMES, 2).tolist() == [[20, 21], [0, 1]]
+
+
+def test_places_in_a_training_set_are_refused_where_examples_have_names(tmp_path: Path) -> None:
+    """Another fold has other examples at the same places."""
+    path = teacher(tmp_path, names=np.array([1, 2, 0]))
+    images = Images(torch.zeros(3, 1, 2, 2).byte(), torch.tensor([0, 1, 0]), 2, "some")
+    found = taught(images, path).teacher
+    assert found is not None
+    assert found.tolist() == [[20, 21], [0, 1], [10, 11]]
+    with pytest.raises(DataError, match=r"names are numbers.* such as a\.wav"):
+        taught(replace(images, names=("a.wav", "b.wav", "c.wav")), path)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

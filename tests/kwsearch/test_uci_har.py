@@ -51,6 +51,25 @@ def refused(source: str | Path, *said: str, **options: Any) -> None:
         assert words in str(caught.value)
 
 
+def test_windows_of_a_person_are_held_out_together(tmp_path: Path) -> None:
+    root = made(tmp_path / "har", train=[1, 2] * 10)
+    whose = ["7"] * 6 + ["3"] * 4 + ["5"] * 10
+    (root / "train" / "subject_train.txt").write_text("\n".join(whose))
+    train, held = data.split_holdout(data.load(root), 0.2, seed=0)
+    assert held.groups is not None
+    assert train.groups is not None
+    people = set(held.groups.tolist())
+    assert len(people) == 1
+    assert people.isdisjoint(train.groups.tolist())
+    assert len(held) + len(train) == 20
+    for text, said in (
+        ("1\n2\n", "2 lines for 20 windows"),
+        ("x\n" * 20, "the number of a person"),
+    ):
+        (root / "train" / "subject_train.txt").write_text(text)
+        refused(root, said)
+
+
 def test_both_parts_are_read(tmp_path: Path) -> None:
     root = made(tmp_path / "har")
     train, test = data.load(root), data.load(root, "test")

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from kwsearch import zoo
-from tests.zoo import IMAGES
+from tests.zoo import IMAGES as SWEPT
+
+IMAGES = [*SWEPT, "mobilenetv2_075"]
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 TIMM_NAMES = {
     "mobilenetv2_050": "mobilenetv2_050",
+    "mobilenetv2_075": "mobilenetv2_075",
     "mobilenetv2_100": "mobilenetv2_100",
     "convnext_tiny": "convnext_tiny",
     "deit_tiny": "deit_tiny_patch16_224",
@@ -31,6 +34,7 @@ PARAMS = {
     "resnet18": 11_689_512,
     "resnet50": 25_557_032,
     "mobilenetv2_050": 1_968_680,
+    "mobilenetv2_075": 2_636_424,  # counted in ODConv's published code
     "mobilenetv2_100": 3_504_872,
     "convnext_tiny": 28_589_128,
     # num_params in torchvision's weight metadata.
@@ -48,6 +52,7 @@ MACS = {
     "resnet18": 1_814_073_344,
     "resnet50": 4_089_184_256,
     "mobilenetv2_050": 97_131_840,
+    "mobilenetv2_075": 209_069_792,
     "mobilenetv2_100": 300_774_272,
     "convnext_tiny": 4_455_531_264,
     # By hand: patches 196 * 147,456, blocks 12 * 197 * 442,368, classifier 192,000.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kwlayers import convert_, plan_model, trace
+from kwlayers import Rule, convert_, methods, plan_model, plan_network, trace
 from kwlayers.conv import KWConv1d, KWConv2d
 from kwlayers.sr_ctc import SRCTCLoss, Tap
 from kwsearch import zoo
@@ -169,6 +169,27 @@ def test_a_padded_batch_gives_every_video_what_it_gets_alone(dcac: bool) -> None
             pairs += [(together.taps[name], alone.taps[name]) for name in taps]
             for joint, single in pairs:
                 torch.testing.assert_close(joint[:rows, b : b + 1], single, **EXACT)
+
+
+@pytest.mark.parametrize("method", ["kernel_warehouse", "dyconv", "odconv"])
+def test_so_it_does_where_convolutions_over_time_are_dynamic(method: str) -> None:
+    model = small()
+    plan = plan_network(
+        trace(model, (3, 24, 32, 32)),
+        methods.find(method).settings(rules=(Rule(["conv2d.*"], static=True),)),
+        ratio=1,
+    )
+    assert all("conv1d" in name for group in plan.groups for name in group.layers)
+    torch.manual_seed(1)
+    convert_(model, plan).eval()
+    lengths = torch.tensor([17, 24, 20])
+    x = videos(3)
+    with torch.no_grad():
+        together = model(x, lengths)
+        for b, length in enumerate(lengths.tolist()):
+            alone = model(x[b : b + 1, :, :length])
+            torch.testing.assert_close(together[: len(alone), b : b + 1], alone, **EXACT)
+        assert not torch.allclose(together[:1], model(x)[:1])  # padding would be pooled
 
 
 @pytest.mark.parametrize("dcac", [False, True])

@@ -23,6 +23,7 @@ function meaning(link) {
 }
 
 for (const link of document.querySelectorAll("svg a")) {
+  link.setAttribute("tabindex", "-1"); // there may be thousands; the table has the same
   const show = (event) => {
     const box = link.getBoundingClientRect();
     const text = meaning(link);
@@ -31,12 +32,28 @@ for (const link of document.querySelectorAll("svg a")) {
   link.addEventListener("mouseenter", show);
   link.addEventListener("mousemove", show);
   link.addEventListener("mouseleave", () => { tip.hidden = true; });
-  // A row that a filter hides is shown again when somebody asks for it.
-  link.addEventListener("click", () => {
-    const row = document.getElementById(link.getAttribute("href").slice(1));
-    if (row) row.hidden = false;
-    tip.hidden = true;
-  });
+}
+
+// A filter ends when somebody asks for a row that it hides.
+document.addEventListener("click", (event) => {
+  const link = event.target.closest('a[href^="#"]');
+  if (!link) return;
+  tip.hidden = true;
+  const row = document.getElementById(link.getAttribute("href").slice(1));
+  if (!row || !row.hidden) return;
+  const table = row.closest("table");
+  for (const field of fieldsOf(document.querySelector(`.tools[data-table="${table.id}"]`))) {
+    set(field, "");
+  }
+});
+
+function fieldsOf(tools) {
+  return [...tools.querySelectorAll("input, select")];
+}
+
+function set(field, value) {
+  field.value = value;
+  field.dispatchEvent(new Event(field.tagName === "SELECT" ? "change" : "input"));
 }
 
 function value(row, column) {
@@ -127,6 +144,7 @@ async function put(text) {
   if (!done) throw new Error("the browser does not let a page copy");
 }
 
+let hiding;
 document.addEventListener("click", async (event) => {
   const button = event.target.closest("button[data-copy], button[data-recipe]");
   if (!button) return;
@@ -138,5 +156,53 @@ document.addEventListener("click", async (event) => {
   } catch (error) {
     say(`not copied: ${error.message}`, box.right, box.top);
   }
-  setTimeout(() => { tip.hidden = true; }, 2000);
+  clearTimeout(hiding);
+  hiding = setTimeout(() => { tip.hidden = true; }, 2000);
 });
+
+// While a study runs its page is written anew: it is loaded again, and looks as it did.
+const again = document.getElementById("again");
+const remembered = `kwsearch ${location.pathname}`;
+const filters = [...document.querySelectorAll(".tools[data-table]")].flatMap(fieldsOf);
+const folded = [...document.querySelectorAll("details")];
+
+function remember() {
+  const sorted = [...document.querySelectorAll("th[aria-sort]")].map((head) =>
+    [head.closest("table").id, head.textContent, head.getAttribute("aria-sort")]);
+  const values = filters.map((field) => field.value);
+  sessionStorage.setItem(remembered,
+    JSON.stringify({ sorted, values, open: folded.map((one) => one.open) }));
+}
+
+function recall() {
+  const text = sessionStorage.getItem(remembered);
+  if (text === null) return;
+  sessionStorage.removeItem(remembered);
+  const { sorted, values, open } = JSON.parse(text);
+  filters.forEach((field, i) => { if (values[i]) set(field, values[i]); });
+  folded.forEach((one, i) => { one.open = Boolean(open[i]); });
+  for (const [id, title, order] of sorted) {
+    const heads = [...(document.getElementById(id)?.querySelectorAll("thead th") ?? [])];
+    const button = heads.find((head) => head.textContent === title)?.querySelector("button");
+    if (!button) continue;
+    button.click();
+    if (order === "descending") button.click();
+  }
+}
+
+try {
+  recall();
+} catch (error) {
+  console.warn(`what was filtered and sorted is not known any more: ${error.message}`);
+}
+
+if (again) {
+  setInterval(() => {
+    const busy = document.querySelector("main :focus-visible") || !getSelection().isCollapsed;
+    if (!again.checked || busy) return;
+    try {
+      remember();
+    } catch { /* a browser that keeps nothing */ }
+    location.reload();
+  }, 1000 * Number(again.dataset.every));
+}

@@ -30,7 +30,7 @@ from kwlayers.methods.condconv import CondConv1d, CondConv3d
 from kwlayers.methods.dyconv import DYConv1d, DYConv3d
 from kwlayers.methods.odconv import ODConv1d, ODConv3d
 from kwlayers.methods.pad_net import PADConv1d, PADConv3d, PADODConv1d, PADODConv3d
-from kwlayers.partition import partition_
+from kwlayers.methods.pad_net_partition import partition_
 from kwlayers.schedule import Tempered
 from kwsearch.zoo.vit import VisionTransformer
 from tests.kwlayers.methods.reference import (
@@ -99,6 +99,19 @@ def test_a_group_of_layers_that_the_method_does_not_take_is_refused(name: str) -
     group = plan.groups_to_list()[0] | {"layers": [linear]}
     with pytest.raises(PlanError, match=f"{linear}: {name} takes no linear layers"):
         Plan.from_groups(plan.network, [group])
+
+
+@pytest.mark.parametrize("attribute", ["values", "keys", "of"])
+def test_a_layer_may_be_called_like_an_attribute_of_the_container(attribute: str) -> None:
+    model = nn.Sequential()
+    model.add_module("stem", nn.Conv2d(3, 16, 3))
+    model.add_module(attribute, nn.Conv2d(16, 16, 3))
+    model.add_module("last", nn.Conv2d(16, 16, 3))
+    rule = Rule([attribute], dynamic=True)
+    plan = plan_network(trace(model, (3, 16, 16)), settings("dyconv", rules=rule))
+    made = convert_(model, plan)
+    assert isinstance(made.get_submodule(attribute), DynamicLayer)
+    assert made(torch.randn(2, 3, 16, 16)).shape == (2, 16, 10, 10)
 
 
 @pytest.mark.parametrize("name", ALONE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kwlayers import Plan, PlanError, Rule, convert_, trace
+from kwlayers import Plan, PlanError, Rule, convert_, plan_network, trace
 from kwlayers.methods.condconv import CondConv2d, Router
 from tests.kwlayers.methods.reference import (
     built_counts,
@@ -79,30 +80,65 @@ def test_so_are_those_of_the_built_network(
     assert built_counts(name, plan) == (params, macs)
 
 
-@pytest.mark.parametrize(("width", "scale"), [(1.0, "1.0"), (0.5, "0.5")])
-def test_the_last_layers_may_be_dynamic_too(width: float, scale: str) -> None:
-    params, macs = oracle(
-        "CondConv",
-        f"mobilenetv2_condconv_shared(scale={scale}, num_experts=8, {_MIXED}, "
-        "final_condconv=True, fc_condconv=True)",
+LAST = [
+    (
+        f"mobilenetv2_{scale}",
+        *oracle(
+            "CondConv",
+            f"mobilenetv2_condconv_shared(scale={scale}, num_experts=8, {_MIXED}, "
+            "final_condconv=True, fc_condconv=True)",
+        ),
     )
-    plan = published(f"mobilenetv2_{width}", settings("condconv", rules=_FINAL))
+    for scale in ("1.0", "0.5")
+]
+
+
+@pytest.mark.parametrize(("name", "params", "macs"), LAST)
+def test_the_last_layers_may_be_dynamic_too(name: str, params: int, macs: int) -> None:
+    plan = published(name, settings("condconv", rules=_FINAL))
     cost = plan.cost()
     # The published classifier has no bias; ours mixes those of 8 kernels.
     assert cost.params.total == params + 8 * 1000
     assert cost.macs.total == macs
 
 
-def test_convolving_with_every_expert_costs_so_many_times_more() -> None:
-    """The published code's other way, which mixes features: the same result, E times the MACs."""
-    plan = published("resnet18", settings("condconv", sharing="layer"))
-    _, macs = oracle(
-        "CondConv", "resnet18_condconv_independent(num_experts=8, combine_kernel=False)"
+APART = [
+    (
+        sharing,
+        *oracle("CondConv", f"resnet18_condconv_{word}(num_experts=8, combine_kernel=False)"),
     )
+    for sharing, word in (("block", "shared"), ("layer", "independent"))
+]
+
+
+@pytest.mark.parametrize(("sharing", "params", "macs"), APART)
+def test_convolving_with_every_expert_costs_so_many_times_more(
+    sharing: str, params: int, macs: int
+) -> None:
+    """The published code's other way, which mixes features: the same result, E times the MACs."""
+    plan = published("resnet18", settings("condconv", sharing=sharing))
+    assert plan.cost().params.total == params
     layers = [plan.network[name] for group in plan.groups for name in group.layers]
     apart = 7 * sum(site.macs for site in layers)
     cost = plan.cost().macs
     assert cost.total - cost.mixing + apart == macs
+
+
+# By the specification: the convolutions of the last three stages (of 112, 192 and 320 channels),
+# without squeeze-and-excitation, have 2,673,600 weights.
+@pytest.mark.parametrize(("kernels", "params"), [(4, 13_314_116), (8, 24_013_284)])
+def test_efficientnet_has_the_parameters_of_its_readme(
+    torchvision_models: ModuleType, kernels: int, params: int
+) -> None:
+    with torch.device("meta"):
+        model = torchvision_models.efficientnet_b0()
+    last = Rule(["features.[567].*.block.[013].0"], dynamic=True)
+    rules = (Rule(["*"], static=True), last)
+    found = trace(model, (3, 224, 224))
+    plan = plan_network(found, settings("condconv", num_kernels=kernels, rules=rules))
+    layers = [found[name] for group in plan.groups for name in group.layers]
+    assert sum(site.weights for site in layers) == 2_673_600
+    assert plan.cost().params.total == params
 
 
 def test_it_is_the_definition_sample_by_sample() -> None:

@@ -77,6 +77,31 @@ def test_so_are_those_of_the_built_network(
     assert built_counts(name, plan) == (params + LAST[name] + 1000, macs + LAST[name])
 
 
+def test_a_rule_makes_a_layer_wider_than_others_under_a_budget_too() -> None:
+    rule = Rule(["layer4.0.conv2"], reduction=1 / 4)
+    traced = network("resnet18")
+    even = plan_network(traced, settings("fdconv"), params=12_500_000)
+    ruled = plan_network(traced, settings("fdconv", rules=rule), params=12_500_000)
+    widths = [{group.name: group.width for group in plan.groups} for plan in (even, ruled)]
+    name = "layer4_0_conv2"
+    others = [other for other in widths[0] if other != name]
+    # Four times 1/16 of its channels, and the same for all: by rounding nearly so.
+    assert widths[1][name] / widths[1]["layer4_1_conv1"] == pytest.approx(4, rel=0.05)
+    assert widths[0][name] == pytest.approx(widths[0]["layer4_1_conv1"], rel=0.05)
+    assert all(widths[1][other] <= widths[0][other] for other in others)
+
+
+FROZEN, _ = oracle(
+    "FDConv",
+    "ResNet(depth=50, conv_cfg=<repo config with kernel_num=64>, frozen_stages=1)  # as in configs",
+)
+
+
+def test_the_published_configs_of_detection_have_as_many_parameters() -> None:
+    total = published("resnet50", settings("fdconv")).cost().params.total
+    assert total == FROZEN + LAST["resnet50"] + 1000
+
+
 def test_parts_are_those_of_the_specification() -> None:
     def params(**own: Any) -> Any:
         return published("resnet50", settings("fdconv", **own)).cost().params

@@ -62,15 +62,28 @@ def test_counts_are_those_of_the_published_code(
     assert built_counts(name, plan) == (params, macs)
 
 
+def test_a_tight_budget_keeps_what_reductions_say_of_each_other() -> None:
+    """Of MobileNetV2's children: by default 1/4 and 1/24, here alike."""
+    traced = network("mobilenetv2_1.0")
+    own = settings("kernel_dna", reduction=1 / 8, project_reduction=1 / 8)
+    whole = published("mobilenetv2_1.0", own)
+    plan = plan_network(traced, own, params=whole.cost().params.total - 200_000)
+    for group, first in zip(plan.groups, whole.groups, strict=True):
+        (site, *_) = plan.of(group)
+        assert group.width <= first.width
+        assert group.width == pytest.approx(0.5 * site.in_channels / 8, rel=0.7)
+
+
+FIVE = oracle("KernelDNA", "resnet50() with layer3=NewLayer3(256, n=2), layer4=NewLayer4(512, 1)")
+
+
 def test_five_blocks_are_two_pairs_without_an_added_block() -> None:
     """The published bottlenecks with n=2 in layer3: a ResNet50 of one block less there."""
     with torch.device("meta"):
         model = ResNet(Bottleneck, (3, 4, 5, 3))
     plan = plan_of(model, settings("kernel_dna"), (3, 224, 224))
     cost = plan.cost()
-    assert (cost.params.total, cost.macs.total - cost.macs.modulation) == oracle(
-        "KernelDNA", "resnet50() with layer3=NewLayer3(256, n=2), layer4=NewLayer4(512, 1)"
-    )
+    assert (cost.params.total, cost.macs.total - cost.macs.modulation) == FIVE
     assert [group.added for group in plan.groups] == [()] * 3
 
 

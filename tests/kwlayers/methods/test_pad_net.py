@@ -6,7 +6,7 @@ import copy
 import io
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from math import floor
+from math import floor, prod
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ from kwlayers.methods.pad_net import (
     PADODConv2d,
     PADODConv3d,
 )
-from kwlayers.partition import deploy_, partition_
+from kwlayers.methods.pad_net_partition import deploy_, partition_
 from kwlayers.planner import BudgetError, plan_network
 from tests.kwlayers.methods.reference import (
     backbone,
@@ -104,9 +104,30 @@ def test_by_odconv_there_are_no_static_attentions() -> None:
     """
     cost = published("resnet50", settings("pad_net", base="odconv")).cost()
     assert cost.params.total == 90_670_888 + 20_676_608 + 48
-    params, _ = oracle("PAD ODConv", "od_resnet50_pad(kernel_num=4, Lambda='both')")
-    assert cost.params.total < params
     assert cost.macs.total - cost.macs.mixing - cost.macs.modulation == 4_092_221_744
+
+
+BY_ODCONV = [
+    ("resnet10", 1, oracle("PAD ODConv", "od_resnet10_pad(kernel_num=1, Lambda='both')")[0]),
+    ("resnet50", 4, oracle("PAD ODConv", "od_resnet50_pad(kernel_num=4, Lambda='both')")[0]),
+    ("mobilenetv2_1.0", 4, oracle("PAD ODConv", "od_mobilenetv2_100(kernel_num=4)")[0]),
+]
+
+
+@pytest.mark.parametrize(("name", "kernels", "params"), BY_ODCONV)
+def test_static_attentions_are_what_the_published_layers_have_besides(
+    name: str, kernels: int, params: int
+) -> None:
+    """Factors of channels, filters and positions, and a scale of each."""
+    own = published(name, settings("odconv", num_kernels=kernels))
+    total = own.cost().params.total
+    for group in own.groups:
+        (site,) = own.of(group)
+        positions = prod(site.kernel_size)
+        filters = 0 if site.groups == site.in_channels else site.out_channels
+        static = site.in_channels + filters + (positions if positions > 1 else 0) + 3
+        total += site.weights + 1 + static
+    assert total == params
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from math import prod
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
-from kwsearch.micronas import tflite
-from kwsearch.micronas.space import Space, operators
+from kwsearch.micronas import arena, tflite
+from kwsearch.micronas.arena import Life
+from kwsearch.micronas.peak_memory import peak_bytes
+from kwsearch.micronas.space import Operator, Space, operators
 from kwsearch.micronas.supernet import extract
-from kwsearch.micronas.tflite import Life, TFLiteError, _ChannelsLast, live, placed
+from kwsearch.micronas.tflite import TFLiteError, _ChannelsLast
 from tests.kwsearch.micronas.spaces import TINY, UCI_HAR
 
 
@@ -28,8 +32,47 @@ def test_with_channels_last_it_is_the_network_with_softmax(space: Space) -> None
 def test_an_arena_by_hand() -> None:
     # The largest at 0; the second beside it; the third after both are gone; 10 bytes take 16.
     lives = [Life(32, 1, 2), Life(64, 0, 1), Life(10, 2, 3), Life(16, 3, 3)]
-    assert live(lives) == 96
-    assert placed(lives) == [(0, 64), (64, 96), (0, 16), (16, 32)]
+    assert arena.live(lives) == 96
+    assert arena.greedy(lives) == [64, 0, 16, 0]
+    assert arena.extent(lives, arena.greedy(lives)) == 96
+
+
+def test_an_arena_that_is_packed_by_hand_is_as_small_as_what_is_alive() -> None:
+    # Greedily 48 at 0, 32 beside it, and the second 32, which meets both, at 80. But the first two
+    # may leave its place free: 32 at 0, 32 at 32, and 48, which is alone with each of them, ...
+    lives = [Life(48, 0, 1), Life(32, 1, 2), Life(32, 2, 3), Life(48, 3, 4), Life(16, 0, 4)]
+    greedily = arena.extent(lives, arena.greedy(lives))
+    assert arena.live(lives) == 96
+    assert greedily > 96
+    offsets = arena.packed(lives)
+    assert arena.extent(lives, offsets) == 96
+    assert arena.packed(lives) == offsets
+    with pytest.raises(ValueError, match="tensors 0 and 1 overlap at 0"):
+        arena.extent(lives, [0] * 5)
+
+
+@pytest.mark.parametrize("space", [TINY, UCI_HAR], ids=["tiny", "uci_har"])
+def test_networks_need_no_more_than_is_alive_at_once(space: Space) -> None:
+    """Of every size: within the alignment of 16 bytes of each tensor that is there."""
+    rng = Random(0)
+    for _ in range(10):
+        network = operators(space, space.random(rng))
+        lives = of_network(network)
+        alive = arena.live(lives)
+        assert alive == peak_bytes(network)
+        taken = arena.extent(lives, arena.packed(lives))
+        assert taken <= min(alive + 16 * 4, arena.extent(lives, arena.greedy(lives)))
+
+
+def of_network(network: tuple[Operator, ...]) -> list[Life]:
+    """The tensors of operators, in int8."""
+    made, last, sizes = {"input": 0}, {}, {}
+    for i, one in enumerate(network):
+        for name, shape in zip(one.inputs, one.key.inputs, strict=False):
+            last[name], sizes[name] = i, prod(shape)
+        made[one.name], sizes[one.name] = i, prod(one.key.output)
+        last[one.name] = i
+    return [Life(sizes[name], made[name], last[name]) for name in made]
 
 
 def test_a_header_compiles_to_the_files_bytes(tmp_path: Path) -> None:
@@ -70,8 +113,11 @@ def test_windows_of_another_shape_are_refused(
 
 
 @pytest.mark.slow  # the converter takes some ten seconds
-@pytest.mark.parametrize("space", [TINY, UCI_HAR], ids=["tiny", "uci_har"])
-def test_a_file_agrees_with_its_network(space: Space, tmp_path: Path) -> None:
+# Of an untrained network of a few channels rounding is a larger part.
+@pytest.mark.parametrize(
+    ("space", "rounding"), [(TINY, 0.1), (UCI_HAR, 0.03)], ids=["tiny", "uci_har"]
+)
+def test_a_file_agrees_with_its_network(space: Space, rounding: float, tmp_path: Path) -> None:
     for package in tflite.PACKAGES:
         pytest.importorskip(package, reason=f"{package} is not installed")
     torch.manual_seed(0)
@@ -87,8 +133,10 @@ def test_a_file_agrees_with_its_network(space: Space, tmp_path: Path) -> None:
     with torch.no_grad():
         truth = torch.softmax(model.eval()(x), 1)
     found = tflite.run(path, x)
-    assert (found - truth).abs().max() < 0.03
+    assert (found - truth).abs().max() < rounding
+    assert torch.equal(found.argmax(1), truth.argmax(1)) or space == UCI_HAR
     result = tflite.check(path, network, x, found.argmax(1))
     assert result.accuracy == 1
     assert result.live_bytes == result.predicted_bytes
-    assert result.arena_bytes >= result.live_bytes
+    assert result.live_bytes <= result.arena_bytes <= result.live_bytes + 64
+    assert result.arena_bytes <= result.greedy_bytes
