@@ -732,7 +732,12 @@ def test_ctrl_c_ends_watching_and_leaves_a_page_that_rests(
         time.sleep(10)
 
     driver = Driver(monkeypatch, nothing, interrupt)
-    ran = run("r", "--watch", "--every", "7")
+    # A shell's background jobs ignore the signal; the tests may be one.
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        ran = run("r", "--watch", "--every", "7")
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert ran.code == 130
     assert ran.err.strip() == "interrupted"
     assert driver.pages == [7, 7]
