@@ -21,7 +21,6 @@ from kwsearch.pages.axes import Axis, axis, count_axis, percent_axis
 
 __all__ = [
     "PARTS",
-    "SERIES",
     "SHAPES",
     "SMALL",
     "Axis",
@@ -32,6 +31,7 @@ __all__ = [
     "axis",
     "count_axis",
     "percent_axis",
+    "series",
     "stacked",
     "style",
 ]
@@ -51,8 +51,7 @@ SHAPES = {
     "stopped": "M-3.5,-3.5L3.5,3.5M-3.5,3.5L3.5,-3.5",
     "running": "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",
 }
-# Kinds of lines that tell series apart, in CSS by colour and dashes.
-SERIES = ("s0", "s1", "s2", "s3", "s4", "s5")
+_COLOURS = 6  # of series, and as many dashes
 # Hatches of parts, by their number: lines of a 6x6 tile; the first is plain.
 _HATCHES = (
     "",
@@ -63,6 +62,12 @@ _HATCHES = (
     "M1.5,1.5h1M4.5,4.5h1",
 )
 PARTS = len(_HATCHES)
+
+
+def series(number: int) -> str:
+    """A kind of line that tells a series from 35 others, by its colour, its dashes or both."""
+    turn, colour = divmod(number, _COLOURS)
+    return f"s{colour} d{(colour + turn) % _COLOURS}"
 
 
 @dataclass(frozen=True)

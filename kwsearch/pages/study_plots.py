@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kwlayers.plan import counted
 from kwsearch import study_report, verdict
 from kwsearch.pages.axes import Axis, axis, count_axis, percent_axis
-from kwsearch.pages.figure import SERIES, SMALL, Figure
+from kwsearch.pages.figure import SMALL, Figure, series
 from kwsearch.pages.page import percent
 from kwsearch.recipe import Search
 from kwsearch.trials import (
@@ -273,7 +273,7 @@ def _so_far(
             figure.explain(kind, text)
     for i, (budget, line) in enumerate(lines.items()):
         if line:
-            kind = SERIES[i % len(SERIES)]
+            kind = series(i)
             figure.line([*line, (end, line[-1][1])], kind, step=True)
             figure.explain(kind, f"best of budget {budget:.12g}" if len(lines) > 1 else "best")
     return figure

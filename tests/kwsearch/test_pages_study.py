@@ -682,6 +682,17 @@ def test_reasons_are_grouped_and_lead_to_their_trials(read: Read, searched: Snap
 # Sweeps and methods -----------------------------------------------------------------------------
 
 
+def test_series_of_a_long_sweep_look_different() -> None:
+    css = figure.style()
+    kinds = [figure.series(i) for i in range(36)]
+    looks = set()
+    for kind in kinds:
+        rules = [re.search(rf"\.line\.{one} ?{{([^}}]*)}}", css) for one in kind.split()]
+        looks.add(tuple(rule[1].strip(" ;") if rule else "" for rule in rules))
+    assert len(looks) == 36
+    assert kinds[:6] == [f"s{i} d{i}" for i in range(6)]
+
+
 def test_a_sweep_has_all_budgets_in_one_plot(swept: Snapshot) -> None:
     found = Read(page(swept))
     svg = found.svg("over-params")
@@ -689,8 +700,8 @@ def test_a_sweep_has_all_budgets_in_one_plot(swept: Snapshot) -> None:
     assert re.findall(r">(budget [\d.]+)</text>", svg) == ["budget 1.5", "budget 3"]
     # 1.5 and 3 times 272,474.
     assert re.findall(r"at most ([\d,]+) parameters", found.text) == ["408,711", "817,422"]
-    lines = re.findall(r'class="line (s\d)"', found.svg("by-trial"))
-    assert lines == ["s0", "s1"]
+    lines = re.findall(r'class="line (s\d d\d)"', found.svg("by-trial"))
+    assert lines == ["s0 d0", "s1 d1"]
     heads = [row.cells[0] for row in found.table("plans").rows if row.attrs.get("class") == "head"]
     assert heads == ["budget 1.5", "budget 3"]
     budgets = found.table("trials").column("budget")
