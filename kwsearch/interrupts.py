@@ -1,4 +1,4 @@
-"""Ctrl-C: the first lets running jobs come to a stop, the second stops now."""
+"""Signals that ask for an end. Ctrl-C: the first lets running jobs stop, the second stops now."""
 
 from __future__ import annotations
 
@@ -25,10 +25,7 @@ class Interrupts:
 
 @contextmanager
 def counted(say: Callable[[str], object], message: str) -> Iterator[Interrupts]:
-    """Count Ctrl-Cs instead of raising them, and say `message` at the first.
-
-    Not outside the main thread, where only whoever runs it could.
-    """
+    """Count Ctrl-Cs instead of raising them, and say `message` at the first."""
     found = Interrupts()
 
     def count(signum: int, frame: FrameType | None) -> None:
@@ -36,17 +33,35 @@ def counted(say: Callable[[str], object], message: str) -> Iterator[Interrupts]:
         if found.count == 1:
             say(message)
 
+    with handled(count, "SIGINT") as is_heard:
+        if is_heard:
+            _counting.append(found)
+        try:
+            yield found
+        finally:
+            if is_heard:
+                _counting.pop()
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], object], *names: str) -> Iterator[bool]:
+    """Signals of these names, of those that the system has, call `handler`; whether they do.
+
+    Not outside the main thread, where only whoever runs it could.
+    """
+    before = {}
     try:
-        before = signal.signal(signal.SIGINT, count)
+        for name in names:
+            if (number := getattr(signal, name, None)) is not None:
+                before[number] = signal.signal(number, handler)
     except ValueError:  # not in the main thread
-        yield found
+        yield False
         return
-    _counting.append(found)
     try:
-        yield found
+        yield True
     finally:
-        _counting.pop()
-        signal.signal(signal.SIGINT, before)
+        for number, usual in before.items():
+            signal.signal(number, usual)
 
 
 def sleep(seconds: float) -> None:

@@ -11,11 +11,10 @@ import math
 import os
 import platform
 import secrets
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -41,6 +40,7 @@ from kwsearch.executors.queue import (
     to_text,
 )
 from kwsearch.executors.work import other_version
+from kwsearch.interrupts import handled
 from kwsearch.trial import Trained
 
 # What a database may ask a worker to run.
@@ -112,7 +112,7 @@ class Worker:
         runs then is given back. The number of jobs done. Raises StorageError if the database is
         away then, or refuses something.
         """
-        with LocalExecutor(1) as self._local, _on_signals(self._stop):
+        with LocalExecutor(1) as self._local, handled(self._stop, "SIGTERM", "SIGINT"):
             over, last, beat = False, time.monotonic(), -BEAT
             patience = self._database.patience
             while self._task is not None or not (over or self._stopping or self._waited(last)):
@@ -141,7 +141,8 @@ class Worker:
         self.say(f"no job for {self.idle:g} s: leaving")
         return True
 
-    def _stop(self) -> None:
+    def _stop(self, *_: object) -> None:
+        """As of a scheduler before it takes a node back, and of Ctrl-C."""
         self._stopping = True
         self._database.patience.restart()
 
@@ -264,15 +265,3 @@ class Worker:
             gone = delete(WORKERS).where(WORKERS.c.name == self.name)
             self._database.now(lambda connection: connection.execute(gone))
         self._database.close()
-
-
-@contextmanager
-def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM, which a scheduler sends before it takes a node back, and Ctrl-C call `stop`."""
-    kinds = (signal.SIGTERM, signal.SIGINT)
-    before = {kind: signal.signal(kind, lambda *_: stop()) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

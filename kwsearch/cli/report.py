@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from kwsearch.cli.pages import check_place
+from kwsearch.interrupts import handled
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -206,19 +206,11 @@ def looks(run: Path, every: float) -> Iterator[Snapshot]:
 def _stoppable(found: Iterator[Snapshot]) -> Iterator[Snapshot]:
     """The same; a request to end, as of a terminal that is closed, is raised as SystemExit."""
 
-    def end(number: int, frame: object) -> None:
+    def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    before = {}
-    with contextlib.suppress(ValueError):  # not in the main thread
-        for name in ("SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                before[name] = signal.signal(getattr(signal, name), end)
-    try:
+    with handled(end, "SIGTERM", "SIGHUP"):
         yield from found
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
 
 
 def _watch(report: Report, run: Path, every: float, show: Callable[[Snapshot], None]) -> Snapshot:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from kwsearch.data.errors import DataError
+from kwsearch.data.groups import held_groups
 
 Split = Literal["train", "test"]
 ImagesT = TypeVar("ImagesT", bound="Images")
@@ -125,7 +126,8 @@ def split_holdout(images: Images, fraction: float, seed: int) -> tuple[Images, I
             "allowed a number strictly between 0 and 1, e.g. 0.1"
         )
     if images.groups is not None:
-        held = _held_groups(images, images.groups.cpu().numpy(), fraction, _random(seed))
+        groups, classes = images.groups.cpu().numpy(), images.y.cpu().numpy()
+        held = torch.from_numpy(held_groups(groups, classes, fraction, _random(seed), images.name))
         return _select(images, ~held), _select(images, held)
     held = torch.zeros(len(images), dtype=torch.bool)
     for members in _shuffled_classes(images, _random(seed)):
@@ -138,32 +140,6 @@ def split_holdout(images: Images, fraction: float, seed: int) -> tuple[Images, I
             f"({len(images)} images in all); give more images"
         )
     return _select(images, ~held), _select(images, held)
-
-
-def _held_groups(
-    images: Images, groups: np.ndarray, fraction: float, random: np.random.RandomState
-) -> torch.Tensor:
-    """Whole groups, in an order drawn at random, each of which brings the classes nearer to their
-    shares; at least one, and not all.
-    """
-    known, of_group = np.unique(groups, return_inverse=True)
-    if len(known) < 2:
-        raise DataError(
-            f"{images.name}: all {len(images)} examples are of one recording or person, of which "
-            "none can be held out; give more"
-        )
-    counts = np.zeros((len(known), images.num_classes))
-    np.add.at(counts, (of_group, images.y.cpu().numpy()), 1)
-    taken: list[int] = []
-    left = fraction * counts.sum(0)
-    order = random.permutation(len(known))
-    for group in order:
-        if ((left - counts[group]) ** 2).sum() < (left**2).sum() and len(taken) < len(known) - 1:
-            taken.append(group)
-            left = left - counts[group]
-    if not taken:  # all are larger than what is wanted
-        taken = [min(order, key=lambda group: counts[group].sum())]
-    return torch.from_numpy(np.isin(of_group, taken))
 
 
 def subset(images: Images, n: int, seed: int) -> Images:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kwsearch.data.errors import DataError, few
+from kwsearch.data.groups import held_groups
 from kwsearch.data.image_folder import decode
 
 
@@ -90,30 +91,21 @@ def thinned(videos: Videos, count: int, seed: int) -> Videos:
 
 
 def held_out(videos: Videos, fraction: float, seed: int) -> tuple[Videos, Videos]:
-    """(the rest, held out) at random, at least one in each, in their order; of broadcasts, whole
-    ones, as long as there is room for them.
+    """(the rest, held out) at random, at least one in each, in their order; broadcasts stay whole
+    where there is more than one.
     """
     if len(videos) < 2:
         raise DataError(f"{videos.name}: one video, of which none can be held out; give more")
-    count = min(max(round(fraction * len(videos)), 1), len(videos) - 1)
-    drawn = np.random.RandomState(seed).permutation(len(videos)).tolist()
+    random = np.random.RandomState(seed)
+    held = np.zeros(len(videos), bool)
     if len(set(videos.broadcasts)) > 1:
-        drawn = _whole(videos.broadcasts, drawn, count)
-        count = len(drawn)
-    kept = sorted(set(range(len(videos))) - set(drawn[:count]))
-    return videos.chosen(kept), videos.chosen(sorted(drawn[:count]))
-
-
-def _whole(broadcasts: Sequence[str], drawn: Sequence[int], count: int) -> list[int]:
-    """The videos of some broadcasts, in the order drawn, of which `count` are not exceeded but by
-    the first.
-    """
-    found: list[int] = []
-    for name in dict.fromkeys(broadcasts[i] for i in drawn):
-        own = [i for i, other in enumerate(broadcasts) if other == name]
-        if not found or len(found) + len(own) <= count:
-            found += own
-    return found
+        alike = np.zeros(len(videos), int)
+        held = held_groups(np.array(videos.broadcasts), alike, fraction, random, videos.name)
+    else:
+        count = min(max(round(fraction * len(videos)), 1), len(videos) - 1)
+        held[random.permutation(len(videos))[:count]] = True
+    kept, out = (np.flatnonzero(mask).tolist() for mask in (~held, held))
+    return videos.chosen(kept), videos.chosen(out)
 
 
 def fingerprint(videos: Videos) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kwsearch import data, examples, labelled_data, proxy, sign_data
 from kwsearch.data import DataError, Videos
+from kwsearch.data import videos as videos_of
 from kwsearch.optimize import PlanStudy
 from kwsearch.recipe import Proxy, parse_recipe
 from kwsearch.run_directory import SearchError
@@ -85,6 +86,20 @@ def loaded(root: Path, **changed: Any) -> sign_data.SignData:
 
 
 # Reading ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_broadcasts_are_held_out_whole(seed: int) -> None:
+    names = ("monday", "tuesday", "monday", "friday", "sunday", "tuesday", "friday", "sunday")
+    frames = tuple((Path(str(i)),) for i in range(8))
+    videos = Videos(frames, (("HEUTE",),) * 8, ("HEUTE",), "p", (16, 16), names)
+    train, held = videos_of.held_out(videos, 0.25, seed)
+    assert (len(train), len(held)) == (6, 2)
+    assert len(set(held.broadcasts)) == 1
+    assert not set(held.broadcasts) & set(train.broadcasts)
+    # In their order, and nothing is lost.
+    assert sorted(train.frames + held.frames) == list(frames)
+    assert list(train.frames) == sorted(train.frames)
 
 
 @pytest.mark.parametrize("layout", ["phoenix14", "phoenix14t"])
