@@ -13,16 +13,23 @@ the targets: the loss of a mixup with share s is s loss(y, t) + (1 - s) loss(y',
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def offline_distillation(
-    logits: Tensor, targets: Tensor, teacher_logits: Tensor, weight: float = 0.9
+    logits: Tensor,
+    targets: Tensor,
+    teacher_logits: Tensor,
+    weight: float = 0.9,
+    *,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
     """logits, teacher_logits: (B, classes)  targets: (B, classes) floats in 0..1 of several labels
-    each, or (B,) int64, one label each  out: ()
+    each, or (B,) int64, one label each  out: (), with reduction "none" (B,)
 
     weight: the teacher's. For a teacher of temperature T give teacher_logits / T. No gradient
     reaches the teacher. Raises ValueError.
@@ -36,15 +43,20 @@ def offline_distillation(
         )
     teacher = teacher_logits.detach().to(logits.dtype)
     if targets.is_floating_point() and targets.shape == logits.shape:
-        of_labels = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
-        of_teacher = F.binary_cross_entropy_with_logits(logits, teacher.sigmoid())
+        of_labels, of_teacher = (
+            F.binary_cross_entropy_with_logits(logits, said, reduction="none").mean(1)
+            for said in (targets.to(logits.dtype), teacher.sigmoid())
+        )
     elif targets.dtype == torch.int64 and targets.shape == logits.shape[:1]:
-        of_labels = F.cross_entropy(logits, targets)
-        of_teacher = F.cross_entropy(logits, teacher.softmax(dim=1))
+        of_labels, of_teacher = (
+            F.cross_entropy(logits, said, reduction="none")
+            for said in (targets, teacher.softmax(dim=1))
+        )
     else:
         raise ValueError(
             f"targets are {str(targets.dtype).removeprefix('torch.')} of shape "
             f"{tuple(targets.shape)}; allowed floats of shape {tuple(logits.shape)}, or int64 "
             f"labels of shape {tuple(logits.shape[:1])}"
         )
-    return (1 - weight) * of_labels + weight * of_teacher
+    losses = (1 - weight) * of_labels + weight * of_teacher
+    return losses if reduction == "none" else losses.mean()

@@ -21,14 +21,14 @@ _LOOKED_AT = 10  # batches, before training
 
 
 class Part(NamedTuple):
-    """x: (B, C, H, W), mixed. rows: which training examples they are, (B,). beside: which are mixed
-    in, where `share` is below 1.
+    """x: (B, C, H, W). rows: which training examples they are, (B,). With mixup beside: which are
+    mixed in, and share: how much of each is its own, (B,).
     """
 
     x: Tensor
     rows: Tensor
-    beside: Tensor
-    share: float
+    beside: Tensor | None = None
+    share: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,31 +57,31 @@ class LabelledData:
         self, proxy: Proxy, order: torch.Generator, splits: int
     ) -> Iterator[list[tuple[Part, float]]]:
         for x, index in _batches(self, proxy, order):
-            share, others = mixing(len(x), proxy.mixup, order)
-            others = others.to(x.device)
-            mixed = x if share == 1 else share * x + (1 - share) * x[others]
             sizes = micro_batch_sizes(len(x), splits)
-            parts = (torch.split(one, sizes) for one in (mixed, index, index[others]))
-            yield [
-                (Part(some, rows, beside, share), len(rows) / len(x))
-                for some, rows, beside in zip(*parts, strict=True)
-            ]
+            columns = [x, index]
+            if proxy.mixup is not None:
+                share, others = (one.to(x.device) for one in mixing(len(x), proxy.mixup, order))
+                portion = share.view(-1, *[1] * (x.dim() - 1))
+                columns = [torch.lerp(x[others], x, portion), index, index[others], share]
+            parts = (torch.split(column, sizes) for column in columns)
+            yield [(Part(*part), len(part[0]) / len(x)) for part in zip(*parts, strict=True)]
 
     def loss(self, model: nn.Module, part: Part, proxy: Proxy) -> Tensor:
         logits = model(part.x)
-        found = self._learned(logits, part.rows, proxy)
-        if part.share == 1:
-            return found
-        # It is linear in what is to be learned.
-        return part.share * found + (1 - part.share) * self._learned(logits, part.beside, proxy)
+        losses = self._learned(logits, part.rows, proxy)
+        if part.share is not None:
+            assert part.beside is not None
+            # They are linear in what is to be learned.
+            losses = torch.lerp(self._learned(logits, part.beside, proxy), losses, part.share)
+        return losses.mean()
 
     def _learned(self, logits: Tensor, rows: Tensor, proxy: Proxy) -> Tensor:
-        """By the labels of some training examples, and what a teacher says of them."""
+        """By the labels of some training examples, and what a teacher says of them: (B,)."""
         train = self.train
         if train.teacher is None:
-            return F.cross_entropy(logits, train.y[rows])
+            return F.cross_entropy(logits, train.y[rows], reduction="none")
         return offline_distillation(
-            logits, train.y[rows], train.teacher[rows], proxy.teacher_weight
+            logits, train.y[rows], train.teacher[rows], proxy.teacher_weight, reduction="none"
         )
 
     @torch.no_grad()
@@ -190,17 +190,16 @@ def _batches(
         yield images.batch(x), index.to(x.device)
 
 
-def mixing(batch: int, mixup: float | None, generator: torch.Generator) -> tuple[float, Tensor]:
-    """The share of each example in its mixture, at least a half, and who has the rest: (B,).
+def mixing(batch: int, mixup: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The share of each example in its mixture, at least a half, and who has the rest: (B,), (B,).
 
-    Zhang et al., arXiv 1710.09412, one share for a batch as in their code; the larger of both as in
-    EfficientAT, which draws one for each example. 1 without mixup.
+    Zhang et al., arXiv 1710.09412; one share for each example and the larger of both as in
+    EfficientAT's training of DyMN.
     """
-    if mixup is None:
-        return 1.0, torch.arange(batch)
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    share = float(np.random.RandomState(seed).beta(mixup, mixup))
-    return max(share, 1 - share), torch.randperm(batch, generator=generator)
+    drawn = np.random.RandomState(seed).beta(mixup, mixup, batch)
+    shares = torch.from_numpy(np.maximum(drawn, 1 - drawn)).float()
+    return shares, torch.randperm(batch, generator=generator)
 
 
 def _batch_sizes(images: LabelledData, proxy: Proxy) -> list[int]:

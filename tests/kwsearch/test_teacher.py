@@ -180,14 +180,18 @@ def test_a_mixup_of_losses_is_the_published_loss() -> None:
     draw = torch.Generator().manual_seed(1)
     logits, stored = torch.randn(2, 4, 5, generator=draw)
     y = torch.randint(2, (4, 5), generator=draw).float()
-    other, share = torch.tensor([2, 0, 3, 1]), 0.7
+    other, share = torch.tensor([2, 0, 3, 1]), torch.tensor([0.7, 0.9, 0.5, 0.8])
     loss = torch.nn.BCEWithLogitsLoss(reduction="none")
-    labels = loss(logits, share * y + (1 - share) * y[other]).mean()
+    of_each = share[:, None]
+    labels = loss(logits, of_each * y + (1 - of_each) * y[other]).mean()
     soft = stored.sigmoid()
     per_clip = share * loss(logits, soft).mean(1) + (1 - share) * loss(logits, soft[other]).mean(1)
     published = 0.1 * labels + (1 - 0.1) * per_clip.mean()
-    ours = share * offline_distillation(logits, y, stored)
-    ours = ours + (1 - share) * offline_distillation(logits, y[other], stored[other])
+    own, others = (
+        offline_distillation(logits, a, b, reduction="none")
+        for a, b in ((y, stored), (y[other], stored[other]))
+    )
+    ours = (share * own + (1 - share) * others).mean()
     assert ours.item() == pytest.approx(published.item(), rel=1e-6)
 
 
