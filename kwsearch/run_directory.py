@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from kwsearch.files import alone, write_whole
 from kwsearch.recipe import Proxy, Recipe, Search, load_recipe, write_recipe
-from kwsearch.trials import BUDGET, LATENCY, REASON, SECONDS, accuracy_of, baseline
+from kwsearch.trials import (
+    BUDGET,
+    FLASH,
+    LATENCY,
+    PEAK,
+    REASON,
+    SECONDS,
+    accuracy_of,
+    baseline,
+)
 from kwsearch.wording import one_line
 
 if TYPE_CHECKING:
@@ -97,7 +106,9 @@ def write_down(directory: Path, recipe: Recipe, provenance: Mapping[str, Any]) -
 def write_trials(directory: Path, trials: Sequence[FrozenTrial]) -> None:
     """trials.csv: a line per finished trial, the columns of the search space last."""
     chosen = sorted({key for trial in trials for key in trial.params})
-    facts = ["params", "macs", LATENCY, SECONDS, "fingerprint", REASON]
+    known = set().union(*(trial.user_attrs for trial in trials))
+    facts = ["params", "macs", LATENCY, *(one for one in (PEAK, FLASH) if one in known)]
+    facts += [SECONDS, "fingerprint", REASON]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["trial", "kind", "budget", "state", "accuracy", "epochs", *facts, *chosen])

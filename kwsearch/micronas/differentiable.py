@@ -14,6 +14,8 @@ gradients clipped to norm 5. At the end the most probable architecture within th
 (`feasible`). On purpose different from the published code:
 
 - It is its older search that this follows: the current one never calls `backward` on L.
+- Where a fusion cell has no branch the residual is on. There all may be off, so that a cell costs
+  nothing and the network says nothing; under tight limits that is where it ends.
 - The cosine ends with the last step. There it is that of 100 epochs, however many are run.
 - Memory is the expectation of the true peak, by which every decision that matters has a gradient.
 - Validation batches go through all windows before one comes again. There each is drawn anew.
@@ -38,7 +40,7 @@ from torch import Tensor, nn
 from kwsearch.micronas.cycles import CycleTable
 from kwsearch.micronas.expected import Expected, ExpectedCycles
 from kwsearch.micronas.feasible import Feasible, Limits
-from kwsearch.micronas.mixture import Mixture, gumbel_softmax, softmax
+from kwsearch.micronas.mixture import Mixture, gumbel_softmax, softmax, with_output
 from kwsearch.micronas.peak_memory import ExpectedPeak
 from kwsearch.micronas.space import Architecture, Space, macs, operators, params
 from kwsearch.micronas.supernet import Supernet
@@ -206,7 +208,7 @@ class Search:
 
     def result(self) -> Result:
         """Of the logits as they are."""
-        mixture = {name: one.detach() for name, one in softmax(self.logits).items()}
+        mixture = {name: one.detach() for name, one in with_output(softmax(self.logits)).items()}
         preferred = self.feasible.preferred(mixture)
         found, broken = self.feasible.best(mixture)
         network = operators(self.space, found)

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kwsearch.micronas.space import Architecture, Space, SpaceError
+from kwsearch.micronas.space import KERNELS, Architecture, Space, SpaceError
 
 # By the name of a decision: (its options,), adding up to 1.
 Mixture = Mapping[str, Tensor]
+
+_RESIDUAL = ".residual"
 
 
 def one_hot(space: Space, architecture: Architecture) -> dict[str, Tensor]:
@@ -40,8 +42,26 @@ def softmax(logits: Mixture) -> dict[str, Tensor]:
 
 
 def gumbel_softmax(logits: Mixture, temperature: float) -> dict[str, Tensor]:
-    """With noise of torch's random state."""
-    return {name: F.gumbel_softmax(one, temperature, dim=-1) for name, one in logits.items()}
+    """With noise of torch's random state; fusion cells have an output (`with_output`)."""
+    drawn = {name: F.gumbel_softmax(one, temperature, dim=-1) for name, one in logits.items()}
+    return with_output(drawn)
+
+
+def with_output(mixture: Mixture) -> dict[str, Tensor]:
+    """The same, but that a fusion cell has the residual where it has no branch.
+
+    The residual's r becomes r + (1 - r) (1 - p1) (1 - p2) (1 - p3), p_k of the branches. Drawn by
+    themselves, as published, all of them may be off: such a cell costs nothing, gives nothing and
+    is no architecture, and limits would drive the search there.
+    """
+    found = dict(mixture)
+    for name in mixture:
+        if name.endswith(_RESIDUAL):
+            cell = name.removesuffix(_RESIDUAL)
+            bare = torch.stack([mixture[f"{cell}.branch{k}"][0] for k in KERNELS]).prod()
+            off = mixture[name][0] * (1 - bare)
+            found[name] = torch.stack([off, 1 - off])
+    return found
 
 
 def as_double(space: Space, mixture: Mixture) -> dict[str, Tensor]:

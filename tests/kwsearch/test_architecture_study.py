@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 from contextlib import suppress
@@ -179,6 +180,11 @@ def test_every_trial_keeps_the_limits_and_says_what_it_costs(
         assert attrs["params"] == weights + biases
         assert attrs["flash_bytes"] == weights + 4 * biases <= 900
         assert attrs["peak_bytes"] == peak_bytes(one.operators) <= 400
+    with (tmp_path / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for trial, row in zip(result.trials, rows, strict=True):
+        for fact in ("params", "peak_bytes", "flash_bytes"):
+            assert row[fact] == str(trial.user_attrs[fact])
     sampled = [t for t in result.trials if "supernet" not in t.user_attrs]
     for trial in sampled:
         chosen = space.architecture(trial.params)

@@ -14,7 +14,7 @@ from kwsearch.micronas.cycles import CycleError, CycleTable
 from kwsearch.micronas.differentiable import Search, Settings, Step, Windows
 from kwsearch.micronas.expected import ExpectedCycles, needed
 from kwsearch.micronas.feasible import Limits
-from kwsearch.micronas.mixture import one_hot
+from kwsearch.micronas.mixture import one_hot, with_output
 from kwsearch.micronas.peak_memory import ExpectedPeak, peak_bytes
 from kwsearch.micronas.space import Key, macs, operators, params
 from tests.kwsearch.micronas.spaces import TINY, random_mixture
@@ -347,3 +347,23 @@ def test_a_table_that_lacks_an_operator_is_refused_before_the_search() -> None:
 def test_a_limit_of_milliseconds_needs_a_table() -> None:
     with pytest.raises(ValueError, match=r"^a limit of 3 ms without a table of cycles"):
         Search(TINY, (X, Y), (X, Y), limits=Limits(3.0))
+
+
+def test_a_draw_without_a_branch_has_the_residual() -> None:
+    for seed in range(50):
+        hard = {
+            name: torch.nn.functional.one_hot(torch.multinomial(one, 1)[0], len(one)).double()
+            for name, one in random_mixture(TINY, seed).items()
+        }
+        filled = with_output(hard)
+        for cell in ("fusion1", "fusion2"):
+            branches = [bool(hard[f"{cell}.branch{k}"][1]) for k in (3, 5, 7)]
+            expected = bool(hard[f"{cell}.residual"][1]) or not any(branches)
+            assert filled[f"{cell}.residual"].tolist() == [1 - expected, expected]
+        rest = [name for name in hard if not name.endswith(".residual")]
+        assert all(torch.equal(filled[name], hard[name]) for name in rest)
+    soft = random_mixture(TINY, 0)
+    off = [float(soft[f"fusion1.{one}"][0]) for one in ("branch3", "branch5", "branch7")]
+    r = float(soft["fusion1.residual"][1])
+    chance = r + (1 - r) * math.prod(off)
+    assert float(with_output(soft)["fusion1.residual"][1]) == pytest.approx(chance, rel=1e-12)
