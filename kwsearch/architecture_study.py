@@ -94,7 +94,10 @@ class ArchitectureStudy(Study):
         try:
             self.feasible = architectures.feasible_of(self.recipe)
         except CycleError as error:
-            raise SearchError(f"search.space.limits.lut: {error}") from None
+            raise SearchError(
+                f"search.space.limits.lut: {error}; `kwsearch lut needed RECIPE` lists what a "
+                "board's table needs, `kwsearch profile RECIPE -o TABLE` measures this machine"
+            ) from None
         self.largest, broken = self.feasible.largest
         if broken:
             raise SearchError(f"search.space.limits: {'; '.join(broken)}")

@@ -387,15 +387,27 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "study.journal").exists()
 
 
-def test_warehouses_whose_latency_nobody_knows_are_refused(windows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("missing", "overrides", "message"),
+    [
+        (
+            "gap2d",
+            [],
+            r"limits\.lut: gap2d 10x2x3 to 3: not in .* `kwsearch lut needed RECIPE` lists",
+        ),
+        ("", ["micronas.warehouses=[1]"], "warehouses 1: what mixes the kernels has no latency: "),
+    ],
+)
+def test_what_the_table_does_not_know_is_said(
+    windows: Path, tmp_path: Path, missing: str, overrides: list[str], message: str
+) -> None:
     space = Space(20, 4, 3, (2, 4), (4, 8, 12), plain_cells=1)
     path = tmp_path / "board.lut.yaml"
-    cycles = some_cycles(needed(space))
-    few = {key: n for key, n in cycles.items() if key.kind != "add"}
-    latency.table_of(CycleTable("a board", 1.0, {**few, **dict([*cycles.items()][:0])})).save(path)
+    known = {key: n for key, n in some_cycles(needed(space)).items() if key.kind != missing}
+    latency.table_of(CycleTable("a board", 1.0, known)).save(path)
     limits = f"search.space.limits={{latency_ms: 1000, lut: {path}}}"
-    with pytest.raises(SearchError, match=r"has no latency|limits\.lut"):
-        run(windows, tmp_path / "run", "micronas.warehouses=[1]", limits)
+    with pytest.raises(SearchError, match=message):
+        run(windows, tmp_path / "run", *overrides, limits)
 
 
 def test_limits_that_are_not_kept_are_an_exit_code(

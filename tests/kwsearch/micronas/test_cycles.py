@@ -162,7 +162,7 @@ def test_the_error_of_a_fit_is_of_entries_that_it_was_not_fitted_to() -> None:
         (ADD, r"add 16x5x8 \+ 16x5x8 to 16x5x8: not in the table of a board, nor to be fitted by "
               "its 3 entries of the kind add: 4 are needed; measure more"),
         (Key("gap2d", ((16, 5, 6),), (6,)),
-         "gap2d 16x5x6 to 6: not in the table of a board, and gap2d is never fitted; measure it"),
+         "gap2d 16x5x6 to 6: not in the table of a board, and gap2d is never fitted; measure it$"),
     ],
 )  # fmt: skip
 def test_too_few_entries_are_not_fitted(key: Key, message: str) -> None:
