@@ -98,5 +98,9 @@ class Supernet(Section):
         default=0.995, description="the temperature's factor from step to step"
     )
     last_temperature: Positive = Field(default=1e-5, description="what it does not fall below")
-    above: Positive = Field(default=4.0, description="weight of a limit that is not kept")
+    above: Positive = Field(
+        default=4.0,
+        description="weight of a limit that is not kept; less, e.g. 0.1, where networks come out "
+        "far smaller than the limits",
+    )
     below: Positive = Field(default=0.002, description="weight of a limit that is kept")
