@@ -14,8 +14,8 @@ def held_groups(
     random: np.random.RandomState,
     name: str,
 ) -> np.ndarray:
-    """Whole groups, in an order drawn at random, each of which brings every class nearer to its
-    share; at least one, and not all.
+    """Whole groups, in an order drawn at random, each of which brings the classes nearer to their
+    shares; at least one, and not all. What only they have of a class stays to train on.
 
     groups: of each example   classes: of each example, from 0   name: of the data, for errors
     out: whether an example is held out
@@ -28,13 +28,18 @@ def held_groups(
         )
     counts = np.zeros((len(known), classes.max() + 1))
     np.add.at(counts, (of_group, classes), 1)
+    held = np.zeros_like(counts[0])
+    wanted, every = fraction * counts.sum(0), counts.sum(0)
     taken: list[int] = []
-    left = fraction * counts.sum(0)
-    order = random.permutation(len(known))
+
+    def away(group: int) -> float:
+        """What is still wanted after it."""
+        return float(((wanted - held - counts[group]) ** 2).sum())
+
+    order = random.permutation(len(known)).tolist()
     for group in order:
-        if ((left - counts[group]) ** 2).sum() < (left**2).sum() and len(taken) < len(known) - 1:
+        leaves = ((every > held + counts[group]) | (every == 0)).all()
+        if leaves and len(taken) < len(known) - 1 and away(group) < ((wanted - held) ** 2).sum():
             taken.append(group)
-            left = left - counts[group]
-    if not taken:  # all are larger than what is wanted
-        taken = [min(order, key=lambda group: counts[group].sum())]
-    return np.isin(of_group, taken)
+            held = held + counts[group]
+    return np.isin(of_group, taken or [min(order, key=away)])  # all are larger than what is wanted

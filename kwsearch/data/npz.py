@@ -23,7 +23,8 @@ _TRY = (
     "of time series with series_train=… and series_test=…"
 )
 _MAX_CHANNELS = 4
-_RUN = 16  # windows of a recording that are held out together
+# Windows of a recording that are held out together: so many, or this part of its smallest class.
+_RUN, _PART = 16, 10
 _IMAGES = ("x", "y", "x_train", "y_train", "x_test", "y_test")
 _SERIES = ("series", "series_train", "series_test")
 
@@ -99,8 +100,7 @@ def _series(
             kept = slice(border, None) if split == "test" else slice(border)
             x, y, where = x[kept], y[kept], f"{where}, its {split} part,"
         x, y = windows(x, y, size[0], max(size[0] // 2, 1), where)
-        runs = np.arange(len(y)) // _RUN
-        groups = torch.from_numpy(runs) if runs[-1:] > 0 else None
+        groups = torch.from_numpy(_runs(y))
     elif not in_parts:
         part = _part(path, len(y), split)
         x, y = x[part], y[part]
@@ -111,6 +111,13 @@ def _series(
         name=path.name,
         groups=groups,
     )
+
+
+def _runs(y: np.ndarray) -> np.ndarray:
+    """The run that each window of a recording is in, (N,): all are as long, the last is longer."""
+    length = min(_RUN, max(int(np.unique(y, return_counts=True)[1].min()) // _PART, 1))
+    runs: np.ndarray = np.minimum(np.arange(len(y)) // length, max(len(y) // length - 1, 0))
+    return runs
 
 
 def _part(path: Path, count: int, split: Split) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from kwsearch import data, labelled_data, proxy
 from kwsearch.data import DataError, Series
+from kwsearch.data.groups import held_groups
 from kwsearch.data.series import fitted, windows
 from kwsearch.recipe import Proxy
 
@@ -87,6 +89,50 @@ def test_series_are_held_out_thinned_and_told_apart_as_images_are() -> None:
     assert (type(train), len(train), sorted(held_out.y.tolist())) == (Series, 6, [0, 1])
     assert sorted(data.subset(made, 4, seed=0).y.tolist()) == [0, 0, 1, 1]
     assert data.fingerprint(train) != data.fingerprint(held_out)
+
+
+@pytest.mark.parametrize("holdout", [0.1, 0.2])
+@pytest.mark.parametrize(("count", "classes"), [(385, 6), (481, 6), (240, 8), (241, 6), (30, 2)])
+def test_a_recording_is_held_out_in_runs_of_every_class(
+    holdout: float, count: int, classes: int, tmp_path: Path
+) -> None:
+    """Windows of 2 samples by 1: one more sample than windows, with the classes in blocks."""
+    y = np.arange(count + 1) * classes // (count + 1)
+    path = tmp_path / "one.npz"
+    np.savez(
+        path,
+        series_train=np.random.rand(count + 1, 3),
+        y_train=y,
+        series_test=np.zeros((9, 3)),
+        y_test=y[:9],
+    )
+    made = data.load(path, "train", size=(2, 3))
+    assert len(made) == count
+    train, held = data.split_holdout(made, holdout, seed=1)
+    assert len(held) == pytest.approx(holdout * count, rel=0.25, abs=3)
+    assert set(held.y.tolist()) == set(train.y.tolist()) == set(range(classes))
+    # What overlaps is together but at the ends of runs.
+    where = {round(float(x[0, 0, 0]), 6): number for number, x in enumerate(made.x)}
+    numbers = sorted(where[round(float(x[0, 0, 0]), 6)] for x in held.x)
+    stretches = 1 + sum(b > a + 1 for a, b in itertools.pairwise(numbers))
+    assert stretches <= len(held) / min(16, max(count // classes // 10 - 1, 1)) + 1
+
+
+def test_groups_are_held_out_as_near_to_the_shares_as_can_be() -> None:
+    draw = np.random.RandomState
+    groups, classes = np.repeat([0, 1, 2, 3], [6, 1, 6, 3]), np.zeros(16, int)
+    # Four of 16 are wanted: three are the nearest of those that are too many or too few.
+    for seed in range(6):
+        held = held_groups(groups, classes, 0.25, draw(seed), "made")
+        assert 3 <= held.sum() <= 6
+        assert all(
+            held[groups == group].all() or not held[groups == group].any() for group in range(4)
+        )
+    # A class that only one group has stays to train on.
+    classes = np.where(groups == 1, 1, 0)
+    assert not any(held_groups(groups, classes, 0.25, draw(s), "made")[6] for s in range(6))
+    with pytest.raises(DataError, match="made: all 3 examples are of one recording or person"):
+        held_groups(np.zeros(3), np.zeros(3, int), 0.5, draw(0), "made")
 
 
 # Windows
