@@ -42,8 +42,8 @@ from kwsearch.trials import (
 
 # Random architectures that are looked at for one within the limits, or one that is new.
 _DRAWS = 1000
-# Of those that are nearest to random ones, where so many draws had none within the limits.
-_TRIES = 100
+# Where fewer of so many draws are within the limits, those nearest to so many others are tried.
+_FEW, _TRIES = 10, 100
 # From an option to the next one, when the nearest architecture within the limits is looked for.
 _STEP = 0.05
 _NONE = "none"  # of warehouses
@@ -57,7 +57,10 @@ class ArchitectureProposer:
 
     def __init__(self, search: Search, feasible: Feasible, ratios: Sequence[float] = ()) -> None:
         self.search, self.feasible = search, feasible
-        self._rare = False  # whether random architectures within the limits are
+        # Whether random architectures within the limits are: by the seed, however often it resumes.
+        rng = Random(search.seed)
+        drawn = (feasible.space.random(rng) for _ in range(_DRAWS))
+        self._rare = sum(not feasible.broken(one) for one in drawn) < _FEW
         self._ratios = {_NONE: None, **{f"{ratio:g}": ratio for ratio in ratios}}
 
     def __call__(self, study: optuna.Study) -> FrozenTrial:
@@ -112,7 +115,7 @@ class ArchitectureProposer:
         return architectures.facts(self.feasible, architecture)
 
     def _drawn(self, rng: Random) -> dict[str, Any]:
-        """One at random among those within the limits; near one, where such are rare."""
+        """One at random within the limits; where such are rare, the nearest to one at random."""
         space = self.feasible.space
         ratio = rng.choice([*self._ratios.values()])
         found = space.random(rng)
@@ -120,7 +123,6 @@ class ArchitectureProposer:
             if not self.feasible.broken(found):
                 return self._costs(found, ratio)
             found = space.random(rng)
-        self._rare = True
         return self._costs(nearest(self.feasible, space.options(found)), ratio)
 
     def _other(self, prints: Sequence[str | None], rng: Random) -> dict[str, Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kwlayers.plan import Plan
     from kwsearch.data import Images
     from kwsearch.micronas.cycles import CycleTable
-    from kwsearch.micronas.feasible import Feasible
+    from kwsearch.micronas.feasible import Feasible, Limits
     from kwsearch.micronas.space import Architecture, Space
     from kwsearch.micronas.supernet import Network
     from kwsearch.micronas.warehouses import Warehoused
@@ -82,16 +82,24 @@ def feasible_of(recipe: Recipe, table: CycleTable | None = None) -> Feasible:
     """Architectures within the recipe's limits. table: in place of the one that the recipe names,
     which another machine may not have. Raises PlanError, micronas.cycles.CycleError.
     """
-    from kwsearch.micronas.feasible import Feasible, Limits
+    from kwsearch.micronas.feasible import Feasible
 
-    limits, how = (recipe.search or Search()).space.limits, _section(recipe)
-    return Feasible(
-        space_of(recipe),
-        Limits(limits.latency_ms, limits.peak_memory, limits.flash),
-        table_of(recipe) if table is None else table,
-        in_place_add=how.in_place_add,
-        conv_scratch=how.conv_scratch,
-    )
+    table = table_of(recipe) if table is None else table
+    return Feasible(space_of(recipe), limits_of(recipe), table, **counted_how(recipe))
+
+
+def limits_of(recipe: Recipe) -> Limits:
+    """Those of the recipe's search."""
+    from kwsearch.micronas.feasible import Limits
+
+    limits = (recipe.search or Search()).space.limits
+    return Limits(limits.latency_ms, limits.peak_memory, limits.flash)
+
+
+def counted_how(recipe: Recipe) -> dict[str, bool]:
+    """How memory is counted, as `micronas.peak_memory` takes it."""
+    section = _section(recipe)
+    return {"in_place_add": section.in_place_add, "conv_scratch": section.conv_scratch}
 
 
 def architecture_of(recipe: Recipe) -> Architecture | None:

@@ -11,8 +11,10 @@ import torch
 
 from kwsearch import architectures, data, labelled_data, proxy
 from kwsearch.export.errors import ExportError, ExportFailed
+from kwsearch.latency.table import TableError
 from kwsearch.micronas import tflite
-from kwsearch.micronas.space import operators
+from kwsearch.micronas.cycles import CycleError
+from kwsearch.micronas.space import Operator, operators
 from kwsearch.micronas.supernet import Network, extract
 from kwsearch.recipe import Proxy, Recipe, Search
 
@@ -27,7 +29,8 @@ _CALIBRATION = 256
 class Deployed:
     """split: of the windows that accuracies are of, "test" or "held-out"; absent: then why there
     are no others. windows: how many. broken: limits of the recipe that the file does not keep.
-    timed: whether cycles of its operators were counted.
+    timed: whether cycles of its operators were counted; untold: why they could not be, where the
+    recipe names a table.
 
     floating: accuracy before rounding. check: of the file. mean, deviation: of each sensor, which
     normalise windows.
@@ -42,6 +45,7 @@ class Deployed:
     absent: str = ""
     broken: tuple[str, ...] = ()
     timed: bool = False
+    untold: str = ""
 
     def lines(self) -> list[str]:
         """In words."""
@@ -57,6 +61,8 @@ class Deployed:
         ]
         if self.absent:
             found.append(f"there are no test windows: {self.absent}")
+        if self.untold:
+            found.append(f"latency is not compared with its limit: {self.untold}")
         if self.timed:
             found.append(
                 "the first convolution is depthwise in the file: its cycles are not those of the "
@@ -105,8 +111,9 @@ def deploy(
             "constant; take the best without (micronas.warehouses: [])"
         )
     tflite.need()
-    feasible = architectures.feasible_of(recipe)
-    space = feasible.space
+    space, how = architectures.space_of(recipe), architectures.counted_how(recipe)
+    network = operators(space, architecture)
+    took, untold = _latency(recipe, network)
     settings = recipe.proxy or Proxy()
     examples = labelled_data.load(settings, (1, space.steps, space.sensors))
     architectures.check_fit(space, examples.train)
@@ -124,8 +131,10 @@ def deploy(
     tflite.export(model, examples.batch(windows.x), path)
     split, scored, absent = _scored(settings, examples)
     x = scored.batch(scored.valid.x)
-    check = tflite.check(path, operators(space, architecture), x, scored.valid.y, **feasible.how)
-    took, flash = feasible.milliseconds(architecture), feasible.flash(architecture)
+    check = tflite.check(path, network, x, scored.valid.y, **how)
+    # What kernels need beside tensors is in the prediction only, if it is counted.
+    held = max(check.arena_bytes, check.predicted_bytes)
+    flash = sum(one.key.flash for one in network)
     return Deployed(
         split,
         len(scored.valid.y),
@@ -134,9 +143,19 @@ def deploy(
         tuple(examples.mean.flatten().tolist()),
         tuple(examples.std.flatten().tolist()),
         absent,
-        feasible.limits.broken(took, check.arena_bytes, flash),
+        architectures.limits_of(recipe).broken(took, held, flash),
         took is not None,
+        untold,
     )
+
+
+def _latency(recipe: Recipe, network: tuple[Operator, ...]) -> tuple[float | None, str]:
+    """Milliseconds by the recipe's table; why nobody can tell, where it has one."""
+    try:
+        table = architectures.table_of(recipe)
+        return None if table is None else table.latency(network).milliseconds, ""
+    except (OSError, TableError, CycleError) as error:
+        return None, str(error)
 
 
 def _trained(

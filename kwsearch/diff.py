@@ -93,8 +93,8 @@ class GroupChange:
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs. params, macs: all parts, the total last, equal or not; the same of stages.
-    Parameters are as deployed.
+    """What differs. params, macs: all parts as deployed, the total last, equal or not. stages: the
+    same, parameters as they are trained; a last line takes off those that are only trained.
 
     dynamic_a, dynamic_b: layers that are dynamic in one only, of those that both networks have.
     common: how many both have.

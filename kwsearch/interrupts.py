@@ -64,6 +64,12 @@ def handled(handler: Callable[[int, FrameType | None], object], *names: str) -> 
             signal.signal(number, usual)
 
 
+def ignored(name: str) -> bool:
+    """Whether whoever started the process wants a signal to be ignored, or there is none."""
+    number = getattr(signal, name, None)
+    return number is None or signal.getsignal(number) is signal.SIG_IGN
+
+
 def sleep(seconds: float) -> None:
     """Where nothing is half done, so that a second Ctrl-C may raise KeyboardInterrupt."""
     time.sleep(seconds)

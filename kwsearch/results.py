@@ -289,7 +289,8 @@ def write_found(
     ]
     if found.finals is not None and found.finals.verdict is not None:
         seeds = max(len(runs) for runs in found.finals.accuracies.values())
-        provenance["verdict"] = verdict.sentence(found.finals.verdict)
+        shares = metric_of(recipe).is_share
+        provenance["verdict"] = verdict.sentence(found.finals.verdict, is_share=shares)
         said.append(f"On {found.finals.split} examples, {counted(seeds, 'seed')} each:")
         said += [f"    {part}" for part in provenance["verdict"].split("; ")]
     filled = recipe.model_copy(

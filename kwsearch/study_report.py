@@ -115,7 +115,8 @@ def _verdict_lines(result: Result, found: Found, head: str) -> list[str]:
     what = "" if result.metric.is_share else " of 1 - WER"
     lines = [f"{head}best: trial {best.number}, {best.values[0]:.2%}{what} on {images}"]
     if found.finals is not None and found.finals.verdict is not None:
-        first, *others = verdict.sentence(found.finals.verdict).split("; ")
+        text = verdict.sentence(found.finals.verdict, is_share=result.metric.is_share)
+        first, *others = text.split("; ")
         lines.append(f"    verdict on {found.finals.split} examples: {first}")
         lines += [f"    {other}" for other in others]
     else:
@@ -224,7 +225,7 @@ def result_json(result: Result) -> dict[str, Any]:
             "budget": found.budget,
             "best": found.best.number if found.best else None,
             "best_recipe": str(found.best_path) if found.best_path else None,
-            "verdict": _verdict_json(found),
+            "verdict": _verdict_json(found, result.metric),
         }
         for found in result.budgets
     ]
@@ -248,12 +249,12 @@ def result_json(result: Result) -> dict[str, Any]:
     }
 
 
-def _verdict_json(found: Found) -> dict[str, Any] | None:
+def _verdict_json(found: Found, metric: Metric) -> dict[str, Any] | None:
     finals = found.finals
     if finals is None or finals.verdict is None:
         return None
     return {
-        "sentence": verdict.sentence(finals.verdict),
+        "sentence": verdict.sentence(finals.verdict, is_share=metric.is_share),
         "winner": finals.verdict.winner,
         "images": finals.split,
         "accuracies": finals.accuracies,

@@ -131,11 +131,14 @@ def judge(
     return Verdict(winner, leader, means, comparisons, p, present, same_images)
 
 
-def sentence(verdict: Verdict) -> str:
-    """One line in plain words: who wins or leads, by how much, and how sure that is."""
+def sentence(verdict: Verdict, *, is_share: bool = True) -> str:
+    """One line in plain words: who wins or leads, by how much, and how sure that is.
+
+    is_share: of what is judged, so that no interval goes below 0.
+    """
     if verdict.leader is None:
         return "no significant winner: no candidate was trained"
-    leads = f"{verdict.leader} with {_share(verdict.accuracies[verdict.leader])}"
+    leads = f"{verdict.leader} with {_share(verdict.accuracies[verdict.leader], is_share)}"
     if not verdict.baselines:
         return f"no significant winner: no baseline to compare {leads}"
     text = (
@@ -152,11 +155,10 @@ def sentence(verdict: Verdict) -> str:
     return text
 
 
-def _share(found: Interval) -> str:
+def _share(found: Interval, is_share: bool) -> str:
     if found.low is None or found.high is None:
         return f"{found.mean:.2%}"
-    # No accuracy is below 0; 1 less a word error rate may be.
-    low = found.low if found.mean < 0 else max(found.low, 0.0)
+    low = max(found.low, 0.0) if is_share else found.low
     high = min(found.high, 1.0)
     return f"{found.mean:.2%} (95 % interval {low:.2%} to {high:.2%})"
 

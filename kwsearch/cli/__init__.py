@@ -70,9 +70,9 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command; every foreseen problem is one message and its exit code."""
     hide_password()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # signs that an encoding lacks are no failure
-            stream.reconfigure(errors="replace")
+    # Signs that an encoding lacks are no failure.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(args))
 
 

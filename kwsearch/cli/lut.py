@@ -108,7 +108,11 @@ def needed(recipe: str, overrides: tuple[str, ...], output: Path | None, force: 
     loaded = load_recipe(recipe, list(overrides))
     if not loaded.of_architectures:
         raise click.UsageError(f"{recipe}: is about plans; operators are of recipes of micronas")
-    known = architectures.table_of(loaded)
+    known = None
+    try:
+        known = architectures.table_of(loaded)
+    except FileNotFoundError as error:  # the recipe's limits name what is to be made
+        click.echo(f"{error.filename}: not there yet, so that everything is listed", err=True)
     keys = expected.needed(architectures.space_of(loaded))
     left = [key for key in keys if known is None or key not in known.entries]
     text = cycles.csv_of(left)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from kwsearch.cli.pages import check_place
-from kwsearch.interrupts import handled
+from kwsearch.interrupts import handled, ignored
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -209,7 +209,8 @@ def _stoppable(found: Iterator[Snapshot]) -> Iterator[Snapshot]:
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    with handled(end, "SIGTERM", "SIGHUP"):
+    asked = [name for name in ("SIGTERM", "SIGHUP") if not ignored(name)]  # as nohup asks for
+    with handled(end, *asked):
         yield from found
 
 

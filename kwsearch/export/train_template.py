@@ -116,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="shift by an eighth; flip is that and mirrored; crop is a random part, resized and "
         "mirrored, of image files; auto is crop for files, shift for others [%(default)s]",
     )
-    add("--mixup", type=float, default=0.0, help="its alpha; 0 is off [0]")
+    add("--mixup", type=float, default=0.0, help="its alpha, a share for each batch; 0 is off [0]")
     add("--workers", type=int, default=4, help="processes that read image files [4]")
 
     add = parser.add_argument_group("training").add_argument

@@ -532,6 +532,13 @@ def test_few_architectures_within_the_limits_are_found_soon(
     assert 0 < count < 1000
     # Not 1,000 draws for each of 1,000 tries of the last one.
     assert len(drawn) < 20_000
+    # One that is resumed before every trial tries the same.
+    other = optuna.create_study()
+    for _ in range(min(count, 6)):
+        resumed = ArchitectureProposer(recipe.search, tight)
+        other.add_trial(resumed._made(other.trials))
+    prints = [[t.user_attrs["fingerprint"] for t in one.trials] for one in (study, other)]
+    assert prints[0][: len(prints[1])] == prints[1]
 
 
 def test_supernets_that_choose_the_same_train_it_by_other_seeds(
@@ -687,6 +694,20 @@ def test_an_export_that_cannot_be_says_why(
     (tmp_path / "model.pt").unlink()
     assert run_cli(["export", str(plain), "--to", "train.py"]) == 2
     assert "about architectures of micronas and has no plan" in capsys.readouterr().err
+
+
+def test_an_export_without_its_latency_table_says_so(windows: Path, tmp_path: Path) -> None:
+    limits = f"search.space.limits={{latency_ms: 9, lut: {tmp_path / 'gone.lut.yaml'}}}"
+    recipe = recipe_of(windows, limits)
+    network = operators(space := architectures.space_of(recipe), space.minimum())
+    took, untold = deploy._latency(recipe, network)
+    assert took is None
+    assert "gone.lut.yaml" in untold
+    known = some_cycles(needed(space))
+    latency.table_of(CycleTable("a board", 1.0, known)).save(tmp_path / "gone.lut.yaml")
+    took, untold = deploy._latency(recipe, network)
+    assert took == pytest.approx(sum(known[one.key] for one in network) / 1000)
+    assert untold == ""
 
 
 @pytest.mark.usefixtures("one_thread")

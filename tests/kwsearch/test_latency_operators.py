@@ -111,6 +111,12 @@ def test_what_is_to_be_counted_is_listed_as_the_import_reads_it(tmp_path: Path) 
     rest = CliRunner().invoke(cli, ["lut", "needed", str(recipe), f"search.space.limits.lut={lut}"])
     assert rest.exit_code == 0, rest.output
     assert len(rest.output.splitlines()) == 1 + len(needed(space)) - len(lines) // 2
+    # A recipe with a limit on latency names the table that is to be made.
+    limits = f"search.space.limits={{latency_ms: 25, lut: {tmp_path / 'new.lut.yaml'}}}"
+    whole = CliRunner().invoke(cli, ["lut", "needed", str(recipe), limits])
+    assert whole.exit_code == 0, whole.output
+    assert "new.lut.yaml: not there yet, so that everything is listed" in whole.stderr
+    assert len(whole.stdout.splitlines()) == 1 + len(needed(space))
     refused = CliRunner().invoke(cli, ["lut", "needed", "recipes/quickstart.yaml"])
     assert refused.exit_code == 2
 

@@ -745,6 +745,27 @@ def test_ctrl_c_ends_watching_and_leaves_a_page_that_rests(
     driver.end()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the system has no SIGHUP")
+@pytest.mark.parametrize("asked", [signal.SIG_DFL, signal.SIG_IGN])
+def test_watching_survives_its_terminal_if_that_was_asked_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch, asked: signal.Handlers
+) -> None:
+    """As nohup asks."""
+    make(Path("r"), UNIFORM)
+    driver = Driver(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGHUP), lambda: driver.end())
+    usual = signal.signal(signal.SIGHUP, asked)
+    try:
+        if asked is signal.SIG_IGN:
+            assert run("r", "--watch").code == 0
+        else:
+            with pytest.raises(SystemExit) as ended:
+                run("r", "--watch")
+            assert ended.value.code == 128 + signal.SIGHUP
+            driver.end()
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+
+
 def test_a_terminal_has_one_view_that_changes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     make(Path("r"), UNIFORM)
     monkeypatch.setenv("FORCE_COLOR", "1")

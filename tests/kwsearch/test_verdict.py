@@ -95,6 +95,15 @@ UNIFORM = runs(0.80, 0.82, 0.81, 0.83, 0.79)
 # Ahead of uniform by 0.04, 0.05, 0.045, 0.055 and 0.05; of static, half a point less or more.
 AHEAD = runs(0.84, 0.87, 0.855, 0.885, 0.84)
 STATIC = runs(0.81, 0.83, 0.82, 0.835, 0.80)
+
+
+def test_what_is_no_share_may_be_below_zero() -> None:
+    # 1 less a word error rate. 0.02 -+ 12.7062 * 0.28 / 2
+    found = judge({"uniform": runs(0.1, 0.1), "trial 7": runs(0.16, -0.12)}, same_images=False)
+    assert "with 2.00% (95 % interval -175.89% to 100.00%)" in sentence(found, is_share=False)
+    assert "with 2.00% (95 % interval 0.00% to 100.00%)" in sentence(found)
+
+
 # Ahead of uniform by 0.06, -0.01, 0.07, 0.0 and 0.01: t = 0.026 / 0.0166 = 1.56.
 LUCKY = runs(0.86, 0.81, 0.88, 0.83, 0.80)
 
