@@ -184,10 +184,14 @@ def test_a_profile_of_a_recipe_measures_every_operator_and_goes_on(
     found = operators.load(Path("here.lut.yaml"))
     assert found.entries.keys() == needed(TINY)
     assert all(100 < ns < 10**8 for ns in found.entries.values())
-    # What there is, is not measured again.
-    before = Path("here.lut.yaml").read_text()
+    # What there is, is not measured again, but where the machine was slow.
+    before = Table.load(Path("here.lut.yaml"))
+    slow = set(operators.missing(before, [*needed(TINY)]))
     assert CliRunner().invoke(cli, arguments).exit_code == 0
-    assert Path("here.lut.yaml").read_text() == before
+    after = dict(operators._operators(Table.load(Path("here.lut.yaml"))))
+    assert len(slow) < len(after)
+    for key, entry in operators._operators(before):
+        assert key in slow or after[key] == entry
 
 
 def test_a_limit_on_latency_is_that_of_the_table(tmp_path: Path) -> None:
