@@ -141,6 +141,8 @@ _lengths: list[Tensor] = []
 def pooling_over(lengths: Tensor | None) -> Iterator[None]:
     """While it lasts, means over sequences (B, C, T) are of the first `lengths` (B,) of their
     positions: what follows is padding. None changes nothing.
+
+    It is of the process, not of a thread. A checkpoint around a layer runs it again without.
     """
     if lengths is None:
         yield
@@ -166,6 +168,14 @@ def pooled(x: Tensor) -> Tensor:
         return x.mean(positions)  # a sum may leave the range of float16
     # The gradient of a mean is as large as x; that of a sum is a view.
     return x.sum(positions) / x.shape[2:].numel()
+
+
+def pooled_parts(x: Tensor, parts: int) -> Tensor:
+    """(B, C, T) -> (B, C * parts): means over parts of the positions (see `pooling_over`)."""
+    if not _lengths:
+        return F.adaptive_avg_pool1d(x, parts).flatten(1)
+    own = (row[None, :, :n] for row, n in zip(x, _lengths[-1].tolist(), strict=True))
+    return torch.cat([F.adaptive_avg_pool1d(one, parts).flatten(1) for one in own])
 
 
 def _fuses(x: Tensor) -> bool:

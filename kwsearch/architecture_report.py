@@ -175,7 +175,7 @@ def _corners(feasible: Feasible) -> dict[str, Architecture]:
 
 
 def _named(feasible: Feasible) -> Table:
-    titles = {"smallest": "smallest options", "largest": "largest options"}
+    titles = {"smallest": "minimum, as published", "largest": "maximum, as published"}
     timed = feasible.table is not None
     table = new_table(
         ("architecture",),

@@ -37,6 +37,10 @@ _HAVE = {"limits"}
 _LIMITS = {"latency_ms", "lut", "lut_force", "peak_memory", "flash"}
 
 
+class NothingFits(SearchError):
+    """No architecture keeps the limits."""
+
+
 class ArchitectureStudy(Study):
     """A search for an architecture of micronas. Raises SearchError for limits that none keeps."""
 
@@ -100,7 +104,7 @@ class ArchitectureStudy(Study):
             ) from None
         self.largest, broken = self.feasible.largest
         if broken:
-            raise SearchError(f"search.space.limits: {'; '.join(broken)}")
+            raise NothingFits(f"search.space.limits: {'; '.join(broken)}")
         if (table := self.feasible.table) is not None:
             for ratio in self.ratios:
                 self._check_ratio(ratio, table)

@@ -128,7 +128,7 @@ def table(
     reached = [entry for entry in entries if entry.plan is not None]
     modulated = any(e.plan.cost().macs.modulation for e in reached if e.plan is not None)
     parts = ("conv", "mixing", "attention", *(("modulation",) if modulated else ()))
-    work = [f"{part}\nMACs" for part in parts]
+    work = ["conv +\nunchanged", *(f"{part}\nMACs" for part in parts[1:])]
     columns = [
         "parameters", "x static", "kernels", "attention\nparams", "MACs", "x static",
         *work,

@@ -299,10 +299,11 @@ def published_table(
     forward passes, the static network's first; none to leave them out.
     """
     columns = ["parameters", "x static", "MACs", "x static", *(["ms"] if ms else [])]
-    table = new_table(("setting",), (*columns, "ImageNet top-1"))
+    told = any(accuracy for *_, accuracy in rows)
+    table = new_table(("setting",), (*columns, *(["ImageNet top-1"] if told else [])))
     params, macs = static
     times = [[f"{one:.3g}"] for one in ms] or [[] for _ in range(len(rows) + 1)]
-    table.add_row("static", f"{params:,}", "1.00", f"{macs:,}", "1.00", *times[0], "")
+    table.add_row("static", f"{params:,}", "1.00", f"{macs:,}", "1.00", *times[0])
     for (name, plan, accuracy), took in zip(rows, times[1:], strict=True):
         cost = plan.cost()
         table.add_row(
@@ -312,7 +313,7 @@ def published_table(
             f"{cost.macs.total:,}",
             f"{cost.macs.total / macs:.2f}",
             *took,
-            accuracy,
+            *([accuracy] if told else []),
         )
     return table
 

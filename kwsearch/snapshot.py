@@ -41,7 +41,7 @@ def take(directory: Path) -> Snapshot:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    from kwsearch.storage import Place
+    from kwsearch.storage import Place, whole
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if not holds_study(directory):
@@ -53,7 +53,7 @@ def take(directory: Path) -> Snapshot:
             trials, attributes = _read(storage, place.study)
         return Snapshot(directory, recipe, trials, attributes, is_running(directory))
     content = (directory / JOURNAL).read_bytes()
-    with tempfile.NamedTemporaryFile() as copy:
+    with tempfile.NamedTemporaryFile() as copy, whole(directory / JOURNAL):
         # The last line may be in the middle of being written.
         copy.write(content[: content.rfind(b"\n") + 1])
         copy.flush()

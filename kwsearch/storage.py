@@ -23,10 +23,27 @@ from sqlalchemy.exc import SQLAlchemyError
 from kwsearch.database import Database, Patience, StorageError, masked, refusal
 from kwsearch.files import write_whole
 from kwsearch.passwords import STORAGE, of_environment
-from kwsearch.run_directory import JOURNAL, MARK, STUDY, SearchError
+from kwsearch.run_directory import JOURNAL, MARK, STUDY, TRIALS, SearchError
 
 PROXY = "grpc://"
 _NAME = 255  # characters
+
+
+@contextmanager
+def whole(journal: Path) -> Iterator[None]:
+    """While a journal is read. Raises SearchError for one that is damaged, with the line."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError):
+        for number, line in enumerate(journal.read_bytes().splitlines(), 1):
+            try:
+                json.loads(line)
+            except ValueError:
+                raise SearchError(
+                    f"{journal}:{number}: damaged, no record of a study; take a copy that is "
+                    f"whole, or begin anew in another --run-dir ({TRIALS} says what was found)"
+                ) from None
+        raise
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,9 @@ class Place:
         be reached at first.
         """
         if self.url is None:
-            yield JournalStorage(JournalFileBackend(str(self.directory / JOURNAL)))
+            with whole(self.directory / JOURNAL):
+                storage = JournalStorage(JournalFileBackend(str(self.directory / JOURNAL)))
+            yield storage
             return
         found = _proxy(self.url) if self.url.startswith(PROXY) else _database(self.url, say)
         try:

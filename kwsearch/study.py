@@ -343,8 +343,11 @@ class Study(ABC):
 
         left = sum(t.key not in self.study.user_attrs for t in trainings)
         if left:
+            beside = sum(baseline(trial) is not None for trial in chosen)
+            who = [counted(len(chosen) - beside, "finalist")]
+            who += [counted(beside, "baseline")] if beside else []
             self.watcher.say(
-                f"verdict: {counted(len(chosen), 'finalist')}, "
+                f"verdict: {' and '.join(who)}, "
                 f"{counted(self.search.seeds, 'seed')} each: {counted(left, 'training')} in full"
             )
         finals.run(

@@ -51,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kwlayers.attention import norm_of, pooled
+from kwlayers.attention import norm_of, pooled, pooled_parts
 from kwlayers.cost import LayerCost
 from kwlayers.dynamic import (
     DynamicConvNd,
@@ -254,7 +254,7 @@ def _cells_of(x: Tensor, cells: int) -> Tensor:
     if cells == 1:
         return pooled(x)
     if x.dim() == 3:
-        return F.adaptive_avg_pool1d(x, 4).flatten(1)
+        return pooled_parts(x, 4)
     if x.dim() == 4:
         return F.adaptive_avg_pool2d(x, 2).flatten(1)
     return F.adaptive_avg_pool3d(x, (1, 2, 2)).flatten(1)

@@ -109,6 +109,7 @@ def _exit_code(error: ValueError) -> int | None:
         "BudgetError": NO_PLAN,
         "DoesNotFit": NO_PLAN,
         "ExportFailed": FAILED,
+        "NothingFits": NO_PLAN,
         "StudyFailed": FAILED,
         "Unreachable": NO_PLAN,
     }

@@ -68,6 +68,9 @@ def import_(
     from kwsearch.micronas import cycles
 
     _check_free(output, force)
+    for path in records:
+        if not path.is_file():
+            raise click.UsageError(f"{path}: no such file")
     lists = [path for path in records if path.suffix.lower() == ".csv"]
     if lists and len(records) > 1:
         raise click.UsageError("RECORDS: one .csv, or several .json")
@@ -75,6 +78,11 @@ def import_(
         found = cycles.load_csv(lists[0], device, clock_mhz=clock)
     else:
         found = cycles.load_records(records, device, clock_mhz=clock)
+    if not found.entries and all(one.why == cycles.NOT_COUNTED for one in found.refused):
+        raise click.UsageError(
+            f"{records[0]}: no operator has cycles: count them on the board, and write them into "
+            "the column cycles"
+        )
     table = operators.table_of(found)
     table.save(output)
     for one in found.refused[:_SHOWN]:
@@ -92,7 +100,8 @@ def import_(
 @click.option("-o", "--output", type=TABLE, help="Its file.  [default: printed]")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def needed(recipe: str, overrides: tuple[str, ...], output: Path | None, force: bool) -> None:
-    """List the operators of RECIPE's architectures, to be counted on a microcontroller.
+    """List the operators of RECIPE's architectures, or of the one that it has, to be counted on a
+    microcontroller.
 
     As CSV with a column for their cycles, which `kwsearch lut import` reads when it is filled in;
     gaps are fitted. Those that the recipe's own table has are left out.
@@ -101,6 +110,7 @@ def needed(recipe: str, overrides: tuple[str, ...], output: Path | None, force: 
     from kwsearch import architectures
     from kwsearch.files import write_whole
     from kwsearch.micronas import cycles, expected
+    from kwsearch.micronas.space import operators
     from kwsearch.recipe import load_recipe
 
     if output is not None:
@@ -113,7 +123,10 @@ def needed(recipe: str, overrides: tuple[str, ...], output: Path | None, force: 
         known = architectures.table_of(loaded)
     except FileNotFoundError as error:  # the recipe's limits name what is to be made
         click.echo(f"{error.filename}: not there yet, so that everything is listed", err=True)
-    keys = expected.needed(architectures.space_of(loaded))
+    space, chosen = architectures.space_of(loaded), architectures.architecture_of(loaded)
+    keys = expected.needed(space)
+    if chosen is not None:
+        keys = frozenset(one.key for one in operators(space, chosen))
     left = [key for key in keys if known is None or key not in known.entries]
     text = cycles.csv_of(left)
     if output is None:

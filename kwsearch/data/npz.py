@@ -192,7 +192,7 @@ def _as_uint8(path: Path, x: np.ndarray) -> np.ndarray:
     if not (low >= 0 and high <= 1):  # false for nan too
         raise DataError(
             f"{path}: float images from {low:g} to {high:g}; allowed 0..1; "
-            "try x.astype('uint8') if the values are 0..255"
+            "try x.astype('uint8') if the values are 0..255; time series are named series, not x"
         )
     scaled: np.ndarray = np.rint(x * 255.0).astype(np.uint8)
     return scaled

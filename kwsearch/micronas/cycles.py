@@ -56,6 +56,8 @@ _KINDS = {
     "softmax": "softmax",
 }
 
+NOT_COUNTED = "not counted"  # of a line that nobody filled in
+
 
 class CycleError(ValueError):
     """A table that cannot be read, or that does not tell what was asked of it."""
@@ -214,7 +216,7 @@ def load_csv(path: Path, device: str, *, clock_mhz: float | None = None) -> Cycl
             for row in reader:
                 key, count = _of_row(row)
                 if count is None:
-                    refused.append(Refused(f"{path}:{reader.line_num}", str(key), "not counted"))
+                    refused.append(Refused(f"{path}:{reader.line_num}", str(key), NOT_COUNTED))
                     continue
                 _enter(key, count, f"{path}:{reader.line_num}", entries, refused)
         except (ValueError, csv.Error) as error:

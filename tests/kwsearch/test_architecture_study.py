@@ -419,6 +419,9 @@ def test_limits_that_are_not_kept_are_an_exit_code(
     told = capsys.readouterr()
     assert "no architecture keeps the limits: flash limit 30 bytes" in told.err
     assert "largest_within_limits" not in json.loads(told.out)
+    assert run_cli(["optimize", str(path), "--run-dir", str(tmp_path / "none")]) == 3
+    assert "search.space.limits: flash limit 30 bytes: below" in capsys.readouterr().err
+    assert not (tmp_path / "none" / "study.journal").exists()
     path.write_text(TEXT.format(data=windows))
     run(windows, tmp_path / "run", "search.trials=1")
     best = load_recipe(tmp_path / "run" / "best.yaml")

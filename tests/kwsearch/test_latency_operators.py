@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -100,11 +101,20 @@ def test_what_is_to_be_counted_is_listed_as_the_import_reads_it(tmp_path: Path) 
     space = Space(20, 4, 3, (2, 4), (4, 8), plain_cells=1)
     lines = ops.read_text().splitlines()
     assert len(lines) == 1 + len(needed(space))
+    # As it is written nobody has counted anything.
+    board = ["--device", "board", "--clock", "64", "-o", str(lut)]
+    for records, message in (
+        (ops, "ops.csv: no operator has cycles: count them on the board, and write them into"),
+        (tmp_path / "none.json", "none.json: no such file"),
+    ):
+        empty = CliRunner().invoke(cli, ["lut", "import", str(records), *board])
+        assert empty.exit_code == 2
+        assert message in empty.output
+        assert not lut.exists()
     # Half of them are counted: as many cycles as the line's number.
     half = [f"{line}{i}" if i % 2 else line for i, line in enumerate(lines)]
     ops.write_text("\n".join(half))
-    asked = ["lut", "import", str(ops), "--device", "board", "--clock", "64", "-o", str(lut)]
-    found = CliRunner().invoke(cli, asked)
+    found = CliRunner().invoke(cli, ["lut", "import", str(ops), *board])
     assert found.exit_code == 0, found.output
     assert "not counted" in found.output
     assert len(operators.load(lut).entries) == len(lines) // 2
@@ -117,6 +127,18 @@ def test_what_is_to_be_counted_is_listed_as_the_import_reads_it(tmp_path: Path) 
     assert whole.exit_code == 0, whole.output
     assert "new.lut.yaml: not there yet, so that everything is listed" in whole.stderr
     assert len(whole.stdout.splitlines()) == 1 + len(needed(space))
+    # Of one that is decided, its own.
+    decided = tmp_path / "best.yaml"
+    least = space.minimum()
+    chosen = {"architecture": least.to_dict(), "time_channels": [2, 4], "fusion_channels": [4, 8]}
+    text = recipe.read_text().splitlines()[:-1]
+    text.append(f"micronas: {json.dumps({**chosen, 'plain_cells': 1})}")
+    decided.write_text("\n".join(text) + "\n")
+    own = CliRunner().invoke(cli, ["lut", "needed", str(decided)])
+    assert own.exit_code == 0, own.output
+    assert len(own.output.splitlines()) == 1 + len(
+        {one.key for one in spaces.operators(space, least)}
+    )
     refused = CliRunner().invoke(cli, ["lut", "needed", "recipes/quickstart.yaml"])
     assert refused.exit_code == 2
 

@@ -742,7 +742,7 @@ def test_finals_are_taken_up_where_they_were_left(tmp_path: Path) -> None:
         search.run(Interrupted(score), "nowhere:trial", "nowhere:final")
     search, watcher = study(tmp_path, *FINALS, resume=True)
     result = search.run(Finals(score), "nowhere:trial", "nowhere:final")
-    assert "verdict: 4 finalists, 3 seeds each: 7 trainings in full" in watcher.said
+    assert "verdict: 2 finalists and 2 baselines, 3 seeds each: 7 trainings in full" in watcher.said
     assert result.budgets[0].finals is not None
     assert all(len(runs) == 3 for runs in result.budgets[0].finals.accuracies.values())
 

@@ -649,6 +649,16 @@ class Driver:
         self.lock.release()
 
 
+@contextlib.contextmanager
+def begun_with(number: int, handler: Any) -> Iterator[None]:
+    """As if the process had begun so: background jobs of a shell and of nohup ignore signals."""
+    usual = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, usual)
+
+
 def nothing() -> None:
     """Happens."""
 
@@ -732,12 +742,8 @@ def test_ctrl_c_ends_watching_and_leaves_a_page_that_rests(
         time.sleep(10)
 
     driver = Driver(monkeypatch, nothing, interrupt)
-    # A shell's background jobs ignore the signal; the tests may be one.
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with begun_with(signal.SIGINT, signal.default_int_handler):
         ran = run("r", "--watch", "--every", "7")
-    finally:
-        signal.signal(signal.SIGINT, usual)
     assert ran.code == 130
     assert ran.err.strip() == "interrupted"
     assert driver.pages == [7, 7]
@@ -745,25 +751,30 @@ def test_ctrl_c_ends_watching_and_leaves_a_page_that_rests(
     driver.end()
 
 
+@pytest.mark.parametrize("bad", [b"no record", b"\xc2\x00\xff"])
+@pytest.mark.parametrize("command", ["report", "status", "trials"])
+@pytest.mark.usefixtures("run")
+def test_a_damaged_journal_is_said_with_its_line(
+    capsys: pytest.CaptureFixture[str], bad: bytes, command: str
+) -> None:
+    make(Path("r"), UNIFORM)
+    journal = Path("r/study.journal")
+    lines = journal.read_bytes().splitlines()
+    journal.write_bytes(b"\n".join([lines[0], bad, *lines[1:], b""]))
+    assert cli.run([command, "r"]) == 2
+    told = capsys.readouterr().err
+    assert "study.journal:2: damaged, no record of a study; take a copy" in told
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the system has no SIGHUP")
-@pytest.mark.parametrize("asked", [signal.SIG_DFL, signal.SIG_IGN])
 def test_watching_survives_its_terminal_if_that_was_asked_for(
-    run: Run, monkeypatch: pytest.MonkeyPatch, asked: signal.Handlers
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As nohup asks."""
     make(Path("r"), UNIFORM)
     driver = Driver(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGHUP), lambda: driver.end())
-    usual = signal.signal(signal.SIGHUP, asked)
-    try:
-        if asked is signal.SIG_IGN:
-            assert run("r", "--watch").code == 0
-        else:
-            with pytest.raises(SystemExit) as ended:
-                run("r", "--watch")
-            assert ended.value.code == 128 + signal.SIGHUP
-            driver.end()
-    finally:
-        signal.signal(signal.SIGHUP, usual)
+    with begun_with(signal.SIGHUP, signal.SIG_IGN):
+        assert run("r", "--watch").code == 0
 
 
 def test_a_terminal_has_one_view_that_changes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -828,18 +839,18 @@ def test_whatever_ends_watching_leaves_a_page_that_rests(
 def test_so_does_a_request_to_end(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     make(Path("r"), UNIFORM)
     number = getattr(signal, name)
-    before = signal.getsignal(number)
 
     def end() -> None:
         os.kill(os.getpid(), number)
         time.sleep(10)
 
     driver = Driver(monkeypatch, end)
-    with pytest.raises(SystemExit) as ended:
-        run("r", "--watch")
-    assert ended.value.code == 128 + number
-    assert refresh_of(Path("r/report.html")) is None
-    assert signal.getsignal(number) == before
+    with begun_with(number, signal.SIG_DFL):
+        with pytest.raises(SystemExit) as ended:
+            run("r", "--watch")
+        assert ended.value.code == 128 + number
+        assert refresh_of(Path("r/report.html")) is None
+        assert signal.getsignal(number) == signal.SIG_DFL
     driver.end()
 
 

@@ -171,13 +171,18 @@ def test_a_padded_batch_gives_every_video_what_it_gets_alone(dcac: bool) -> None
                 torch.testing.assert_close(joint[:rows, b : b + 1], single, **EXACT)
 
 
-@pytest.mark.parametrize("method", ["kernel_warehouse", "dyconv", "odconv"])
+@pytest.mark.parametrize("method", ["kernel_warehouse", "dyconv", "odconv", "dcd"])
 def test_so_it_does_where_convolutions_over_time_are_dynamic(method: str) -> None:
     model = small()
+    rules, wanted = (Rule(["conv2d.*"], static=True),), {"ratio": 1.0}
+    settings: dict[str, Any] = {}
+    if method == "dcd":  # by itself it takes none of them, and no ratio; four means a channel
+        rules, wanted = (*rules, Rule(["conv1d.*"], dynamic=True)), {}
+        settings = {"variant": "mobilenet"}
     plan = plan_network(
         trace(model, (3, 24, 32, 32)),
-        methods.find(method).settings(rules=(Rule(["conv2d.*"], static=True),)),
-        ratio=1,
+        methods.find(method).settings(rules=rules, **settings),
+        **wanted,
     )
     assert all("conv1d" in name for group in plan.groups for name in group.layers)
     torch.manual_seed(1)
