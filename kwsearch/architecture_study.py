@@ -135,7 +135,13 @@ class ArchitectureStudy(Study):
         from kwsearch.labelled_data import LabelledData
 
         assert isinstance(data, LabelledData)
-        architectures.check_fit(self.feasible.space, data.train)
+        space, windows = self.feasible.space, data.train
+        architectures.check_fit(space, windows)
+        if windows.num_classes < space.classes:
+            self._notes.append(
+                f"{windows.name} has {windows.num_classes} classes, the model {space.classes}: all "
+                f"are counted; model.num_classes={windows.num_classes} counts those that there are"
+            )
 
     def _proposer(self) -> Callable[[optuna.Study], FrozenTrial]:
         return ArchitectureProposer(self.search, self.feasible, self.ratios)

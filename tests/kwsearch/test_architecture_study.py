@@ -387,6 +387,14 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "study.journal").exists()
 
 
+def test_classes_that_there_are_not_are_counted_and_told(windows: Path, tmp_path: Path) -> None:
+    search, watcher = study(windows, tmp_path, "model.num_classes=4", "search.trials=1")
+    search.run(Inline())
+    (told,) = (text for text in watcher.said if "classes" in text)
+    assert told.endswith("has 3 classes, the model 4: all are counted; model.num_classes=3 counts "
+                         "those that there are")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("missing", "overrides", "message"),
     [
