@@ -147,7 +147,9 @@ def test_so_it_is_of_networks_for_sound(
 )
 @pytest.mark.parametrize("ratio", [1])
 def test_so_it_is_in_other_circumstances(ratio: float | None, settings: dict[str, Any]) -> None:
-    check("resnet20", 32, ratio, Step(8, **settings), within=0.02)
+    # What oneDNN takes for itself in bfloat16 is another CPU's choice.
+    within = 0.05 if "dtype" in settings else 0.02
+    check("resnet20", 32, ratio, Step(8, **settings), within=within)
 
 
 def two_layers() -> nn.Module:
